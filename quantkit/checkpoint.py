@@ -1,0 +1,329 @@
+"""A Hugging Face checkpoint directory, read only: config, index, headers, lazy tensors, digests.
+
+Headers are parsed here with the standard library, so that a plan needs neither torch nor
+safetensors; tensors are read with safetensors on request, one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_SUFFIX = ".safetensors.index.json"
+MAX_HEADER = 100_000_000
+
+DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its shard's header describes it; `start` and `end` are file offsets."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a directory holds. Build one with `open_checkpoint`; nothing here writes."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    documents: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """Parsed JSON documents beside the config that describe quantization, by file name."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, in the order of their names."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(info.bytes for info in self.tensors.values())
+
+    @property
+    def quantization_config(self) -> dict[str, Any] | None:
+        """`quantization_config` (or Transformers' nested / older spellings) of config.json."""
+        text = self.config.get("text_config")
+        nested = text.get("quantization_config") if isinstance(text, dict) else None
+        found = (
+            self.config.get("quantization_config")
+            or self.config.get("compression_config")
+            or nested
+        )
+        return found if isinstance(found, dict) else None
+
+    @cached_property
+    def _handles(self) -> dict[Path, Any]:
+        return {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor's values on the CPU, in the dtype of the file."""
+        from safetensors import safe_open
+
+        file = self.tensors[name].file
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt")
+        tensor: torch.Tensor = self._handles[file].get_tensor(name)
+        return tensor
+
+    def digest(self, name: str) -> str:
+        """SHA-256 over dtype, shape and bytes of one tensor, read in 4 MiB pieces."""
+        info = self.tensors[name]
+        total = hashlib.sha256(f"{info.dtype}{list(info.shape)}".encode())
+        with info.file.open("rb") as handle:
+            handle.seek(info.start)
+            left = info.bytes
+            while left:
+                piece = handle.read(min(left, 4 << 20))
+                if not piece:
+                    raise _broken(info.file, f"ends inside tensor {name}", "checkpoint.truncated")
+                total.update(piece)
+                left -= len(piece)
+        return total.hexdigest()
+
+    def digests(self) -> dict[str, str]:
+        """Every tensor's digest, by name."""
+        return {name: self.digest(name) for name in sorted(self.tensors)}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config (volatile keys aside) and every tensor's digest."""
+        stable = {k: v for k, v in self.config.items() if k not in VOLATILE_CONFIG_KEYS}
+        total = hashlib.sha256(json.dumps(stable, sort_keys=True).encode())
+        for name, digest in self.digests().items():
+            total.update(f"{name}={digest};".encode())
+        return total.hexdigest()
+
+    def sidecars(self) -> Iterator[Path]:
+        """Files beside config, weights and index that a user of the model needs."""
+        for path in sorted(self.path.iterdir()):
+            if path.is_file() and is_sidecar(path.name):
+                yield path
+
+
+VOLATILE_CONFIG_KEYS = frozenset({"_name_or_path", "_model_name_or_path", "transformers_version"})
+
+_SIDECAR_NAMES = frozenset(
+    {
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+        "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+        "spiece.model", "sentencepiece.bpe.model", "tekken.json", "chat_template.json",
+        "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
+        "video_preprocessor_config.json", "image_processor_config.json", "tiktoken.model",
+    }
+)  # fmt: skip
+
+
+def is_sidecar(name: str) -> bool:
+    """Whether a file of this name travels with a model (tokenizer, template, processor)."""
+    return name in _SIDECAR_NAMES or name.endswith((".tiktoken", ".jinja"))
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read config and headers of a directory.
+
+    Raises InputError (code `checkpoint.*`) for a directory that is missing, empty, has no config
+    or no weights, and for shards that are absent, truncated, outside the directory, or disagree
+    with the index.
+    """
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist.",
+            hint="give a directory that holds config.json and *.safetensors",
+            code="checkpoint.missing",
+        )
+    if not path.is_dir():
+        raise InputError(
+            f"{path} is a file, not a model directory.",
+            hint=f"give its directory: {path.parent}",
+            code="checkpoint.not_a_directory",
+        )
+    if not any(path.iterdir()):
+        raise InputError(
+            f"{path} is empty.",
+            hint="copy config.json, the tokenizer and *.safetensors into it, or name another one",
+            code="checkpoint.empty",
+        )
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise InputError(
+            f"{path} has no config.json.",
+            hint="save the model with save_pretrained, or copy its config.json here",
+            code="checkpoint.no_config",
+        )
+    config = read_json(config_file)
+    documents = {
+        name: read_json(path / name)
+        for name in (
+            "hf_quant_config.json",
+            "quant_model_description.json",
+            "quantize_config.json",
+            "quant_config.json",
+            "quantization_config.json",
+        )
+        if (path / name).is_file()
+    }
+    return Checkpoint(path, config, _read_headers(path), documents)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; InputError when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise _broken(path, f"is not readable JSON: {error}", "checkpoint.bad_json") from error
+    if not isinstance(value, dict):
+        raise _broken(path, f"holds a {type(value).__name__}, not an object", "checkpoint.bad_json")
+    return value
+
+
+def _read_headers(path: Path) -> dict[str, TensorInfo]:
+    index_files = sorted(path.glob(f"*{INDEX_SUFFIX}"))
+    if index_files:
+        return _read_indexed(path, index_files[0])
+    shards = sorted(path.glob("*.safetensors"))
+    if not shards:
+        others = sorted(p.name for p in path.glob("*.bin")) + sorted(
+            p.name for p in path.glob("*.pt*")
+        )
+        found = f" (found {', '.join(others)}, which can run code when read)" if others else ""
+        raise InputError(
+            f"{path} has a config.json but no *.safetensors weights{found}.",
+            hint="download or convert the weights to safetensors",
+            code="checkpoint.no_weights",
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in read_header(shard).items():
+            if name in tensors:
+                raise _broken(
+                    shard,
+                    f"holds tensor {name}, which {tensors[name].file.name} holds too",
+                    "checkpoint.duplicate_tensor",
+                )
+            tensors[name] = info
+    return tensors
+
+
+def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _broken(index_file, "has no weight_map", "checkpoint.bad_index")
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for shard_name in sorted({str(name) for name in weight_map.values()}):
+        shard = path / shard_name
+        if Path(shard_name).name != shard_name or shard_name in ("", ".", ".."):
+            raise _broken(
+                index_file,
+                f"names a shard outside of the directory: {shard_name!r}",
+                "checkpoint.index_escapes",
+            )
+        if not shard.is_file():
+            raise _broken(
+                index_file,
+                f"lists the shard {shard_name}, which is absent",
+                "checkpoint.missing_shard",
+            )
+        headers[shard_name] = read_header(shard)
+    for name, shard_name in weight_map.items():
+        info = headers[str(shard_name)].get(name)
+        if info is None:
+            raise _broken(
+                index_file,
+                f"places tensor {name} in {shard_name}, which does not hold it",
+                "checkpoint.index_mismatch",
+            )
+        tensors[name] = info
+    for shard_name, header in headers.items():
+        stray = sorted(name for name in header if str(weight_map.get(name)) != shard_name)
+        if stray:
+            raise _broken(
+                index_file,
+                f"does not place {stray[0]} (and {len(stray) - 1} more) in {shard_name}, "
+                "which holds it",
+                "checkpoint.index_mismatch",
+            )
+    return tensors
+
+
+def read_header(shard: Path) -> dict[str, TensorInfo]:
+    """Parse and check one safetensors header (https://github.com/huggingface/safetensors#format)."""
+    size = shard.stat().st_size
+    with shard.open("rb") as handle:
+        prefix = handle.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if len(prefix) < 8 or length > MAX_HEADER or 8 + length > size:
+            raise _broken(
+                shard,
+                f"is truncated or not safetensors ({size} bytes, header of {length})",
+                "checkpoint.truncated",
+            )
+        try:
+            header = json.loads(handle.read(length))
+        except ValueError as error:
+            raise _broken(
+                shard, f"has an unreadable header: {error}", "checkpoint.bad_header"
+            ) from error
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _broken(
+                shard, f"has a bad entry for {name}: {error!r}", "checkpoint.bad_header"
+            ) from error
+        if dtype not in DTYPE_BITS:
+            raise _broken(shard, f"stores {name} as unknown {dtype}", "checkpoint.bad_header")
+        wanted = prod(shape) * DTYPE_BITS[dtype] // 8
+        if min(shape, default=0) < 0 or end - start != wanted:
+            raise _broken(
+                shard,
+                f"gives {end - start} bytes to {name}, but {dtype}{list(shape)} needs {wanted}",
+                "checkpoint.bad_header",
+            )
+        if end > size or start < 8 + length:
+            raise _broken(
+                shard,
+                f"is truncated: {name} ends at byte {end}, the file at {size}",
+                "checkpoint.truncated",
+            )
+        tensors[name] = TensorInfo(name, dtype, shape, shard, start, end)
+    return tensors
+
+
+def _broken(file: Path, what: str, code: str) -> InputError:
+    return InputError(
+        f"{file} {what}.", hint=f"download or copy {file.name} again, then retry", code=code
+    )

@@ -1,0 +1,217 @@
+"""What a tensor of a checkpoint is, from its name, shape and the config alone (standard library).
+
+No model class is loaded: the parts of a network that must stay in 16 bit (embeddings, output head,
+routers, norms, vision and audio towers, multi-token-prediction layers) are found by structure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+Kind = Literal[
+    "linear", "experts", "head", "embedding", "router", "tower", "mtp", "norm", "other"
+]  # fmt: skip
+
+PRESETS: dict[str, Kind] = {
+    "@head": "head",
+    "@embeddings": "embedding",
+    "@routers": "router",
+    "@towers": "tower",
+    "@mtp": "mtp",
+}
+"""Names for parts of a network that an ignore list may use."""
+
+FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+"""Siblings that serving engines merge into one linear layer."""
+
+_HEADS = {"lm_head", "output", "embed_out", "output_layer", "score", "head"}
+_ROUTERS = {"router", "shared_expert_gate", "gate_up_router", "wg"}
+_SMALL_GATES = {"in_proj_a", "in_proj_b", "in_proj_ba"}
+_TOWERS = {
+    "visual", "vision_tower", "vision_model", "vision_encoder", "vision_embed_tokens", "vit",
+    "multi_modal_projector", "mm_projector", "embed_vision", "image_newline", "resampler",
+    "audio_tower", "audio_model", "audio_encoder", "embed_audio", "aligner", "connector",
+    "token2wav", "code2wav",
+}  # fmt: skip
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Module:
+    """One weight-carrying module of a 16-bit checkpoint.
+
+    `shape` is [out, in], or [experts, rows, columns] for a fused expert tensor; `tensor` is the
+    weight's own name in the file.
+    """
+
+    name: str
+    kind: Kind
+    tensor: str
+    shape: tuple[int, ...]
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config: itself, or nested in a multi-modal one."""
+    for key in ("text_config", "llm_config", "language_config"):
+        nested = config.get(key)
+        if isinstance(nested, dict) and "hidden_size" in nested:
+            return nested
+    thinker = config.get("thinker_config")
+    if isinstance(thinker, dict):
+        return text_config(thinker)
+    return config
+
+
+def expert_count(config: Mapping[str, Any]) -> int:
+    """Routed experts a layer, 0 for a dense model."""
+    text = text_config(config)
+    for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+        value = text.get(key)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 0
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the output head shares the embedding's weight.
+
+    The outermost statement counts; Transformers' default is True for configs that are silent in
+    families that tie (Gemma), and False for the others.
+    """
+    for level in (config, text_config(config)):
+        if isinstance(level.get("tie_word_embeddings"), bool):
+            return bool(level["tie_word_embeddings"])
+    return str(text_config(config).get("model_type", "")).startswith("gemma")
+
+
+def classify(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[Module]:
+    """Every module with a weight, in the checkpoint's order, with its kind.
+
+    `shapes` maps tensor names to the unpacked shapes of a 16-bit checkpoint.
+    """
+    parents_of_experts = {
+        name.split(".experts.")[0] for name in shapes if ".experts." in name
+    }  # fmt: skip
+    context = _Context(
+        vocabulary=_integer(text_config(config).get("vocab_size")),
+        experts=expert_count(config),
+        layers=_integer(text_config(config).get("num_hidden_layers")),
+        expert_parents=parents_of_experts,
+    )
+    found = []
+    for tensor, shape in shapes.items():
+        name = _module_of(tensor, shape)
+        if name is not None:
+            found.append(Module(name, _kind(name, shape, context), tensor, shape))
+    return found
+
+
+def linear_modules(modules: Iterable[Module]) -> list[Module]:
+    """The modules that a scheme could apply to: 2-D weights and fused experts, of any kind."""
+    return [m for m in modules if len(m.shape) >= 2 and m.kind not in ("norm", "other")]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether an ignore or override entry names a module.
+
+    `re:` entries are regular expressions matched from the start (compressed-tensors' rule); others
+    are exact names, or globs when they hold a wildcard.
+    """
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return name == pattern or (any(c in pattern for c in "*?[") and fnmatchcase(name, pattern))
+
+
+def ignored_by(module: Module, entries: Iterable[str]) -> str | None:
+    """The first entry (preset or pattern) that keeps the module in 16 bit, or None."""
+    for entry in entries:
+        if entry in PRESETS:
+            if module.kind == PRESETS[entry]:
+                return entry
+        elif matches(module.name, entry):
+            return entry
+    return None
+
+
+def fused_groups(names: Collection[str]) -> list[tuple[str, ...]]:
+    """Modules that engines merge into one, as tuples of full names (two or more members)."""
+    present = set(names)
+    groups = []
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        for group in FUSED_GROUPS:
+            if leaf == group[0]:
+                siblings = (f"{parent}.{member}" if parent else member for member in group)
+                members = tuple(s for s in siblings if s in present)
+                if len(members) > 1:
+                    groups.append(members)
+    return groups
+
+
+def layer_index(name: str) -> int | None:
+    """The decoder layer a module belongs to, None for those outside of the stack."""
+    found = _LAYER.search(name)
+    return int(found.group(1)) if found else None
+
+
+@dataclass(frozen=True)
+class _Context:
+    vocabulary: int
+    experts: int
+    layers: int
+    expert_parents: set[str]
+
+
+def _module_of(tensor: str, shape: tuple[int, ...]) -> str | None:
+    if tensor.endswith(".weight"):
+        return tensor[: -len(".weight")]
+    leaf = tensor.rpartition(".")[2]
+    if len(shape) == 3 and leaf in ("gate_up_proj", "down_proj", "gate_proj", "up_proj"):
+        return tensor
+    return None
+
+
+def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
+    parts = name.split(".")
+    leaf, parent = parts[-1], ".".join(parts[:-1])
+    if not _TOWERS.isdisjoint(parts):
+        return "tower"
+    index = layer_index(name)
+    beyond = index is not None and 0 < context.layers <= index
+    if "mtp" in parts or "nextn" in parts or beyond:
+        return "mtp" if len(shape) >= 2 else "norm"
+    if len(shape) == 3:
+        expert_like = ".experts" in name or leaf in ("gate_up_proj", "down_proj")
+        return "experts" if expert_like else "other"
+    if len(shape) == 1:
+        return "norm" if "norm" in leaf or leaf.startswith("ln") else "other"
+    if len(shape) != 2:
+        return "other"
+    if leaf in _HEADS and (index is None):
+        return "head"
+    if "embed" in name.lower() or leaf in ("wte", "wpe", "tok_embeddings"):
+        return "embedding"
+    if index is None and context.vocabulary and shape[0] == context.vocabulary:
+        return "embedding"
+    beside_experts = parent in context.expert_parents and leaf != "experts"
+    routes = beside_experts and shape[0] in (context.experts, 1)
+    if leaf in _ROUTERS | _SMALL_GATES or leaf == "gate" or routes:
+        return "router"
+    return "linear"
+
+
+def _integer(value: object) -> int:
+    return value if isinstance(value, int) else 0
