@@ -1,0 +1,23 @@
+"""Shared fixtures: the real demo model, and a copy cut to three layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import cut_layers
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """SmolLM2-135M in BF16, 30 layers (converted once, then cached)."""
+    from quantkit.demo import demo_model as build
+
+    return build()
+
+
+@pytest.fixture(scope="session")
+def small_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first three layers of the demo model: real weights, seconds instead of minutes."""
+    return cut_layers(demo_model, tmp_path_factory.mktemp("models") / "small", 3)

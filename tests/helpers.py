@@ -1,0 +1,57 @@
+"""What several tests need: cutting, copying and damaging real checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantkit.checkpoint import is_sidecar
+from quantkit.modules import layer_index
+
+
+def cut_layers(source: Path, target: Path, layers: int) -> Path:
+    """A copy of a one-file model that keeps its first `layers` decoder layers."""
+    target.mkdir(parents=True)
+    config = json.loads((source / "config.json").read_text())
+    config["num_hidden_layers"] = layers
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    tensors = load_file(source / "model.safetensors")
+    kept = {
+        name: tensor for name, tensor in tensors.items() if (layer_index(name) or 0) < layers
+    }  # fmt: skip
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    for path in source.iterdir():
+        if is_sidecar(path.name):
+            shutil.copy(path, target / path.name)
+    return target
+
+
+def copy_checkpoint(source: Path, target: Path) -> Path:
+    """A writable copy of a checkpoint directory."""
+    shutil.copytree(source, target)
+    return target
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON file in place."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value, indent=2))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a one-file checkpoint in place."""
+    file = directory / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        file,
+        metadata={"format": "pt"},
+    )
