@@ -7,7 +7,7 @@ routers, norms, vision and audio towers, multi-token-prediction layers) are foun
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -15,15 +15,6 @@ from typing import Any, Literal
 Kind = Literal[
     "linear", "experts", "head", "embedding", "router", "tower", "mtp", "norm", "other"
 ]  # fmt: skip
-
-PRESETS: dict[str, Kind] = {
-    "@head": "head",
-    "@embeddings": "embedding",
-    "@routers": "router",
-    "@towers": "tower",
-    "@mtp": "mtp",
-}
-"""Names for parts of a network that an ignore list may use."""
 
 FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
@@ -61,6 +52,21 @@ class Module:
     kind: Kind
     tensor: str
     shape: tuple[int, ...]
+
+
+_MLP_PARENTS = {"mlp", "ffn", "feed_forward", "block_sparse_moe", "experts", "shared_expert"}
+
+PRESETS: dict[str, Callable[[Module], bool]] = {
+    "@linear": lambda m: m.kind in ("linear", "experts"),
+    "@mlp": lambda m: not _MLP_PARENTS.isdisjoint(m.name.split(".")),
+    "@attention": lambda m: "attn" in m.name or "attention" in m.name,
+    "@head": lambda m: m.kind == "head",
+    "@embeddings": lambda m: m.kind == "embedding",
+    "@routers": lambda m: m.kind == "router",
+    "@towers": lambda m: m.kind == "tower",
+    "@mtp": lambda m: m.kind == "mtp",
+}
+"""Names for parts of a network that a recipe's `targets` and `ignore` may use."""
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -135,13 +141,11 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or (any(c in pattern for c in "*?[") and fnmatchcase(name, pattern))
 
 
-def ignored_by(module: Module, entries: Iterable[str]) -> str | None:
-    """The first entry (preset or pattern) that keeps the module in 16 bit, or None."""
+def named_by(module: Module, entries: Iterable[str]) -> str | None:
+    """The first entry (preset or pattern) of a list that names the module, or None."""
     for entry in entries:
-        if entry in PRESETS:
-            if module.kind == PRESETS[entry]:
-                return entry
-        elif matches(module.name, entry):
+        preset = PRESETS.get(entry)
+        if preset(module) if preset else matches(module.name, entry):
             return entry
     return None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import cut_layers
+
+os.environ.setdefault("QUANTKIT_CACHE", str(Path(__file__).parent.parent / ".cache"))
 
 
 @pytest.fixture(scope="session")
