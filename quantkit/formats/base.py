@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from quantkit.schemes import NumberFormat, Scheme
 
@@ -21,16 +21,32 @@ Role = Literal[
     "scale_e8m0",  # power-of-two exponents, biased by 127
     "global_scale",  # one a tensor, multiplies the scales
     "global_scale_inverse",  # one a tensor, divides the scales (compressed-tensors NVFP4)
+    "cast_scale",  # one a tensor, used by kernels that cast the dequantized weight to FP8
     "zero_point",
     "group_index",  # g_idx: the group of each input column (act-order)
     "shape",  # the unpacked shape
     "input_scale",  # static activation scale
-    "input_global_scale",
+    "input_global_scale",  # multiplies the activation's group scales
+    "input_global_scale_inverse",  # divides them (compressed-tensors NVFP4)
     "input_zero_point",
     "input_multiplier",  # per input channel, applied to the activations (pre_quant_scale)
     "offset",  # anything additive of the Ascend layout (scale_bias, deq offsets, quant_bias)
     "bias",
 ]
+
+KV_CACHE_SUFFIXES = frozenset(
+    {
+        "k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point",
+        "k_global_scale", "v_global_scale", "q_global_scale", "k_bias", "v_bias",
+        "kv_cache_scale", "kv_cache_offset", "kv_scale", "prob_output_scale",
+    }
+)  # fmt: skip
+"""Last name parts of KV-cache (and attention) scales; they belong to no linear layer."""
+
+
+def is_kv_cache_tensor(name: str) -> bool:
+    """Whether a tensor of this name is a KV-cache scale, offset or zero point."""
+    return name.rpartition(".")[2] in KV_CACHE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -50,12 +66,15 @@ class LayerSpec:
     """One quantized linear layer, as the checkpoint's config declares it.
 
     `packing` is the layout's own variant name (e.g. "pack-quantized"); `shape` is the unpacked
-    [out, in].
+    [out, in], of one expert where `experts` > 0: a fused 3-D tensor of that many. `transposed`
+    says that a fused tensor is stored [experts, in, out].
     """
 
     scheme: Scheme
     packing: str
     shape: tuple[int, int]
+    experts: int = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,8 +92,9 @@ class Declaration:
     """What the configuration files say about every linear module of the checkpoint.
 
     `layers` are the modules declared quantized, `ignored` those that an ignore entry keeps
-    (module → entry), `undeclared` those that no target and no ignore entry names (they are 16 bit by
-    silence). `unmatched` are ignore entries that name nothing in the checkpoint.
+    (module → entry), `undeclared` those that no target and no ignore entry names (16 bit by
+    silence). `unmatched` are ignore entries that name nothing in the checkpoint; the output head
+    of a tied model is no such entry. `kv_cache` is "none" or the cache's element ("fp8", …).
     """
 
     quant_method: str
@@ -90,7 +110,8 @@ class Declaration:
 class QuantWeight:
     """The canonical quantized weight. With g = the scale's group of a column:
 
-        W[o, i] = (code(q[o, i]) - zero_point[o, g]) * scale[o, g] * global_scale * input_multiplier[i]
+        W[o, i] = (code(q[o, i]) - zero_point[o, g]) * scale[o, g] * global_scale
+                  * input_multiplier[i]
 
     q: [out, in]; integer codes in any integer dtype, float8_e4m3fn for FP8, uint8 holding one E2M1
        code (0 … 15) an element for FP4.
@@ -123,16 +144,28 @@ class Format(Protocol):
         """Whether the checkpoint's configuration is of this layout."""
 
     def declare(self, checkpoint: Checkpoint) -> Declaration:
-        """Read the configuration against the checkpoint's tensor names; reads no weights."""
+        """Read the configuration against tensor names and headers; reads no weights.
+
+        Raises InputError (`format.*`) for a configuration that cannot be understood.
+        """
 
     def expected(self, spec: LayerSpec) -> dict[str, TensorSpec]:
         """Tensor suffix (e.g. "weight_scale") → what a layer of `spec` must hold there."""
 
     def quant_suffixes(self) -> frozenset[str]:
-        """Suffixes whose presence marks a module as quantized in this layout (not `weight`, `bias`)."""
+        """Suffixes that mark a module as quantized in this layout (not `weight`, `bias`)."""
 
     def read(self, tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> QuantWeight:
-        """Tensors by suffix → the canonical weight."""
+        """Tensors by suffix → the canonical weight (of one expert: see `inventory.expert`)."""
+
+
+class WritableFormat(Format, Protocol):
+    """A layout that this package also writes."""
 
     def write(self, weight: QuantWeight, spec: LayerSpec) -> dict[str, torch.Tensor]:
-        """The canonical weight → tensors by suffix; `read(write(w)) == w`."""
+        """The canonical weight → tensors by suffix; `read(write(w))` is `w`."""
+
+    def config(
+        self, layers: Mapping[str, LayerSpec], ignore: tuple[str, ...], targets: tuple[str, ...]
+    ) -> dict[str, Any]:
+        """`quantization_config` for these layers; `ignore` names what stays in 16 bit."""

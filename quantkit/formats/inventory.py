@@ -1,0 +1,246 @@
+"""A quantized checkpoint's tensors sorted by module, and its configuration's name patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import translate
+from typing import TYPE_CHECKING, Any, Literal
+
+from quantkit.formats.base import LayerSpec, TensorSpec, is_kv_cache_tensor
+from quantkit.modules import Module, classify, is_tied, linear_modules, text_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantkit.checkpoint import Checkpoint, TensorInfo
+
+FUSED_LEAVES = ("gate_up_proj", "down_proj", "gate_proj", "up_proj")
+WEIGHT_SUFFIXES = ("weight", "weight_packed", "qweight")
+
+Parts = Mapping[str, "TensorInfo"]
+"""The tensors of one module, by suffix."""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """`modules`: name → suffix → header; `prefixes`: every module and parent of a module."""
+
+    modules: Mapping[str, Parts]
+    prefixes: frozenset[str]
+
+    def fused(self, module: str) -> bool:
+        """Whether the module is a fused 3-D expert tensor."""
+        weight = self.modules[module].get("weight")
+        return weight is not None and weight.name == module
+
+
+def take(checkpoint: Checkpoint, suffixes: frozenset[str]) -> Inventory:
+    """Sort the tensors of a checkpoint by module.
+
+    A tensor is `module.suffix`; a fused expert tensor is its module's name, and its companions
+    `module_suffix` (ModelOpt). KV-cache scales belong to no module.
+    """
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    prefixes: set[str] = set()
+    for name, info in checkpoint.tensors.items():
+        module, suffix = _split(name, len(info.shape), suffixes)
+        if suffix and not is_kv_cache_tensor(name):
+            modules.setdefault(module, {})[suffix] = info
+        while module and module not in prefixes:
+            prefixes.add(module)
+            module = module.rpartition(".")[0]
+    return Inventory(modules, frozenset(prefixes))
+
+
+def tensor_name(module: str, suffix: str, spec: LayerSpec) -> str:
+    """The full name of a declared layer's tensor (the inverse of `take`)."""
+    if spec.experts:
+        return module if suffix == "weight" else f"{module}_{suffix}"
+    return f"{module}.{suffix}"
+
+
+def linears(
+    inventory: Inventory,
+    config: Mapping[str, Any],
+    unpacked: Callable[[str, Parts], tuple[int, ...] | None],
+) -> list[Module]:
+    """The modules that a configuration may declare, with their unpacked shapes.
+
+    `unpacked` gives a module's weight shape as a 16-bit checkpoint would hold it. Embeddings are
+    included: some layouts name them.
+    """
+    shapes = {}
+    for module, parts in inventory.modules.items():
+        shape = unpacked(module, parts)
+        if shape is not None:
+            shapes[module if inventory.fused(module) else f"{module}.weight"] = shape
+    modules = linear_modules(classify(shapes, config))
+    return [m for m in modules if len(m.shape) == 2 or m.kind == "experts"]
+
+
+def widen_input(
+    name: str, shape: tuple[int, ...], factor: int, config: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """The shape with its input dimension `factor` times as long (codes packed along it)."""
+    wide = (*shape[:-1], shape[-1] * factor)
+    if len(shape) != 3 or not _input_first(name, wide, config):
+        return wide
+    return (shape[0], shape[1] * factor, shape[2])
+
+
+def layer_spec(
+    module: Module, config: Mapping[str, Any], scheme: Callable[[tuple[int, int]], LayerSpec]
+) -> LayerSpec:
+    """`scheme`'s spec for a module; fused experts get their count and orientation."""
+    if len(module.shape) == 2:
+        return scheme((module.shape[0], module.shape[1]))
+    experts, rows, columns = module.shape
+    transposed = _input_first(module.name, module.shape, config)
+    spec = scheme((columns, rows) if transposed else (rows, columns))
+    return LayerSpec(spec.scheme, spec.packing, spec.shape, experts, transposed)
+
+
+def fused(expected: dict[str, TensorSpec], spec: LayerSpec) -> dict[str, TensorSpec]:
+    """`expected` of one expert → of the fused tensor (a leading dimension, perhaps transposed)."""
+    if not spec.experts:
+        return expected
+
+    def widen(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        stacked = (spec.experts, *(reversed(shape) if spec.transposed else shape))
+        scalar = not shape or shape == (1,)
+        return [stacked, shape, (spec.experts, 1, 1)] if scalar else [stacked]
+
+    return {
+        suffix: TensorSpec(
+            tensor.role,
+            tensor.dtypes,
+            tuple(dict.fromkeys(new for shape in tensor.shapes for new in widen(shape))),
+            tensor.required,
+        )
+        for suffix, tensor in expected.items()
+    }
+
+
+def expert(
+    tensors: Mapping[str, torch.Tensor], spec: LayerSpec, index: int
+) -> dict[str, torch.Tensor]:
+    """The tensors of one expert of a fused layer, as `read` takes them."""
+    assert spec.experts, "not a fused layer"
+    result = {}
+    for suffix, tensor in tensors.items():
+        shared = not tensor.dim() or tensor.shape[0] != spec.experts
+        one = tensor if shared else tensor[index]
+        result[suffix] = one.T if spec.transposed and one.dim() == 2 else one
+    return result
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A name pattern of a configuration: how `text` matches is what `kind` says."""
+
+    entry: str
+    kind: Literal["exact", "path", "prefix", "regex"]
+    """`path`: a run of whole name parts anywhere in the name, as engines read ModelOpt's lists."""
+    text: str
+
+
+@dataclass
+class Matcher:
+    """Finds which entry of a (possibly long) list names a module, the list's order first."""
+
+    patterns: list[Pattern]
+    exact: dict[str, int] = field(default_factory=dict)
+    path: dict[str, int] = field(default_factory=dict)
+    prefix: dict[str, int] = field(default_factory=dict)
+    regex: list[tuple[int, re.Pattern[str]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for index, pattern in enumerate(self.patterns):
+            if pattern.kind == "regex":
+                self.regex.append((index, re.compile(pattern.text)))
+            else:
+                table = {"exact": self.exact, "path": self.path, "prefix": self.prefix}
+                table[pattern.kind].setdefault(pattern.text, index)
+
+    def indices(self, name: str) -> list[int]:
+        """Positions of every entry that names `name`."""
+        found = [self.exact[name]] if name in self.exact else []
+        if self.path:
+            parts = name.split(".")
+            ends = range(len(parts), 0, -1)
+            runs = (".".join(parts[start:end]) for end in ends for start in range(end))
+            found += [self.path[run] for run in runs if run in self.path]
+        if self.prefix:
+            starts = (name[:end] for end in range(len(name) + 1))
+            found += [self.prefix[start] for start in starts if start in self.prefix]
+        found += [index for index, regex in self.regex if regex.match(name)]
+        return sorted(found)
+
+    def entry(self, name: str) -> str | None:
+        """The first entry that names `name`."""
+        found = self.indices(name)
+        return self.patterns[found[0]].entry if found else None
+
+    def unmatched(self, inventory: Inventory, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Entries that name no module (nor parent) of the checkpoint nor its tied head."""
+        left = {pattern.entry: None for pattern in self.patterns}
+        names = set(inventory.prefixes)
+        if is_tied(config):
+            names |= {"lm_head", "language_model.lm_head", "model.lm_head", "output"}
+        for name in names:
+            for index in self.indices(name):
+                left.pop(self.patterns[index].entry, None)
+        return tuple(left)
+
+
+def glob_pattern(entry: str) -> Pattern:
+    """A shell wildcard, anchored at both ends (a trailing star alone is fast), or a module path."""
+    head = entry[:-1]
+    if entry.endswith("*") and not any(c in head for c in "*?["):
+        return Pattern(entry, "prefix", head)
+    if any(c in entry for c in "*?["):
+        return Pattern(entry, "regex", translate(entry))
+    return Pattern(entry, "path", entry)
+
+
+def sort_modules(
+    modules: Iterable[Module],
+    ignore: Callable[[str], str | None],
+    target: Callable[[Module], LayerSpec | None],
+) -> tuple[dict[str, LayerSpec], dict[str, str], tuple[str, ...]]:
+    """Split modules into declared, ignored (with the entry) and undeclared."""
+    layers: dict[str, LayerSpec] = {}
+    ignored: dict[str, str] = {}
+    undeclared = []
+    for module in modules:
+        entry = ignore(module.name)
+        spec = None if entry is not None else target(module)
+        if entry is not None:
+            ignored[module.name] = entry
+        elif spec is not None:
+            layers[module.name] = spec
+        else:
+            undeclared.append(module.name)
+    return layers, ignored, tuple(undeclared)
+
+
+def _input_first(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
+    """Whether a fused [experts, ?, ?] tensor holds the input dimension before the output's."""
+    hidden = text_config(config).get("hidden_size")
+    output_last = shape[2] == hidden if name.endswith("down_proj") else shape[2] != hidden
+    return output_last and shape[1] != shape[2]
+
+
+def _split(name: str, dimensions: int, suffixes: frozenset[str]) -> tuple[str, str]:
+    parent, _, leaf = name.rpartition(".")
+    if leaf in suffixes or leaf in ("weight", "bias"):
+        return parent, leaf
+    for stem in FUSED_LEAVES:
+        if leaf == stem and dimensions == 3:
+            return name, "weight"
+        suffix = leaf.removeprefix(f"{stem}_")
+        if suffix != leaf and suffix in suffixes | {"bias"}:
+            return name[: -len(suffix) - 1], suffix
+    return parent, ""
