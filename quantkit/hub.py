@@ -86,7 +86,7 @@ def hub_error(error: Exception, what: str, offline_hint: str) -> InputError:
     if isinstance(error, RepositoryNotFoundError):
         return InputError(
             f"{what} is neither here nor on the hub (or it is private).",
-            hint="check the spelling; for a private repository set HF_TOKEN (or run: hf auth login)",
+            hint="check the spelling; for a private one set HF_TOKEN (or run: hf auth login)",
             code="hub.not_found",
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

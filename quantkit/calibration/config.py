@@ -1,0 +1,194 @@
+"""A calibration as data: which sources, how much of each, how they become samples."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Source(_Strict):
+    """What every source has.
+
+    `weight` is its share of the samples, in proportion to the other sources' weights; documents
+    of fewer than `min_tokens` tokens are left out (and counted); text longer than
+    `passage_chars` characters is cut at line or word ends into passages of at most that length,
+    so that samples come from all over a long document. `without_template` says what a
+    conversation becomes when the model has no chat template.
+    """
+
+    weight: float = Field(1.0, gt=0)
+    min_tokens: int = Field(1, ge=1)
+    passage_chars: int | None = Field(None, ge=200)
+    without_template: Literal["error", "plain"] = "error"
+
+
+class _NamedTexts(_Source):
+    """Texts with a name. `prompt` makes each a conversation: the user says the prompt, in which
+    {name} is the text's name, and the assistant answers with the text."""
+
+    match: str = ""
+    prompt: str | None = None
+
+    @field_validator("match")
+    @classmethod
+    def _pattern(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _only_name(cls, value: str | None) -> str | None:
+        if value is not None and re.search(r"[{}]", value.replace("{name}", "")):
+            raise ValueError("only {name} may stand in braces")
+        return value
+
+
+class PackageSource(_NamedTexts):
+    """Text files of an installed Python package whose file names contain a match of `match`."""
+
+    type: Literal["package"]
+    package: str = Field(pattern=r"^[A-Za-z_]\w*$")
+    files: str
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        path = PurePosixPath(value)
+        if not path.parts or path.is_absolute() or ".." in path.parts:
+            raise ValueError("must be a file name pattern inside the package, such as data/*.txt")
+        return value
+
+    @property
+    def label(self) -> str:
+        return f"package {self.package}"
+
+
+class StdlibSource(_NamedTexts):
+    """Text that comes with Python: `topics` are the language reference's sections
+    (pydoc_data.topics), `source` the top-level modules' source code."""
+
+    type: Literal["stdlib"]
+    part: Literal["topics", "source"]
+
+    @property
+    def label(self) -> str:
+        return f"standard library {self.part}"
+
+
+class _Rows(_Source):
+    """Rows with a text in `text_field` (default: text), or with a conversation in
+    `messages_field`: a list of {role, content}."""
+
+    text_field: str | None = None
+    messages_field: str | None = None
+
+    @model_validator(mode="after")
+    def _one_field(self) -> _Rows:
+        if self.text_field and self.messages_field:
+            raise ValueError("give text_field or messages_field, not both")
+        if self.messages_field and self.passage_chars:
+            raise ValueError("passage_chars cuts texts; conversations stay whole")
+        return self
+
+    @property
+    def field(self) -> str:
+        return self.messages_field or self.text_field or "text"
+
+
+class FileSource(_Rows):
+    """A local file, or several (`*` in `path`); relative to the calibration file's directory.
+
+    A .txt file is one document; the others have rows.
+    """
+
+    type: Literal["file"]
+    path: str
+
+    @field_validator("path")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if not value.lower().endswith(DATA_SUFFIXES):
+            raise ValueError(f"must end in {', '.join(DATA_SUFFIXES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _no_field(self) -> FileSource:
+        if self.path.lower().endswith(".txt") and (self.text_field or self.messages_field):
+            raise ValueError("a .txt file has no fields")
+        return self
+
+    @property
+    def label(self) -> str:
+        return f"file {PurePosixPath(self.path).name}"
+
+
+class HubSource(_Rows):
+    """A data set on the Hugging Face hub, streamed with `datasets`."""
+
+    type: Literal["hub"]
+    name: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    config: str | None = None
+    split: str = "train"
+    revision: str = "main"
+
+    @property
+    def label(self) -> str:
+        return f"hub {self.name}"
+
+
+Source = Annotated[
+    PackageSource | StdlibSource | FileSource | HubSource, Field(discriminator="type")
+]
+SOURCE_TYPES: dict[str, type[BaseModel]] = {
+    "package": PackageSource,
+    "stdlib": StdlibSource,
+    "file": FileSource,
+    "hub": HubSource,
+}
+
+
+class CalibrationConfig(_Strict):
+    """A mixture of sources and the shape of its samples.
+
+    `short` says what becomes of documents shorter than `sequence_length`: `pack` concatenates
+    documents (end-of-text token between), `pad` makes each its own sample, padded on the right
+    and masked, `drop` leaves them out and counts them. Fewer samples than asked for is an error
+    unless `allow_fewer`.
+    """
+
+    schema_version: Literal[1] = 1
+    name: str
+    description: str = ""
+    licence: str = "unknown"
+    samples: int = Field(128, gt=0)
+    sequence_length: int = Field(512, ge=8)
+    seed: int = Field(0, ge=0)
+    short: Literal["pack", "pad", "drop"] = "pack"
+    allow_fewer: bool = False
+    sources: list[Source] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _a_sample_each(self) -> CalibrationConfig:
+        if self.samples < len(self.sources):
+            raise ValueError(f"samples = {self.samples} for {len(self.sources)} sources")
+        return self
+
+    def stored(self) -> dict[str, Any]:
+        """The resolved mixture without directories of this machine."""
+        data = self.model_dump()
+        for source in data["sources"]:
+            if "path" in source:
+                source["path"] = PurePosixPath(source["path"]).name
+        return data

@@ -1,0 +1,117 @@
+"""The token file: safetensors with `input_ids` and `attention_mask`, and JSON beside it.
+
+Both tensors are int64 [samples, length]. The JSON says how the tokens came about; it is written
+last, so that a token file with its JSON is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Ids = NDArray[np.int64]
+
+SUMMARY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A finished token file; `tokens` counts those that are not padding."""
+
+    path: Path
+    digest: str
+    samples: int
+    length: int
+    tokens: int
+    summary: dict[str, Any]
+
+    def arrays(self) -> tuple[Ids, Ids]:
+        """`input_ids` and `attention_mask`, int64 [samples, length]."""
+        from safetensors.numpy import load_file
+
+        tensors = load_file(self.path)
+        return tensors["input_ids"], tensors["attention_mask"]
+
+
+def tokens_digest(ids: Ids, mask: Ids) -> str:
+    """SHA-256 over the little-endian int64 bytes of the ids, then of the mask, row by row."""
+    total = hashlib.sha256()
+    for array in (ids, mask):
+        total.update(array.astype("<i8", order="C", copy=False).tobytes())
+    return total.hexdigest()
+
+
+def write_token_file(path: Path, ids: Ids, mask: Ids, summary: dict[str, Any]) -> TokenFile:
+    """Write tokens and summary; readers, and other writers of the same tokens, see whole files.
+
+    Raises InputError when the directory cannot be written.
+    """
+    from safetensors.numpy import save
+
+    digest = tokens_digest(ids, mask)
+    samples, length = ids.shape
+    summary = {
+        "schema_version": SUMMARY_VERSION,
+        "digest": digest,
+        "samples": samples,
+        "length": length,
+        "tokens": int(mask.sum()),
+        **summary,
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, save({"input_ids": ids, "attention_mask": mask}, {"digest": digest}))
+        text = json.dumps(summary, indent=2, ensure_ascii=False)
+        _replace(path.with_suffix(".json"), text.encode())
+    except OSError as error:
+        raise InputError(
+            f"The token file {path} cannot be written: {error.strerror or error}.",
+            hint="free space there, or set QUANTKIT_CACHE to a directory that can be written",
+            code="calibration.cache_unwritable",
+        ) from error
+    return _token_file(path, summary)
+
+
+def read_token_file(path: Path) -> TokenFile | None:
+    """A token file that is complete and whose tokens have the digest that its JSON states."""
+    from safetensors import SafetensorError
+
+    try:
+        summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        found = _token_file(path, summary)
+        ids, mask = found.arrays()
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+    whole = (found.samples, found.length) == ids.shape and tokens_digest(ids, mask) == found.digest
+    return found if whole else None
+
+
+def _token_file(path: Path, summary: dict[str, Any]) -> TokenFile:
+    return TokenFile(
+        path=path,
+        digest=summary["digest"],
+        samples=summary["samples"],
+        length=summary["length"],
+        tokens=summary["tokens"],
+        summary=summary,
+    )
+
+
+def _replace(path: Path, content: bytes) -> None:
+    staged = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        staged.write_bytes(content)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
