@@ -22,8 +22,14 @@ from quantkit.job import STATE_NOTE
 MAX_PICKLE_BYTES = 1 << 28
 CHUNK = 1 << 22
 
-_DTYPES = ["bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"]
-_STORAGES = ["Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double", "Untyped"]  # fmt: skip
+_DTYPES = (
+    "bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "float16",
+    "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu",
+)  # fmt: skip
+_STORAGES = (
+    "Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double",
+    "Untyped",
+)  # fmt: skip
 ALLOWED_GLOBALS = frozenset(
     {
         "collections.OrderedDict",
@@ -47,21 +53,32 @@ _INDIRECT = frozenset(
 )
 """Opcodes that name callables in ways torch.save (protocol 2) never writes."""
 
+_NOTE_TYPES = {
+    "schema_version": int, "model": str, "fingerprint": str, "versions": dict, "layers": dict,
+}  # fmt: skip
+
 
 def read_state_note(path: Path) -> dict[str, Any] | None:
     """What quantkit wrote into the file when it saved it; None for a file made elsewhere.
 
-    Keys: `schema_version`, `method`, `layers`, `keep`, `scheme`, `kv_cache`, `options`,
-    `versions`, `calibration`, `folds`, and those of the job's `checkpoint_note`.
-    Raises InputError as `check_state` does.
+    Keys: `schema_version`, `method`, `scheme`, `kv_cache`, `options`, `layers`, `keep`,
+    `versions`, `calibration`, `notes`, and those of the job's `checkpoint_note`, of which `model`
+    and `fingerprint` must be there. Raises InputError as `check_state` does.
     """
     with _open(path) as archive:
         name = f"{_folder(archive, path)}/{STATE_NOTE}"
         if name not in archive.namelist():
             return None
-        with archive.open(name) as handle:
-            note = json.loads(handle.read(MAX_PICKLE_BYTES))
-        return note if isinstance(note, dict) else None
+        _check_record(archive, archive.getinfo(name), path)
+        text = archive.read(name)
+    try:
+        note = json.loads(text)
+        wrong = next((k for k, t in _NOTE_TYPES.items() if not isinstance(note[k], t)), None)
+    except (ValueError, TypeError, LookupError) as error:
+        wrong = str(error)
+    if wrong:
+        raise _corrupt(path, f"in its {STATE_NOTE}: {wrong}")
+    return dict(note)
 
 
 def check_state(path: Path) -> None:
@@ -149,11 +166,7 @@ def _folder(archive: zipfile.ZipFile, path: Path) -> str:
     if len(folders) != 1:
         raise _not_a_state(path, f"holds {len(folders)} folders")
     if len(set(names)) != len(names):
-        raise InputError(
-            f"{path} holds two records of one name.",
-            hint="use a file as torch.save wrote it",
-            code="state.corrupt",
-        )
+        raise _corrupt(path, "by two records of one name")
     return folders.pop()
 
 
@@ -163,11 +176,13 @@ def _check_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: Path)
             while handle.read(CHUNK):
                 pass
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
-        raise InputError(
-            f"{path} is damaged in {record.filename}: {error}",
-            hint="copy it again, or save it again",
-            code="state.corrupt",
-        ) from error
+        raise _corrupt(path, f"in {record.filename}: {error}") from error
+
+
+def _corrupt(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{path} is damaged {what}.", hint="copy it again, or save it again", code="state.corrupt"
+    )
 
 
 def _check_pickle(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: Path) -> None:

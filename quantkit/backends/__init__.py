@@ -1,0 +1,1 @@
+"""Adapters, one a library. They run in the worker and import nothing of ours but `job`."""
