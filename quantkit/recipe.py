@@ -203,7 +203,7 @@ def _apply(data: dict[str, Any], change: str) -> None:
             code="recipe.bad_set",
         )
     try:
-        value = yaml.safe_load(text)
+        value = text if text.startswith("@") else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(
             f"--set {change!r}: the value is not YAML.",
