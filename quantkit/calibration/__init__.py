@@ -7,7 +7,7 @@ one model, `leakage` tells how much of a text those tokens have seen.
 from quantkit.calibration.config import CalibrationConfig
 from quantkit.calibration.heldout import held_out_texts, leakage
 from quantkit.calibration.load import calibration_files, load_calibration
-from quantkit.calibration.tokenfile import TokenFile, read_token_file, tokens_digest
+from quantkit.calibration.tokenfile import TokenFile, read_token_file
 from quantkit.calibration.tokens import build_tokens
 
 __all__ = [
@@ -19,5 +19,4 @@ __all__ = [
     "leakage",
     "load_calibration",
     "read_token_file",
-    "tokens_digest",
 ]

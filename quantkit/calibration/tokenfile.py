@@ -6,7 +6,6 @@ last, so that a token file with its JSON is complete.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import InputError
+from quantkit.job import token_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,8 @@ SUMMARY_VERSION = 1
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A finished token file; `tokens` counts those that are not padding."""
+    """A finished token file; `tokens` counts those that are not padding, `digest` is
+    `quantkit.job.token_digest` over them."""
 
     path: Path
     digest: str
@@ -44,14 +45,6 @@ class TokenFile:
         return tensors["input_ids"], tensors["attention_mask"]
 
 
-def tokens_digest(ids: Ids, mask: Ids) -> str:
-    """SHA-256 over the little-endian int64 bytes of the ids, then of the mask, row by row."""
-    total = hashlib.sha256()
-    for array in (ids, mask):
-        total.update(array.astype("<i8", order="C", copy=False).tobytes())
-    return total.hexdigest()
-
-
 def write_token_file(path: Path, ids: Ids, mask: Ids, summary: dict[str, Any]) -> TokenFile:
     """Write tokens and summary; readers, and other writers of the same tokens, see whole files.
 
@@ -59,7 +52,7 @@ def write_token_file(path: Path, ids: Ids, mask: Ids, summary: dict[str, Any]) -
     """
     from safetensors.numpy import save
 
-    digest = tokens_digest(ids, mask)
+    digest = _digest(ids, mask)
     samples, length = ids.shape
     summary = {
         "schema_version": SUMMARY_VERSION,
@@ -93,8 +86,12 @@ def read_token_file(path: Path) -> TokenFile | None:
         ids, mask = found.arrays()
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-    whole = (found.samples, found.length) == ids.shape and tokens_digest(ids, mask) == found.digest
-    return found if whole else None
+    whole = (found.samples, found.length) == ids.shape == mask.shape
+    return found if whole and _digest(ids, mask) == found.digest else None
+
+
+def _digest(ids: Ids, mask: Ids) -> str:
+    return token_digest(row[seen == 1].tolist() for row, seen in zip(ids, mask, strict=True))
 
 
 def _token_file(path: Path, summary: dict[str, Any]) -> TokenFile:

@@ -55,7 +55,7 @@ class Output:
     def text(self, value: str) -> None:
         """Plain text on stdout; nothing with `--json`."""
         if not self.as_json:
-            self._out.print(value, markup=False)
+            self._out.print(value, markup=False, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """A table on stdout; nothing with `--json`."""
