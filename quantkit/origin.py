@@ -1,4 +1,4 @@
-"""Whether a saved state belongs to the base model and library at hand, and what made it."""
+"""What a saved state was made with: the recipe it remembers, or the plan it amounts to."""
 
 from __future__ import annotations
 
@@ -8,39 +8,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from quantkit.checkpoint import Checkpoint, open_checkpoint
-from quantkit.environments import library_versions
 from quantkit.errors import BackendError, InputError
 from quantkit.formats.registry import detect
 from quantkit.modules import classify, linear_modules
 from quantkit.plan import Plan, plan_of_layers
 from quantkit.recipe import Recipe
 from quantkit.registry import Backend
-
-UNKNOWN_CALIBRATION: dict[str, Any] = {"name": "unknown", "digest": None}
-_MUST_MATCH = ("nvidia-modelopt",)
-
-
-def refuse_other_origin(note: dict[str, Any], fingerprint: str, python: Path, state: Path) -> None:
-    """Raise InputError that lists what differs from when the state was saved."""
-    differences = []
-    remembered = note.get("source", {}).get("fingerprint")
-    if remembered != fingerprint:
-        differences.append(
-            f"the base model has the fingerprint {fingerprint[:16]}, "
-            f"the state was made from {str(remembered)[:16]} ({note.get('source', {}).get('name')})"
-        )
-    here = library_versions(python, _MUST_MATCH)
-    for name in _MUST_MATCH:
-        then = note.get("versions", {}).get(name)
-        if then != here.get(name):
-            differences.append(f"{name} is {here.get(name)} here, {then} made the state")
-    if differences:
-        raise InputError(
-            f"{state} cannot be exported: {'; '.join(differences)}.",
-            hint="name the model it was made from with --model, and an interpreter that has the "
-            "same library version with --python",
-            code="state.other_origin",
-        )
 
 
 def stored_recipe(note: dict[str, Any], state: Path) -> Recipe:
@@ -54,6 +27,13 @@ def stored_recipe(note: dict[str, Any], state: Path) -> Recipe:
             hint="export it with the quantkit that saved it",
             code="state.bad_note",
         ) from error
+
+
+def state_calibration(note: dict[str, Any] | None) -> dict[str, Any]:
+    """The calibration that a state remembers; "unknown" for one that was made elsewhere."""
+    if note is None:
+        return {"name": "unknown", "digest": None}
+    return {**note.get("calibration", {}), **(note.get("mixture") or {})}
 
 
 def plan_of_export(out: Path, source: Checkpoint, backend: Backend) -> Plan:

@@ -14,16 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.card import hub_name, model_card
 from quantkit.checkpoint import Checkpoint, open_checkpoint
-from quantkit.environments import find_interpreter
+from quantkit.environments import find_interpreter, library_versions
 from quantkit.errors import BackendError, CheckError, InputError
 from quantkit.hub import resolve_model
 from quantkit.job import Job, Reporter, Result
-from quantkit.origin import (
-    UNKNOWN_CALIBRATION,
-    plan_of_export,
-    refuse_other_origin,
-    stored_recipe,
-)
+from quantkit.origin import plan_of_export, state_calibration, stored_recipe
 from quantkit.plan import Plan, has_experts_or_towers, make_plan
 from quantkit.process import run_worker
 from quantkit.publish import check_space, check_target, staged
@@ -31,11 +26,11 @@ from quantkit.recipe import Recipe
 from quantkit.registry import MODELOPT
 from quantkit.scan import Scan, refuse_bad_weights, scan
 from quantkit.seal import CARD, PROVENANCE, provenance, seal, write_json
-from quantkit.statefile import read_state_note
+from quantkit.statefile import check_state, read_state_note, refuse_mismatch
 from quantkit.verify import PlannedLayers, VerifyReport, verify
 
 if TYPE_CHECKING:
-    from quantkit.calibration.tokens import TokenFile
+    from quantkit.calibration import TokenFile
 
 LOG = "quantkit.log"
 
@@ -96,13 +91,13 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
     found = scan(source, ui.advance)
     refuse_bad_weights(found, source)
     tokens = _tokens(request, plan, source, ui)
-    name = _source_name(request.model, source)
+    mixture = _mixture(plan, tokens)
     note = {
         "method": plan.recipe.name,
         "recipe": plan.recipe.model_dump(mode="json"),
         "model": request.model if not Path(request.model).exists() else str(source.path.resolve()),
-        "source": {"name": name, "fingerprint": found.fingerprint},
-        "calibration": _calibration(plan, tokens),
+        "fingerprint": found.fingerprint,
+        "mixture": mixture,
         "plan": {
             "quantized": {module: scheme.name for module, scheme in plan.layers.items()},
             "kept": dict(plan.kept),
@@ -112,7 +107,8 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
     with staged(request.out, overwrite=request.overwrite) as partial:
         result = _work(job, partial, python, request.out, ui)
         _check_tokens(result, tokens)
-        return _finish(partial, request, plan, source, found, note["calibration"], result, ui)
+        calibration = {**result.calibration, **mixture} if mixture else None
+        return _finish(partial, request, plan, source, found, calibration, result, ui)
 
 
 def _refuse_untranslated(source: Checkpoint, plan: Plan) -> None:
@@ -163,7 +159,7 @@ def _tokens(request: Request, plan: Plan, source: Checkpoint, ui: Reporter) -> T
     )
 
 
-def _calibration(plan: Plan, tokens: TokenFile | None) -> dict[str, Any] | None:
+def _mixture(plan: Plan, tokens: TokenFile | None) -> dict[str, Any] | None:
     if tokens is None or plan.recipe.calibration is None:
         return None
     return {
@@ -305,10 +301,6 @@ def _results(
     return results
 
 
-def _source_name(asked_for: str, source: Checkpoint) -> str:
-    return hub_name(asked_for, source) or source.path.name
-
-
 @dataclass(frozen=True)
 class ExportRequest:
     """One `quantkit export`: `model` may be empty when the state file remembers its base."""
@@ -328,7 +320,8 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
     Raises InputError when the state file, the base model or the library is not the one that the
     state was made with; otherwise as `quantize`.
     """
-    ui.stage("read state")
+    ui.stage("check state")
+    check_state(request.restore)
     note = read_state_note(request.restore)
     model = request.model or (note or {}).get("model", "")
     if not model:
@@ -357,7 +350,14 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
     )
     recipe = None
     if note:
-        refuse_other_origin(note, found.fingerprint, python, request.restore)
+        refuse_mismatch(
+            request.restore,
+            note,
+            model=source.path,
+            fingerprint=found.fingerprint,
+            versions=library_versions(python, [backend.distribution]),
+            library=backend.distribution,
+        )
         recipe = stored_recipe(note, request.restore)
         plan = make_plan(source, recipe, trust_remote_code=request.trust_remote_code)
         check_space(request.out, plan.estimate.disk, "the checkpoint")
@@ -381,5 +381,5 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
         result = _work(job, partial, python, request.out, ui)
         if recipe is None:
             plan = plan_of_export(partial, source, backend)
-        calibration = note["calibration"] if note else UNKNOWN_CALIBRATION
+        calibration = state_calibration(note)
         return _finish(partial, asked, plan, source, found, calibration, result, ui)
