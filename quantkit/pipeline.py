@@ -85,30 +85,37 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
     check_target(request.out, overwrite=request.overwrite)
     check_space(request.out, plan.estimate.disk, "the checkpoint")
     if request.checkpoint_save:
-        _check_state_file(request, plan)
+        _check_state_file(request.checkpoint_save, request.overwrite, plan)
     python = find_interpreter(plan.backend, request.python or request.recipe.python)
-    ui.stage("scan source", source.weight_bytes)
-    found = scan(source, ui.advance)
-    refuse_bad_weights(found, source)
-    tokens = _tokens(request, plan, source, ui)
-    mixture = _mixture(plan, tokens)
-    note = {
-        "method": plan.recipe.name,
-        "recipe": plan.recipe.model_dump(mode="json"),
-        "model": request.model if not Path(request.model).exists() else str(source.path.resolve()),
-        "fingerprint": found.fingerprint,
-        "mixture": mixture,
-        "plan": {
-            "quantized": {module: scheme.name for module, scheme in plan.layers.items()},
-            "kept": dict(plan.kept),
-        },
-    }
-    job = _job(request, plan, source, tokens, note)
     with staged(request.out, overwrite=request.overwrite) as partial:
+        ui.stage("scan source", source.weight_bytes)
+        found = scan(source, ui.advance)
+        refuse_bad_weights(found, source)
+        tokens = _tokens(request, plan, source, ui)
+        mixture = _mixture(plan, tokens)
+        note = _state_note(request, plan, source, found, mixture)
+        job = _job(request, plan, source, tokens, note)
         result = _work(job, partial, python, request.out, ui)
         _check_tokens(result, tokens)
         calibration = {**result.calibration, **mixture} if mixture else None
         return _finish(partial, request, plan, source, found, calibration, result, ui)
+
+
+def _state_note(
+    request: Request,
+    plan: Plan,
+    source: Checkpoint,
+    found: Scan,
+    mixture: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What a state file remembers beside what the worker knows."""
+    local = Path(request.model).exists()
+    return {
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "model": str(source.path.resolve()) if local else request.model,
+        "fingerprint": found.fingerprint,
+        "mixture": mixture,
+    }
 
 
 def _refuse_untranslated(source: Checkpoint, plan: Plan) -> None:
@@ -121,10 +128,8 @@ def _refuse_untranslated(source: Checkpoint, plan: Plan) -> None:
         )
 
 
-def _check_state_file(request: Request, plan: Plan) -> None:
-    file = request.checkpoint_save
-    assert file is not None
-    if file.exists() and not request.overwrite:
+def _check_state_file(file: Path, overwrite: bool, plan: Plan) -> None:
+    if file.exists() and not overwrite:
         raise InputError(
             f"The state file {file} exists.",
             hint="choose another --checkpoint-save, or pass --overwrite",
@@ -207,7 +212,11 @@ def _work(job: Job, partial: Path, python: Path, out: Path, ui: Reporter) -> Res
     """Run the worker; its log ends up in the output, or as `DIR.log` when it failed."""
     log = out.with_name(out.name + ".log")
     placed = replace(job, out=str(partial.resolve()))
-    result = run_worker(placed, python=python, log=log, report=ui)
+    try:
+        result = run_worker(placed, python=python, log=log, report=ui)
+    except KeyboardInterrupt:
+        log.unlink(missing_ok=True)
+        raise
     shutil.move(log, partial / LOG)
     return result
 

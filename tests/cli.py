@@ -1,0 +1,48 @@
+"""The command line as users run it: a real process, its exit code and its two streams."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+QUICK = ("--set", "calibration.samples=8", "--set", "calibration.sequence_length=128")
+"""Enough calibration to be real, little enough for a test."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(self.out)
+        return value
+
+
+def command(*args: str | Path) -> list[str]:
+    """The argument list of `quantkit ARGS`."""
+    return [sys.executable, "-m", "quantkit", *map(str, args)]
+
+
+def quantkit(*args: str | Path, cwd: Path | None = None) -> Run:
+    """Run `quantkit ARGS` to its end."""
+    done = subprocess.run(command(*args), capture_output=True, text=True, cwd=cwd, check=False)
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def refused(run: Run, code: int, *telling: str) -> None:
+    """Assert that a command failed as all must: exit code, sentence, hint, no traceback."""
+    assert run.code == code, run.err
+    assert "\nhint: " in "\n" + run.err, run.err
+    assert "error: " in run.err, run.err
+    assert "Traceback" not in run.err, run.err
+    for part in telling:
+        assert part in run.err, run.err
