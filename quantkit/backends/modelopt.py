@@ -39,7 +39,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     random.seed(job.seed)
     np.random.seed(job.seed)
     torch.manual_seed(job.seed)
-    with _warnings_as_notes(report):
+    with _warnings_as_notes(report, frozenset(job.keep)):
         report.stage("load")
         model = _load(job)
         if job.task == "export":
@@ -159,15 +159,19 @@ def _norms(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _warnings_as_notes(report: Reporter) -> Iterator[None]:
-    """Pass on those library warnings that tell of something left out; all go to the log too."""
+def _warnings_as_notes(report: Reporter, keep: frozenset[str]) -> Iterator[None]:
+    """Pass on those library warnings that tell of something left out; all go to the log too.
+
+    One that names a module of `keep` says what was asked for.
+    """
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def showwarning(message: Warning | str, *rest: Any) -> None:
             show(message, *rest)
-            if _TELLING.search(str(message)):
-                report.note(" ".join(str(message).split()))
+            words = str(message).split()
+            if _TELLING.search(str(message)) and keep.isdisjoint(words):
+                report.note(" ".join(words))
 
         warnings.showwarning = showwarning  # type: ignore[assignment]
         yield

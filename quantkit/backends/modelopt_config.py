@@ -11,7 +11,7 @@ import torch
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
 
-from quantkit.job import Job, JobError
+from quantkit.job import Job, JobError, JobInputError
 
 PRESETS = {
     "fp8": "FP8_DEFAULT_CFG",
@@ -40,8 +40,10 @@ def quant_config(job: Job, model: torch.nn.Module) -> dict[str, Any]:
     other module with a matrix is switched off by its exact name. Classes that it leaves alone
     (batch norms, activations) stay off.
     """
-    _check_layers(job, model)
     preset = copy.deepcopy(getattr(mtq, PRESETS[job.scheme["name"]]))
+    algorithm = job.options.get("algorithm", preset["algorithm"])
+    _check_layers(job, model)
+    _check_device(job, algorithm)
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for entry in preset["quant_cfg"]:
         if entry["quantizer_name"] in _FORMATS and entry.get("cfg"):
@@ -50,7 +52,6 @@ def quant_config(job: Job, model: torch.nn.Module) -> dict[str, Any]:
             entries.append(entry)
     off = set(job.keep) | set(_matrices(model)) - set(job.layers)
     entries += [{"quantizer_name": f"{name}.*", "enable": False} for name in sorted(off)]
-    algorithm = job.options.get("algorithm", preset["algorithm"])
     config = {"quant_cfg": entries, "algorithm": algorithm}
     if job.kv_cache != "none":
         kv_preset = getattr(mtq, KV_PRESETS[job.kv_cache])
@@ -78,8 +79,7 @@ def check_calibrated(config: dict[str, Any], model: torch.nn.Module) -> int:
     Raises JobError when an enabled quantizer that needs a range has none, or one that is not
     finite, or when a layer got no scale of its input channels from an algorithm that gives one.
     """
-    algorithm = config["algorithm"]
-    method = algorithm["method"] if isinstance(algorithm, dict) else algorithm
+    method = _method(config["algorithm"])
     missing, broken, calibrated = [], [], 0
     for name, module in quantized_layers(model).items():
         with_data = [
@@ -144,6 +144,22 @@ def _check_layers(job: Job, model: torch.nn.Module) -> None:
             hint="put them on the recipe's ignore list",
             code="modelopt.layers_absent",
         )
+
+
+def _check_device(job: Job, algorithm: Any) -> None:
+    """AWQ runs the fake-quantized model, and ModelOpt's NVFP4 kernels exist on CUDA alone."""
+    method = _method(algorithm)
+    if job.device == "cpu" and job.scheme["name"] in ("nvfp4", "nvfp4a16") and "awq" in method:
+        raise JobInputError(
+            f"ModelOpt cannot run {method} with {job.scheme['name']} on a CPU.",
+            hint="add --device cuda, or take the algorithm max",
+            code="modelopt.needs_cuda",
+        )
+
+
+def _method(algorithm: Any) -> str:
+    """The name of an algorithm that is given by name, with parameters, or not at all."""
+    return str(algorithm["method"] if isinstance(algorithm, dict) else algorithm)
 
 
 def _matrices(model: torch.nn.Module) -> Iterator[str]:
