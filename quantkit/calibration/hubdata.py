@@ -48,6 +48,8 @@ def _commit(source: HubSource) -> str:
 
 
 def _stream(source: HubSource, commit: str, seed: int) -> Iterator[Document | Dropped]:
+    import httpx
+
     try:
         import datasets
     except ImportError as error:
@@ -64,14 +66,14 @@ def _stream(source: HubSource, commit: str, seed: int) -> Iterator[Document | Dr
             if number == 0:
                 check_field(source.name, source.field, list(row))
             yield from from_row(row, f"{source.name} row {number + 1} of the stream", source)
-    except ValueError as error:
+    except InputError:
+        raise
+    except (httpx.HTTPError, ConnectionError) as error:
+        raise hub_error(error, f"The data set {source.name}", OFFLINE) from error
+    except Exception as error:  # the library raises ValueError, OSError, pyarrow's and its own
         raise InputError(
             f"The data set {source.name} (config {source.config}, split {source.split}) cannot be "
             f"read: {' '.join(str(error).split())}",
-            hint="set config and split of the source to ones that the data set has",
+            hint="set config, split and revision of the source to what the data set has",
             code="calibration.bad_dataset",
         ) from error
-    except Exception as error:
-        if isinstance(error, InputError):
-            raise
-        raise hub_error(error, f"The data set {source.name}", OFFLINE) from error

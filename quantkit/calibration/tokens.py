@@ -219,7 +219,7 @@ def _eos(info: TokenizerInfo) -> int:
 
 def _check_count(part: SourceTokens, config: CalibrationConfig) -> None:
     got, label = len(part.samples), part.source.label
-    dropped = "; ".join(f"{count} with {reason}" for reason, count in part.dropped.items())
+    dropped = "; ".join(f"{count} × {reason}" for reason, count in part.dropped.items())
     account = f"{part.seen} documents" + (f", of which dropped: {dropped}" if dropped else "")
     if not part.used:
         raise InputError(
