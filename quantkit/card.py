@@ -50,7 +50,7 @@ def model_card(
 ) -> str:
     """The README.md of a finished checkpoint."""
     recipe = plan.recipe
-    loads = support(plan.backend.layout, plan.algorithm)
+    loads = support(plan.method.layout, plan.method.algorithm)
     old = front_matter(source)
     head: dict[str, Any] = {}
     if base:
@@ -74,11 +74,11 @@ def model_card(
             f"# {title}",
             "",
             f"{recipe.description or recipe.name}. Made from {base or source.path.name} by "
-            f"quantkit {__version__} with {library} ({plan.algorithm}).",
+            f"quantkit {__version__} with {library} ({plan.method.algorithm}).",
             "",
             "## Serve",
             "",
-            *_serving(loads, plan.backend.layout),
+            *_serving(loads, plan.method.layout),
             "",
             "## Measured",
             "",

@@ -44,11 +44,11 @@ def plan_of_export(out: Path, source: Checkpoint, backend: Backend) -> Plan:
     exported = open_checkpoint(out)
     declaration = detect(exported).declare(exported)
     algorithm = str((exported.quantization_config or {}).get("quant_algo"))
-    scheme = next((s for s, name in backend.methods.items() if name == algorithm), None)
+    scheme = next((s for s, method in backend.methods.items() if method.algorithm == algorithm), None)
     if scheme is None or not declaration.layers:
         raise BackendError(
             f"The state exports as {algorithm}, which no {backend.name} recipe describes "
-            f"({', '.join(sorted(backend.methods.values()))}).",
+            f"({', '.join(sorted(method.algorithm for method in backend.methods.values()))}).",
             hint="quantkit methods",
             code="state.unknown_scheme",
         )

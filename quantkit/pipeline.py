@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.card import hub_name, model_card
 from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.device import resolve_device
 from quantkit.environments import find_interpreter, library_versions
 from quantkit.errors import BackendError, CheckError, InputError
 from quantkit.hub import resolve_model
@@ -66,6 +67,7 @@ def preflight(request: Request) -> tuple[Checkpoint, Plan]:
     plan = make_plan(
         source,
         request.recipe,
+        device=resolve_device(request.device),
         trust_remote_code=request.trust_remote_code,
         state=request.checkpoint_save is not None,
     )
@@ -120,7 +122,7 @@ def _state_note(
 
 def _refuse_untranslated(source: Checkpoint, plan: Plan) -> None:
     found = has_experts_or_towers(source, plan)
-    if found and plan.backend.adapter == "quantkit.backends.modelopt:run":
+    if found and plan.backend.dense_only:
         raise InputError(
             f"{source.path} has {found}; {plan.backend.name} quantizes dense language models here.",
             hint="quantkit methods  # rtn_* methods need no model class",
@@ -141,7 +143,7 @@ def _check_state_file(file: Path, overwrite: bool, plan: Plan) -> None:
 
 def _tokens(request: Request, plan: Plan, source: Checkpoint, ui: Reporter) -> TokenFile | None:
     choice = plan.recipe.calibration
-    if not plan.calibrates or choice is None:
+    if not plan.method.calibrated or choice is None:
         return None
     from quantkit.calibration import build_tokens, load_calibration
 
@@ -199,7 +201,7 @@ def _job(
         options=recipe.options,
         tokens=str(tokens.path) if tokens else None,
         batch_size=recipe.calibration.batch_size if recipe.calibration else 1,
-        device=request.device,
+        device=resolve_device(request.device),
         seed=recipe.seed,
         shard_size=recipe.shard_bytes(),
         checkpoint_save=str(request.checkpoint_save.resolve()) if request.checkpoint_save else None,
@@ -353,7 +355,7 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
         model=str(source.path.resolve()),
         out="",
         scheme={},
-        device=request.device,
+        device=resolve_device(request.device),
         restore=str(request.restore.resolve()),
         trust_remote_code=request.trust_remote_code,
     )

@@ -17,7 +17,7 @@ from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
 from quantkit.modules import Module, classify, expert_count, linear_modules, named_by
 from quantkit.recipe import Override, Recipe, adjusted
-from quantkit.registry import Backend, backend_named, refusals
+from quantkit.registry import Backend, Method, backend_named, refusals
 from quantkit.schemes import SCHEMES, Scheme
 
 GROUP_SIZES = (256, 128, 64, 32, 16)
@@ -49,16 +49,17 @@ class Plan:
     """Stored bits a weight, over the quantized layers."""
 
     @property
-    def calibrates(self) -> bool:
-        return self.recipe.scheme in self.backend.calibrated
-
-    @property
-    def algorithm(self) -> str:
-        return self.backend.methods[self.recipe.scheme]
+    def method(self) -> Method:
+        return self.backend.method(self.recipe)
 
 
 def make_plan(
-    checkpoint: Checkpoint, recipe: Recipe, *, trust_remote_code: bool = False, state: bool = False
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    state: bool = False,
 ) -> Plan:
     """Decide for every module, or raise one InputError with every reason against the job.
 
@@ -66,10 +67,11 @@ def make_plan(
     """
     backend = backend_named(recipe.backend)
     scheme = recipe.resolved_scheme()
-    reasons = refusals(backend, recipe, scheme)
+    reasons = refusals(backend, recipe, scheme, device)
     if state and not backend.saves_state:
         reasons.append(f"{backend.name} has no state to save; leave out --checkpoint-save")
-    if recipe.calibration is None and recipe.scheme in backend.calibrated:
+    known = scheme.name in backend.methods
+    if recipe.calibration is None and known and backend.method(recipe).calibrated:
         reasons.append(f"{recipe.name} needs calibration, but the recipe has none")
     found = is_quantized(checkpoint)
     if found:
@@ -125,7 +127,8 @@ def plan_of_layers(
 ) -> Plan:
     """A plan whose assignment is known, with its sizes."""
     backend = backend_named(recipe.backend)
-    loads = support(backend.layout, backend.methods[recipe.scheme])
+    method = backend.method(recipe)
+    loads = support(method.layout, method.algorithm)
     if loads.export_only:
         notes = (*notes, loads.describe())
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}

@@ -14,6 +14,7 @@ from quantkit import __version__
 from quantkit.cli import (
     calibration,
     demo,
+    env,
     export,
     methods,
     plan,
@@ -39,6 +40,7 @@ app.command("plan")(plan.plan_command)
 app.command("methods")(methods.methods_command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(calibration.app, name="calibration")
+app.add_typer(env.app, name="env")
 app.command("demo")(demo.demo_command)
 
 

@@ -34,31 +34,40 @@ def methods_command(
 
 
 def method_rows() -> list[dict[str, Any]]:
-    """One row a bundled recipe; `available` is whether the library is installed here."""
+    """One row a bundled recipe; `available` is whether it can run here, `reason` why not."""
+    from quantkit.device import resolve_device
     from quantkit.engines import support
     from quantkit.environments import missing_reason
     from quantkit.recipe import load_recipe, recipe_files
     from quantkit.registry import backend_named
 
+    device = resolve_device("auto")
     rows = []
     for file in sorted(set(recipe_files().values())):
         recipe = load_recipe(file.stem)
         backend = backend_named(recipe.backend)
         scheme = recipe.resolved_scheme()
-        algorithm = backend.methods[scheme.name]
-        loads = support(backend.layout, algorithm)
+        method = backend.method(recipe)
+        loads = support(method.layout, method.algorithm)
         reason = missing_reason(backend)
+        if reason is None and method.accelerator and device == "cpu":
+            reason = "needs an accelerator"
+        needs = {
+            "calibration": method.calibrated,
+            "accelerator": method.accelerator,
+            f"environment {backend.environment}": backend.environment is not None,
+        }
         rows.append(
             {
                 "method": recipe.name,
                 "aliases": recipe.aliases,
                 "description": recipe.description,
                 "library": backend.distribution,
-                "layout": backend.layout,
+                "layout": method.layout,
                 "scheme": scheme.name,
-                "algorithm": algorithm,
+                "algorithm": method.algorithm,
                 "bits_per_weight": round(scheme.weight.bits_per_weight((4096, 4096)), 2),
-                "needs": ["calibration"] if scheme.name in backend.calibrated else [],
+                "needs": [need for need, needed in needs.items() if needed],
                 "engines": list(loads.engines),
                 "export_only": loads.export_only,
                 "available": reason is None,

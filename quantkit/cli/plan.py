@@ -62,7 +62,7 @@ def show_plan(ui: Output, source: Checkpoint, plan: Plan) -> None:
     from quantkit.engines import support
 
     estimate = plan.estimate
-    loads = support(plan.backend.layout, plan.algorithm)
+    loads = support(plan.method.layout, plan.method.algorithm)
     quantized = Counter(scheme.name for scheme in plan.layers.values())
     kept = Counter(plan.kept.values())
     ui.table(

@@ -66,11 +66,11 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
     from quantkit.engines import SILENT_GARBAGE, support
 
     plan, results = outcome.plan, outcome.provenance["results"]
-    loads = support(plan.backend.layout, plan.algorithm)
+    loads = support(plan.method.layout, plan.method.algorithm)
     sqnr = results.get("weight_sqnr_db", {})
     rows = [
         ("checkpoint", outcome.out),
-        ("method", f"{plan.recipe.name} ({plan.backend.distribution}, {plan.algorithm})"),
+        ("method", f"{plan.recipe.name} ({plan.backend.distribution}, {plan.method.algorithm})"),
         ("weights", f"{results['source_bytes'] / 1e6:.0f} MB → {results['weight_bytes'] / 1e6:.0f} "
                     f"MB, {results['bits_per_weight']:.2f} bits a weight in quantized layers"),
         ("layers", f"{len(plan.layers)} quantized, {len(plan.kept)} kept in 16 bit"),
@@ -82,8 +82,8 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
         ("loads in", loads.describe()),
     ]  # fmt: skip
     ui.table("", ["", "result"], rows)
-    if plan.backend.layout in SILENT_GARBAGE:
-        ui.info(f"warning: {SILENT_GARBAGE[plan.backend.layout]}")
+    if plan.method.layout in SILENT_GARBAGE:
+        ui.info(f"warning: {SILENT_GARBAGE[plan.method.layout]}")
     for finding in outcome.report.findings:
         if finding.severity == "warning":
             ui.info(f"warning: {finding.message}")

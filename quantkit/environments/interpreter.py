@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from quantkit.environments.managed import ready
 from quantkit.errors import BackendError, InputError
 from quantkit.registry import Backend
 
@@ -33,30 +34,47 @@ print(json.dumps(found))
 
 
 def find_interpreter(backend: Backend, python: str | None = None) -> Path:
-    """The interpreter that can import the backend's library: `python`, else the current one.
+    """The interpreter that can import the backend's library: `python`, else that of the backend's
+    managed environment, else the current one.
 
     The library is looked up, not imported. Raises InputError when `python` is no interpreter and
     BackendError, with the command that installs the library, when it is not there.
     """
-    chosen = _executable(python) if python else Path(sys.executable)
-    if _is_current(chosen):
-        spec = importlib.util.find_spec(backend.library)
-        found = spec is not None and spec.origin is not None
+    if python:
+        chosen = _executable(python)
     else:
-        found = _probe(chosen, _FIND, backend.library).returncode == 0
-    if not found:
+        managed = ready(backend.environment) if backend.environment else None
+        chosen = managed or Path(sys.executable)
+    if not _has(chosen, backend.library):
+        place = f"which {chosen} does not have"
+        if backend.environment and not python:
+            place = f"which runs in the environment {backend.environment}; it is not made yet"
         raise BackendError(
-            f"The backend {backend.name} needs {backend.distribution}, which {chosen} "
-            "does not have.",
+            f"The backend {backend.name} needs {backend.distribution}, {place}.",
             hint=install_command(backend, chosen),
             code="environment.missing_library",
         )
     return chosen
 
 
+def missing_reason(backend: Backend) -> str | None:
+    """Why the backend's library cannot be used here, with the command that adds it, or None."""
+    if backend.adapter is None:
+        return None
+    try:
+        find_interpreter(backend)
+    except BackendError as error:
+        return f"not installed: {error.hint}"
+    return None
+
+
 def install_command(backend: Backend, python: Path) -> str:
     """The one command that adds the backend's library to an interpreter."""
-    wanted = f"quantkit[{backend.extra}]" if _is_current(python) else backend.distribution
+    if not _is_current(python):
+        return shlex.join([str(python), "-m", "pip", "install", backend.distribution])
+    if backend.environment:
+        return f"quantkit env create {backend.environment}"
+    wanted = f"quantkit[{backend.extra}]" if backend.extra else backend.distribution
     return shlex.join([str(python), "-m", "pip", "install", wanted])
 
 
@@ -70,6 +88,13 @@ def library_versions(python: Path, names: Iterable[str]) -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
+
+
+def _has(python: Path, library: str) -> bool:
+    if _is_current(python):
+        spec = importlib.util.find_spec(library)
+        return spec is not None and spec.origin is not None
+    return _probe(python, _FIND, library).returncode == 0
 
 
 def _is_current(python: Path) -> bool:

@@ -1,0 +1,84 @@
+"""Which backends exist, what each can do, and why it cannot (the parent's side; no library loads).
+
+One file describes one backend; the adapters themselves live in `quantkit/backends/` and run in a
+child process. Other packages add backends with the entry point group `quantkit.backends`, whose
+values are `"module:attr"` of a `Backend`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from quantkit.errors import InputError
+from quantkit.registry.autoround import AUTOROUND
+from quantkit.registry.backend import Backend, Folding, Method, Options
+from quantkit.registry.gptqmodel import GPTQMODEL
+from quantkit.registry.llmcompressor import LLMCOMPRESSOR
+from quantkit.registry.modelopt import MODELOPT
+from quantkit.registry.msmodelslim import MSMODELSLIM
+from quantkit.schemes import Scheme
+
+if TYPE_CHECKING:
+    from quantkit.recipe import Recipe
+
+__all__ = [
+    "MODELOPT", "Backend", "Folding", "Method", "Options", "backend_named", "backends", "refusals",
+]  # fmt: skip
+
+_BUILT_IN = (MODELOPT, LLMCOMPRESSOR, GPTQMODEL, AUTOROUND, MSMODELSLIM)
+
+
+@cache
+def backends() -> dict[str, Backend]:
+    """Every known backend by name, the built-in ones first."""
+    found = {backend.name: backend for backend in _BUILT_IN}
+    for entry in entry_points(group="quantkit.backends"):
+        backend = entry.load()
+        if not isinstance(backend, Backend):
+            raise InputError(
+                f"The plugin {entry.name} ({entry.value}) is a {type(backend).__name__}, "
+                "not a quantkit.registry.Backend.",
+                hint=f"ask the makers of {entry.dist.name if entry.dist else entry.name}",
+                code="backend.bad_plugin",
+            )
+        found.setdefault(backend.name, backend)
+    return found
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of that name; InputError with the known ones otherwise."""
+    known = backends()
+    if name not in known:
+        raise InputError(
+            f"There is no backend {name!r}; known are {', '.join(sorted(known))}.",
+            hint="quantkit methods",
+            code="backend.unknown",
+        )
+    return known[name]
+
+
+def refusals(backend: Backend, recipe: Recipe, scheme: Scheme, device: str) -> list[str]:
+    """Every reason why the backend cannot do what the recipe asks, before anything is loaded."""
+    if scheme.name not in backend.methods:
+        known = ", ".join(sorted(backend.methods))
+        return [f"{backend.name} does not write the scheme {scheme.name} (it writes {known})"]
+    reasons = []
+    if recipe.kv_cache not in backend.kv_caches:
+        known = ", ".join(backend.kv_caches)
+        reasons.append(
+            f"{backend.name} cannot quantize the KV cache as {recipe.kv_cache} ({known})"
+        )
+    if recipe.overrides and not backend.overrides:
+        reasons.append(f"{backend.name} recipes have one scheme; overrides are not supported")
+    own = backend.unsupported(recipe) if backend.unsupported else None
+    if own:
+        return [*reasons, own]
+    method = backend.method(recipe)
+    if method.accelerator and device == "cpu":
+        reasons.append(
+            f"{backend.distribution} runs {method.algorithm} on an accelerator only, and the "
+            "device is cpu"
+        )
+    return reasons

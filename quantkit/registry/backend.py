@@ -1,0 +1,77 @@
+"""What a quantization library is to quantkit: a description, without the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from quantkit.recipe import Recipe
+
+Folding = Literal["none", "multiplier", "norms"]
+"""Whether a method rewrites weights that it keeps: not, only through an input multiplier that is
+stored beside the codes, or also by folding scales into norms and neighbouring layers."""
+
+
+class Options(BaseModel):
+    """The `options` of a recipe; every backend that has some makes a subclass."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a scheme becomes in a library.
+
+    algorithm: the library's own name of it (shown to users, stamped in the card).
+    layout: the on-disk layout that is written.
+    calibrated: whether it needs calibration tokens.
+    folding: how it rewrites tensors that it keeps.
+    accelerator: whether it cannot run on a CPU.
+    """
+
+    algorithm: str
+    layout: str
+    calibrated: bool = True
+    folding: Folding = "none"
+    accelerator: bool = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One quantization library, described.
+
+    adapter: `"module:attr"` of the worker-side `run(job, report, result)`; None for the built-in
+        streaming backend, which needs no child process.
+    library: the import name that must exist in the interpreter; distribution: its name on PyPI.
+    extra: quantkit's optional dependency that installs it ("" when there is none).
+    environment: the managed environment that holds it, for a library that cannot share quantkit's.
+    methods: scheme name → what it becomes.
+    chosen: the method as a recipe's options change it.
+    overrides: whether single layers may have schemes of their own.
+    dense_only: whether models with experts or towers are beyond it.
+    unsupported: a reason why this recipe cannot run in this backend, or None.
+    """
+
+    name: str
+    adapter: str | None
+    library: str
+    distribution: str
+    extra: str
+    methods: Mapping[str, Method]
+    chosen: Callable[[Recipe, Method], Method] | None = None
+    options: type[BaseModel] = Options
+    kv_caches: tuple[str, ...] = ("none",)
+    environment: str | None = None
+    overrides: bool = True
+    dense_only: bool = False
+    saves_state: bool = False
+    unsupported: Callable[[Recipe], str | None] | None = None
+
+    def method(self, recipe: Recipe) -> Method:
+        """What a recipe, whose scheme must be one of `methods`, becomes."""
+        method = self.methods[recipe.scheme]
+        return self.chosen(recipe, method) if self.chosen else method
