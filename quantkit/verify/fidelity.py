@@ -1,0 +1,120 @@
+"""How well a quantized weight matches what it should be: one pass in blocks of rows.
+
+With T the target (the source's weight, scaled as the method scaled it) and Q the dequantized
+weight, three sums a cell (the part of a row that shares one scale) say all: T·T, T·Q and Q·Q. Their
+totals give the SQNR; within a cell, gain = T·Q / T·T is 1 but for rounding, so a cell whose codes
+point the right way and whose gain is off has a wrong scale, however well the rest of the layer is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil, inf, log10
+from typing import TYPE_CHECKING
+
+from quantkit.formats.base import QuantWeight
+from quantkit.formats.dequantize import dequantize
+from quantkit.schemes import NumberFormat
+
+if TYPE_CHECKING:
+    import torch
+
+_BLOCK_ELEMENTS = 1 << 17
+"""Elements a block of rows: source, target and codes of one block stay in the cache."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """T·T, T·Q and Q·Q by cell, float32 [rows, cells a row], and by column, float64 [columns]."""
+
+    target: torch.Tensor
+    cross: torch.Tensor
+    actual: torch.Tensor
+    columns: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+
+    @property
+    def sqnr_db(self) -> float:
+        """10 log10 T·T / |T - Q|²; at most 70 (the sums hold seven digits)."""
+        target, cross, actual = (
+            float(t.double().sum()) for t in (self.target, self.cross, self.actual)
+        )
+        if target == 0:
+            return 70.0 if actual == 0 else -inf
+        noise = max(target - 2 * cross + actual, target * 1e-7)
+        return 10 * log10(target / noise) if noise < inf else -inf
+
+    def row_gain(self) -> torch.Tensor:
+        """Least-squares scale of every row of Q against T, float32 [rows]; 1 for a row of zeros."""
+        import torch
+
+        target, cross = self.target.sum(1), self.cross.sum(1)
+        return torch.where(target > 0, cross / target, 1.0)
+
+
+def compare(
+    weight: QuantWeight,
+    source: torch.Tensor,
+    *,
+    columns: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+) -> Sums:
+    """Compare a quantized weight with `source` [out, in] scaled by `rows` [out], `columns` [in].
+
+    The input multiplier of the weight is undone in the target: T is what the quantizer saw.
+    Column sums are made where columns are scaled, because only there can one be wrong by itself.
+    """
+    import torch
+
+    if weight.input_multiplier is not None:
+        inverse = 1.0 / weight.input_multiplier
+        columns = inverse if columns is None else columns * inverse
+        weight = replace(weight, input_multiplier=None)
+    height = weight.format.block[0] if weight.format.block else 1
+    count, width = source.shape
+    step = ceil(max(1, _BLOCK_ELEMENTS // width) / height) * height
+    cell = _cell_width(weight, width)
+    sums: list[list[torch.Tensor]] = [[], [], []]
+    by_column = [torch.zeros(width, dtype=torch.float64) for _ in range(3)]
+    for start in range(0, count, step):
+        block = slice(start, min(start + step, count))
+        target, actual = source[block].float(), dequantize(_rows(weight, block))
+        if columns is not None:
+            target = target * columns
+        if rows is not None:
+            target = target * rows[block, None]
+        products = (target * target, target * actual, actual * actual)
+        for total, into, product in zip(by_column, sums, products, strict=True):
+            into.append(product.view(product.shape[0], -1, cell).sum(-1))
+            if columns is not None:
+                total += product.sum(0)
+    first, second, third = (torch.cat(part) for part in sums)
+    of_columns = (by_column[0], by_column[1], by_column[2]) if columns is not None else None
+    return Sums(first, second, third, of_columns)
+
+
+def plain(weight: torch.Tensor) -> QuantWeight:
+    """A 16-bit weight [out, in] in the form that `compare` takes."""
+    import torch
+
+    return QuantWeight(NumberFormat("int8", "tensor"), weight, torch.ones(1, 1))
+
+
+def _cell_width(weight: QuantWeight, columns: int) -> int:
+    if weight.g_idx is not None:
+        return columns
+    width = weight.format.block[1] if weight.format.block else weight.format.group_size
+    return width if width and columns % width == 0 else columns
+
+
+def _rows(weight: QuantWeight, rows: slice) -> QuantWeight:
+    """Some rows of a weight; `rows` starts at a multiple of the block's height."""
+    height = weight.format.block[0] if weight.format.block else 1
+    grid = slice(rows.start // height, ceil(rows.stop / height))
+    one = weight.scale.shape[0] == 1 and weight.q.shape[0] > height
+    zero = weight.zero_point
+    return replace(
+        weight,
+        q=weight.q[rows],
+        scale=weight.scale if one else weight.scale[grid],
+        zero_point=zero if zero is None or one else zero[grid],
+    )

@@ -1,0 +1,182 @@
+"""`verify`: the checks in order, each on what the ones before it left readable."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.engines import SILENT_GARBAGE
+from quantkit.errors import InputError
+from quantkit.formats.registry import detect
+from quantkit.verify.findings import (
+    Finding,
+    PlannedLayers,
+    VerifyReport,
+    error,
+    from_exception,
+    info,
+)
+from quantkit.verify.subject import Subject, examine
+
+if TYPE_CHECKING:
+    from quantkit.verify.folds import Folding
+    from quantkit.verify.source import Source
+
+Progress = Callable[[int, int], None]
+
+_FOLDING: dict[str, Folding] = {
+    "modelopt": "never",
+    "gptq": "never",
+    "auto_round": "never",
+    "awq": "declared",
+}
+"""Layouts whose methods fold, or do not; the others do not say."""
+
+_MODELOPT_FOLDING = {"W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ", "NVFP4_AWQ"}
+
+
+def verify(
+    path: Path,
+    source: Path | None = None,
+    plan: PlannedLayers | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check a finished checkpoint, alone, against its quantkit.json, and against its source.
+
+    `plan` is what the recipe asked for (taken from quantkit.json when absent); `progress` gets
+    (layers done, layers in all). Whatever is wrong becomes a finding; only a path that does not
+    exist, or a source that cannot be read, raises InputError.
+    """
+    start = time.monotonic()
+    base = None if source is None else open_checkpoint(source)
+    report = VerifyReport(path, "unknown", source)
+    try:
+        checkpoint = open_checkpoint(path)
+        report.tensors_checked = len(checkpoint.tensors)
+        subject = examine(checkpoint, detect(checkpoint))
+    except InputError as problem:
+        if problem.code == "checkpoint.missing":
+            raise
+        report.findings.append(from_exception(problem))
+    else:
+        _check(report, subject, base, plan, progress)
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def _check(
+    report: VerifyReport,
+    subject: Subject,
+    base: Checkpoint | None,
+    plan: PlannedLayers | None,
+    progress: Progress | None,
+) -> None:
+    from quantkit.verify import activations, completeness, provenance, sidecars
+    from quantkit.verify.declared import check_declared
+    from quantkit.verify.kept import check_finite
+    from quantkit.verify.planned import check_plan
+    from quantkit.verify.structure import check_structure
+
+    checkpoint, findings = subject.checkpoint, report.findings
+    report.format = subject.declaration.quant_method
+    report.modules_quantized = len(subject.declaration.layers)
+    findings += _check_something_is_quantized(subject)
+    declared, broken = check_declared(subject)
+    findings += declared
+    findings += completeness.check_completeness(subject)
+    findings += check_structure(subject, broken)
+    seal, malformed = provenance.read_seal(checkpoint)
+    findings += malformed
+    plan = plan or (seal.plan if seal else None)
+    if plan is not None:
+        findings += check_plan(subject, plan)
+    findings += sidecars.check_alone(checkpoint)
+    findings += check_finite(subject)
+    findings += activations.check_input_scales(subject, broken)
+    findings += activations.check_kv_cache(subject)
+    _check_weights(report, subject, broken, base, _folding(subject, plan), progress)
+    if base is not None:
+        findings += sidecars.check_against(checkpoint, base)
+    if seal is not None:
+        findings += provenance.check_seal(checkpoint, seal)
+    findings += _note_engines(subject)
+
+
+def _check_weights(
+    report: VerifyReport,
+    subject: Subject,
+    broken: set[str],
+    base: Checkpoint | None,
+    folding: Folding,
+    progress: Progress | None,
+) -> None:
+    """Layer by layer, and with a source the ledger, the folds and the kept tensors."""
+    from quantkit.verify.folds import norm_folds
+    from quantkit.verify.kept import settle_altered, usable_folds
+    from quantkit.verify.ledger import Ledger, make_ledger
+    from quantkit.verify.weights import Weights, check_weights, fidelities
+
+    modules = [name for name in subject.declaration.layers if name not in broken]
+    source = None if base is None else _as_source(base)
+    ledger = Ledger() if source is None else make_ledger(subject, source)
+    folds, impossible = (
+        ([], []) if folding == "never" else usable_folds(norm_folds(subject, ledger.altered))
+    )
+    columns = {module: fold.factor for fold in folds for module in fold.consumers}
+    if folding != "never":
+        altered = {name.rpartition(".")[0] for name in ledger.altered}
+        kept = [m.name for m in subject.modules.values() if len(m.shape) == 2]
+        rescaled = [m for m in kept if m in columns or (m in altered and m.endswith("_proj"))]
+        modules += [m for m in rescaled if m not in subject.declaration.layers]
+    weights = Weights(subject, source, ledger, columns)
+    results = check_weights(weights, modules, row_folds=folding != "never", progress=progress)
+    report.findings += [*ledger.findings, *impossible]
+    for result in results.values():
+        report.findings += [*result.findings, *result.faults]
+    report.findings += settle_altered(ledger, folds, results)
+    report.layers = fidelities(weights, results)
+    report.ledger = Counter(ledger.states.values()) if source else _count_alone(subject)
+
+
+def _as_source(base: Checkpoint) -> Source:
+    """The source, which may itself be stored in a quantized layout (FP8 blocks)."""
+    from quantkit.formats.registry import is_quantized
+    from quantkit.verify.source import Source
+
+    return Source(base, examine(base, detect(base)) if is_quantized(base) else None)
+
+
+def _count_alone(subject: Subject) -> Counter[str]:
+    quantized = len(subject.owned)
+    return Counter(quantized=quantized, kept=len(subject.checkpoint.tensors) - quantized)
+
+
+def _folding(subject: Subject, plan: PlannedLayers | None) -> Folding:
+    """Whether kept tensors may be rewritten: as the plan says, else as the layout implies."""
+    if plan is not None and plan.folds is not None:
+        return "declared" if plan.folds else "never"
+    packings = {spec.packing for spec in subject.declaration.layers.values()}
+    if not packings.isdisjoint(_MODELOPT_FOLDING):
+        return "declared"
+    return _FOLDING.get(subject.declaration.quant_method, "possible")
+
+
+def _check_something_is_quantized(subject: Subject) -> list[Finding]:
+    if subject.declaration.layers:
+        return []
+    return [
+        error(
+            "declared.nothing",
+            f"the {subject.declaration.quant_method} configuration declares no quantized layer",
+            "quantize the model, or remove quantization_config from config.json",
+        )
+    ]
+
+
+def _note_engines(subject: Subject) -> list[Finding]:
+    said = SILENT_GARBAGE.get(subject.declaration.quant_method)
+    return [info("engine.transformers_ignores", said, "quantkit launch DIR")] if said else []

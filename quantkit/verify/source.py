@@ -1,0 +1,161 @@
+"""The source model: under which name and in which tensor a module's 16-bit weight lies there."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.formats import inventory
+from quantkit.modules import text_config
+from quantkit.verify.reading import read_tensor
+from quantkit.verify.subject import Subject
+
+if TYPE_CHECKING:
+    import torch
+
+_WRAPPERS = frozenset({"model", "language_model"})
+_HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
+_EXPERT_LEAVES = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A 2-D piece of a source tensor: all of it, or one expert; perhaps stored [in, out].
+
+    `half` is 0 or 1 for the gate or up rows of a fused gate_up_proj; `interleaved` says that they
+    alternate.
+    """
+
+    info: TensorInfo
+    transposed: bool = False
+    half: int | None = None
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source checkpoint; `quantized` is its declaration where it is stored in FP8 blocks."""
+
+    checkpoint: Checkpoint
+    quantized: Subject | None = None
+
+    @cached_property
+    def _by_short_name(self) -> dict[str, str]:
+        names: dict[str, list[str]] = defaultdict(list)
+        for name in self.checkpoint.tensors:
+            names[short_name(name)].append(name)
+        return {short: found[0] for short, found in names.items() if len(found) == 1}
+
+    def tensor(self, name: str) -> TensorInfo | None:
+        """The source's tensor of that name, wrapper prefixes (`model.`) aside."""
+        exact = self.checkpoint.tensors.get(name)
+        if exact is not None:
+            return exact
+        other = self._by_short_name.get(short_name(name))
+        return None if other is None else self.checkpoint.tensors[other]
+
+    def parts(self, module: str, expert: int | None = None) -> list[Part]:
+        """The pieces whose rows make up a module's weight; empty when the source lacks it.
+
+        `expert` selects one expert of a fused module. Fused and separate experts are translated
+        into each other.
+        """
+        if expert is None:
+            plain = self.tensor(f"{module}.weight")
+            return [Part(plain)] if plain is not None else self._from_fused(module)
+        fused = self.tensor(module)
+        if fused is not None:
+            return [self._slice(fused, expert)]
+        parent, _, leaf = module.rpartition(".")
+        for leaves in _EXPERT_LEAVES.get(leaf, ()):
+            found = [self.tensor(f"{parent}.{expert}.{name}.weight") for name in leaves]
+            if all(found):
+                return [Part(info) for info in found if info]
+        return []
+
+    def _from_fused(self, module: str) -> list[Part]:
+        head, found, tail = module.partition(".experts.")
+        index, _, leaf = tail.partition(".")
+        if not found or not index.isdigit():
+            return []
+        down = self.tensor(f"{head}.experts.down_proj")
+        if leaf in ("down_proj", "w2") and down is not None:
+            return [self._slice(down, int(index))]
+        both = self.tensor(f"{head}.experts.gate_up_proj")
+        if leaf in _HALVES and both is not None:
+            interleaved = self.checkpoint.config.get("model_type") == "gpt_oss"
+            part = self._slice(both, int(index))
+            return [replace(part, half=_HALVES[leaf], interleaved=interleaved)]
+        return []
+
+    def _slice(self, info: TensorInfo, expert: int) -> Part:
+        """One expert of a fused tensor; its rows are outputs unless they are as long as the input.
+
+        The orientation follows from the hidden size, as for the checkpoint itself.
+        """
+        _, rows, columns = info.shape
+        hidden = text_config(self.checkpoint.config).get("hidden_size")
+        input_first = info.name.endswith("down_proj") == (columns == hidden) and rows != columns
+        size = info.bytes // info.shape[0]
+        start = info.start + expert * size
+        one = replace(info, shape=(rows, columns), start=start, end=start + size)
+        return Part(one, transposed=input_first)
+
+    def weight(self, parts: list[Part]) -> torch.Tensor:
+        """The pieces' rows together, [out, in], in the dtype of the file (dequantized: float32)."""
+        import torch
+
+        pieces = [self._read(part) for part in parts]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _read(self, part: Part) -> torch.Tensor:
+        tensor = self._dequantized(part.info) if self.quantized else None
+        if tensor is None:
+            tensor = read_tensor(part.info)
+        if part.transposed:
+            tensor = tensor.T
+        if part.half is not None:
+            rows = tensor.shape[0] // 2
+            chosen = slice(part.half, None, 2) if part.interleaved else slice(
+                part.half * rows, (part.half + 1) * rows
+            )  # fmt: skip
+            tensor = tensor[chosen]
+        return tensor.contiguous()
+
+    def _dequantized(self, info: TensorInfo) -> torch.Tensor | None:
+        from quantkit.formats.dequantize import dequantize
+
+        subject = self.quantized
+        module = subject.owned.get(info.name) if subject else None
+        if subject is None or module is None:
+            return None
+        spec = subject.declaration.layers[module]
+        tensors = {
+            suffix: read_tensor(
+                self.checkpoint.tensors[inventory.tensor_name(module, suffix, spec)]
+            )
+            for suffix in subject.expected[module]
+            if inventory.tensor_name(module, suffix, spec) in self.checkpoint.tensors
+        }
+        return dequantize(subject.layout.read(tensors, spec))
+
+
+def short_name(name: str) -> str:
+    """A tensor's name without the wrappers that Transformers versions add, drop and reorder."""
+    parts = name.split(".")
+    start = 0
+    while start < len(parts) - 1 and parts[start] in _WRAPPERS:
+        start += 1
+    return ".".join(parts[start:])
+
+
+def used_tensors(parts: Mapping[str, list[Part]]) -> set[str]:
+    """The names of the source tensors that some module's weight is read from."""
+    return {part.info.name for pieces in parts.values() for part in pieces}

@@ -1,0 +1,71 @@
+"""The checkpoint under test, seen through its own configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.formats import inventory
+from quantkit.formats.base import Declaration, Format, TensorSpec
+from quantkit.formats.inventory import Parts
+from quantkit.modules import Module, classify
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint with what its configuration declares and its tensors sorted by module."""
+
+    checkpoint: Checkpoint
+    layout: Format
+    declaration: Declaration
+    parts: Mapping[str, Parts]
+
+    @cached_property
+    def modules(self) -> dict[str, Module]:
+        """Every module with a weight, at its unpacked shape."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, parts in self.parts.items():
+            spec = self.declaration.layers.get(name)
+            if spec is None:
+                if "weight" in parts:
+                    shapes[parts["weight"].name] = parts["weight"].shape
+            elif spec.experts:
+                rows, columns = spec.shape
+                stored = (columns, rows) if spec.transposed else (rows, columns)
+                shapes[name] = (spec.experts, *stored)
+            else:
+                shapes[f"{name}.weight"] = spec.shape
+        return {m.name: m for m in classify(shapes, self.checkpoint.config)}
+
+    @cached_property
+    def expected(self) -> dict[str, dict[str, TensorSpec]]:
+        """Declared layer → suffix → what it must or may hold."""
+        return {
+            name: self.layout.expected(spec) for name, spec in self.declaration.layers.items()
+        }  # fmt: skip
+
+    @cached_property
+    def owned(self) -> dict[str, str]:
+        """Tensors of declared layers that hold codes or their parameters → the module."""
+        return {
+            self.parts[name][suffix].name: name
+            for name, roles in self.expected.items()
+            for suffix, spec in roles.items()
+            if spec.role != "bias" and suffix in self.parts.get(name, {})
+        }
+
+    def part(self, module: str, *roles: str) -> TensorInfo | None:
+        """The first tensor of a declared layer that plays one of `roles`, or None."""
+        for suffix, spec in self.expected.get(module, {}).items():
+            if spec.role in roles and suffix in self.parts.get(module, {}):
+                return self.parts[module][suffix]
+        return None
+
+
+def examine(checkpoint: Checkpoint, layout: Format) -> Subject:
+    """Read the declaration. Raises InputError (`format.*`) when it cannot be understood."""
+    declaration = layout.declare(checkpoint)
+    found = inventory.take(checkpoint, layout.quant_suffixes())
+    return Subject(checkpoint, layout, declaration, found.modules)

@@ -1,0 +1,258 @@
+"""All quantized layers, one at a time on two threads: values, and likeness to the source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from quantkit.formats import inventory
+from quantkit.formats.base import QuantWeight
+from quantkit.verify.fidelity import Sums, compare, plain
+from quantkit.verify.findings import Finding, LayerFidelity, error
+from quantkit.verify.folds import head_dim, row_pairs, to_columns
+from quantkit.verify.judge import faults, floor_db, overall_gain
+from quantkit.verify.ledger import Ledger
+from quantkit.verify.reading import read_tensor
+from quantkit.verify.source import Source
+from quantkit.verify.subject import Subject
+from quantkit.verify.values import check_tensors, check_weight
+
+if TYPE_CHECKING:
+    import torch
+
+THREADS = 2
+
+
+@dataclass
+class LayerCheck:
+    """What one layer was found to be.
+
+    `sqnr_db` is None without a source or where values are too broken to compare; `faults` are the
+    findings of the comparison, `findings` all others. `gain` is the scale of each row where a fold
+    scaled the rows.
+    """
+
+    module: str
+    findings: list[Finding] = field(default_factory=list)
+    faults: list[Finding] = field(default_factory=list)
+    sqnr_db: float | None = None
+    gain: torch.Tensor | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings and not self.faults
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The layers of a checkpoint beside those of its source.
+
+    `columns` are the column factors that folded norms imply, by module.
+    """
+
+    subject: Subject
+    source: Source | None
+    ledger: Ledger
+    columns: Mapping[str, torch.Tensor]
+
+    def check(self, module: str, *, keep_gain: bool = False) -> LayerCheck:
+        """Read one layer and check it against itself and the source."""
+        result = LayerCheck(module)
+        spec = self.subject.declaration.layers.get(module)
+        roles = self.subject.expected.get(module, {})
+        tensors = self._tensors(module)
+        result.findings += check_tensors(module, tensors, roles)
+        if result.findings:
+            return result
+        for expert in range(spec.experts) if spec and spec.experts else (None,):
+            weight = self._weight(module, tensors, expert)
+            source = self._source(module, expert)
+            shape = tuple(weight.q.shape)
+            if source is not None and tuple(source.shape) != shape:
+                result.findings.append(_wrong_shape(module, shape, tuple(source.shape)))
+                return result
+            if spec is not None:
+                result.findings += check_weight(module, weight, spec, source)
+            if source is not None and not result.findings:
+                sums = compare(weight, source, columns=self.columns.get(module))
+                self._judge(result, sums, expert)
+                if keep_gain:
+                    result.gain = sums.row_gain()
+        return result
+
+    def check_pair(
+        self, first: str, second: str, gain: torch.Tensor
+    ) -> tuple[LayerCheck, LayerCheck] | None:
+        """Both layers again, as if `gain` had been folded from rows of one to columns of the other.
+
+        None when the fold does not explain both.
+        """
+        import torch
+
+        one, other = LayerCheck(first), LayerCheck(second)
+        weights = [self._weight(name, self._tensors(name), None) for name in (first, second)]
+        sources = [self._source(name, None) for name in (first, second)]
+        if sources[0] is None or sources[1] is None or not bool((gain > 0).all()):
+            return None
+        width = head_dim(self.subject.checkpoint.config)
+        columns = to_columns(gain, sources[1].shape[1], width)
+        if columns is None:
+            return None
+        folded = self.columns.get(second, torch.ones(())) * columns
+        self._judge(
+            one,
+            compare(weights[0], sources[0], rows=gain, columns=self.columns.get(first)),
+            None,
+        )
+        self._judge(other, compare(weights[1], sources[1], columns=folded), None)
+        one.gain = gain
+        return (one, other) if one.ok and other.ok else None
+
+    def holds_instead(self, module: str) -> str | None:
+        """Which sibling's weights a layer holds, when it is one of the same shape."""
+        spec = self.subject.declaration.layers.get(module)
+        if spec is None or spec.experts or self.source is None:
+            return None
+        weight = self._weight(module, self._tensors(module), None)
+        parent = module.rpartition(".")[0]
+        for other, theirs in self.subject.declaration.layers.items():
+            related = other != module and other.rpartition(".")[0] == parent
+            if not related or theirs.shape != spec.shape:
+                continue
+            source = self._source(other, None)
+            if source is None or tuple(source.shape) != spec.shape:
+                continue
+            sums = compare(weight, source, columns=self.columns.get(module))
+            if sums.sqnr_db >= floor_db(spec.scheme):
+                return other
+        return None
+
+    def _tensors(self, module: str) -> dict[str, torch.Tensor]:
+        parts = self.subject.parts[module]
+        roles = self.subject.expected.get(module, {"weight": None})
+        return {suffix: read_tensor(parts[suffix]) for suffix in roles if suffix in parts}
+
+    def _weight(
+        self, module: str, tensors: Mapping[str, torch.Tensor], expert: int | None
+    ) -> QuantWeight:
+        spec = self.subject.declaration.layers.get(module)
+        if spec is None:
+            return plain(tensors["weight"])
+        if expert is not None:
+            tensors = inventory.expert(tensors, spec, expert)
+        return self.subject.layout.read(tensors, spec)
+
+    def _source(self, module: str, expert: int | None) -> torch.Tensor | None:
+        if self.source is None:
+            return None
+        parts = self.ledger.parts.get((module, expert))
+        if parts is None:
+            parts = self.source.parts(module, expert)
+        return self.source.weight(parts) if parts else None
+
+    def _judge(self, result: LayerCheck, sums: Sums, expert: int | None) -> None:
+        """Add what a comparison says; of several experts the worst counts."""
+        spec = self.subject.declaration.layers.get(result.module)
+        scheme = spec.scheme if spec else None
+        sqnr = sums.sqnr_db
+        name = result.module if expert is None else f"{result.module}[{expert}]"
+        if result.sqnr_db is None or sqnr < result.sqnr_db:
+            result.sqnr_db = sqnr
+        if not sqnr >= floor_db(scheme):
+            gain = overall_gain(sums)
+            why = f"; its weights are {gain:.2f} × the source's" if gain else ""
+            result.faults.append(
+                error(
+                    "sqnr.below_floor",
+                    f"{name}: weight SQNR {sqnr:.1f} dB against the source, under the floor of "
+                    f"{floor_db(scheme):.1f} dB of {scheme.name if scheme else '16 bit'}{why}",
+                    "quantize the layer again; its scale, order or codes are damaged",
+                    result.module,
+                )
+            )
+            return
+        result.faults += [
+            error(
+                "scale.wrong",
+                f"{name}: {text}",
+                "quantize the layer again; single scales are damaged",
+                result.module,
+            )
+            for text in faults(sums, scheme)
+        ]
+
+
+def check_weights(
+    weights: Weights,
+    modules: list[str],
+    *,
+    row_folds: bool,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, LayerCheck]:
+    """Check every module; with `row_folds`, explain pairs of faults by a fold where one fits."""
+    pairs = row_pairs(modules) if row_folds and weights.source is not None else []
+    firsts = {first for first, _ in pairs}
+    results: dict[str, LayerCheck] = {}
+    with _one_thread_each(), ThreadPoolExecutor(THREADS) as pool:
+        checks = pool.map(lambda name: weights.check(name, keep_gain=name in firsts), modules)
+        for done, result in enumerate(checks, 1):
+            results[result.module] = result
+            if progress:
+                progress(done, len(modules))
+        for first, second in pairs:
+            one, other = results[first], results[second]
+            gain, one.gain = one.gain, None
+            if gain is None or not (one.faults or other.faults) or other.findings:
+                continue
+            explained = weights.check_pair(first, second, gain)
+            if explained is not None:
+                results[first], results[second] = explained
+        for result in results.values():
+            _name_swapped(weights, result)
+    return results
+
+
+def fidelities(weights: Weights, results: Mapping[str, LayerCheck]) -> list[LayerFidelity]:
+    """The measured layers, the worst first."""
+    layers = [
+        LayerFidelity(r.module, spec.scheme.name, round(r.sqnr_db, 2), floor_db(spec.scheme))
+        for r in results.values()
+        if (spec := weights.subject.declaration.layers.get(r.module)) and r.sqnr_db is not None
+    ]
+    return sorted(layers, key=lambda layer: layer.sqnr_db)
+
+
+def _name_swapped(weights: Weights, result: LayerCheck) -> None:
+    for index, finding in enumerate(result.faults):
+        if finding.code == "sqnr.below_floor" and (other := weights.holds_instead(result.module)):
+            result.faults[index] = error(
+                finding.code,
+                f"{finding.message}; it holds the weights of {other}",
+                "export the checkpoint again; two layers were swapped",
+                finding.where,
+            )
+
+
+def _wrong_shape(module: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> Finding:
+    return error(
+        "ledger.wrong_shape",
+        f"{module} is {list(ours)}, in the source {list(theirs)}",
+        "name the source that this checkpoint was made from, or export it again",
+        module,
+    )
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let the pool's threads share the cores instead of splitting every small operation."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
