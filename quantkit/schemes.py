@@ -131,4 +131,27 @@ SCHEMES: dict[str, Scheme] = {
     )
 }
 
+
+def scheme_for(weight: NumberFormat, activation: NumberFormat | None) -> Scheme:
+    """The named scheme of this pair, with the pair's own group size, block and symmetry.
+
+    A pair that has no name gets one that describes it.
+    """
+    for scheme in SCHEMES.values():
+        if _alike(scheme.weight, weight) and _alike(scheme.input, activation):
+            return Scheme(scheme.name, weight, activation)
+    if activation is None and weight.is_int:
+        return Scheme(f"w{weight.bits}a16", weight)
+    parts = [f"{number.element}_{number.granularity}" for number in (weight, activation) if number]
+    return Scheme("_".join(parts), weight, activation)
+
+
+def _alike(first: NumberFormat | None, second: NumberFormat | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    size = second.group_size if first.scale == "float" and first.group_size else first.group_size
+    block = second.block if first.block else first.block
+    return replace(first, group_size=size, block=block, symmetric=second.symmetric) == second
+
+
 KVCache = Literal["none", "fp8", "nvfp4"]

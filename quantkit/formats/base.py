@@ -4,7 +4,7 @@ mean as a canonical weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -117,7 +117,8 @@ class QuantWeight:
        code (0 … 15) an element for FP4.
     scale: float32 on the grid of `NumberFormat.scale_shape` ([1,1], [out,1], [out, in/g], blocks).
     zero_point: same grid as scale, float32 (None: 0).
-    global_scale: float32 scalar that multiplies (None: 1).
+    global_scale: float64 scalar that multiplies (None: 1); float64 because a layout may store its
+       inverse, and both must come back unchanged.
     g_idx: int32 [in], the group of each column when groups are not contiguous.
     input_scale: static activation scale, float32 (None: dynamic or 16 bit).
     input_multiplier: float32 [in] (ModelOpt's pre_quant_scale), applied to the activations.
@@ -162,10 +163,15 @@ class Format(Protocol):
 class WritableFormat(Format, Protocol):
     """A layout that this package also writes."""
 
-    def write(self, weight: QuantWeight, spec: LayerSpec) -> dict[str, torch.Tensor]:
-        """The canonical weight → tensors by suffix; `read(write(w))` is `w`."""
+    def write(
+        self, weight: QuantWeight, spec: LayerSpec, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """The canonical weight → tensors by suffix; `read(write(w))` is `w`.
 
-    def config(
-        self, layers: Mapping[str, LayerSpec], ignore: tuple[str, ...], targets: tuple[str, ...]
+        `dtype` is the 16-bit dtype in which scales of no format of their own are stored.
+        """
+
+    def quantization_config(
+        self, layers: Mapping[str, LayerSpec], ignore: Sequence[str]
     ) -> dict[str, Any]:
-        """`quantization_config` for these layers; `ignore` names what stays in 16 bit."""
+        """`quantization_config` of config.json; `ignore` names linear modules left in 16 bit."""

@@ -80,6 +80,12 @@ def linears(
     return [m for m in modules if len(m.shape) == 2 or m.kind == "experts"]
 
 
+def is_linear(module: Module) -> bool:
+    """Whether a target "Linear" means the module: all but embeddings, tables and fused experts."""
+    leaf = module.name.rpartition(".")[2]
+    return len(module.shape) == 2 and module.kind != "embedding" and "embed" not in leaf
+
+
 def widen_input(
     name: str, shape: tuple[int, ...], factor: int, config: Mapping[str, Any]
 ) -> tuple[int, ...]:
@@ -136,6 +142,12 @@ def expert(
     return result
 
 
+def tied_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the output head that a tied model's lists may hold though no tensor has them."""
+    heads = ("lm_head", "language_model.lm_head", "model.lm_head", "output")
+    return heads if is_tied(config) else ()
+
+
 @dataclass(frozen=True)
 class Pattern:
     """A name pattern of a configuration: how `text` matches is what `kind` says."""
@@ -186,10 +198,7 @@ class Matcher:
     def unmatched(self, inventory: Inventory, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Entries that name no module (nor parent) of the checkpoint nor its tied head."""
         left = {pattern.entry: None for pattern in self.patterns}
-        names = set(inventory.prefixes)
-        if is_tied(config):
-            names |= {"lm_head", "language_model.lm_head", "model.lm_head", "output"}
-        for name in names:
+        for name in {*inventory.prefixes, *tied_names(config)}:
             for index in self.indices(name):
                 left.pop(self.patterns[index].entry, None)
         return tuple(left)

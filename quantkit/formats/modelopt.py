@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.errors import InputError
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, LayerSpec, Problem, QuantWeight, Role, TensorSpec
+from quantkit.formats.dequantize import decode_e8m0
 from quantkit.formats.inventory import Matcher, Parts, glob_pattern
 from quantkit.formats.packing import unpack_nibbles
 from quantkit.modules import Module
@@ -201,7 +202,7 @@ def read(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> QuantWeight:
     weight = spec.scheme.weight
     scale = tensors["weight_scale"]
     if weight.scale == "e8m0":
-        scale = torch.exp2(scale.view(torch.uint8).float() - 127)
+        scale = decode_e8m0(scale)
     if spec.packing in _INT4:
         codes = unpack_nibbles(stored.T.contiguous()).T.to(torch.int8)
         stored = torch.where(codes > 7, codes - 16, codes)
@@ -214,7 +215,7 @@ def read(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> QuantWeight:
         q=stored,
         scale=scale.float().reshape(weight.scale_shape(spec.shape)),
         global_scale=(
-            tensors["weight_scale_2"].float().reshape(()) if weight.scale == "e4m3" else None
+            tensors["weight_scale_2"].double().reshape(()) if weight.scale == "e4m3" else None
         ),
         input_scale=None if static is None else static.float(),
         input_multiplier=None if smoothing is None else smoothing.float(),

@@ -1,0 +1,75 @@
+"""Which layout a checkpoint has, and whether it is quantized at all (no torch here)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantkit.errors import InputError
+from quantkit.formats import auto_round, awq, compressed_tensors, gptq, modelopt
+from quantkit.formats.base import Format
+
+if TYPE_CHECKING:
+    from quantkit.checkpoint import Checkpoint
+
+FORMATS: tuple[Format, ...] = (modelopt, compressed_tensors, gptq, awq, auto_round)
+"""Every layout; a checkpoint must be recognised by exactly one."""
+
+_QUANTIZED_DTYPES = {"F8_E4M3": "FP8", "F8_E5M2": "FP8", "F4": "FP4", "I8": "INT8", "U8": "4 bit"}
+_QUANTIZED_SUFFIXES = (
+    "weight_scale", "weight_scale_inv", "weight_packed", "weight_blocks", "qweight", "qzeros",
+    "weight_scale_2", "absmax", "SCB", "weight_offset", "gate_up_proj_blocks", "down_proj_blocks",
+)  # fmt: skip
+
+
+def detect(checkpoint: Checkpoint) -> Format:
+    """The layout of a quantized checkpoint, from its configuration files.
+
+    Raises InputError: `format.none` when nothing says that it is quantized, `format.unknown` for a
+    `quant_method` without a layout here, `format.contradiction` when two layouts are claimed.
+    """
+    found = [layout for layout in FORMATS if layout.recognises(checkpoint)]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(layout.NAME for layout in FORMATS)
+    if found:
+        claims = " and ".join(layout.NAME for layout in found)
+        raise InputError(
+            f"The configuration files of {checkpoint.path} claim two layouts: {claims}.",
+            hint="remove the file that does not belong to this export",
+            code="format.contradiction",
+        )
+    config = checkpoint.quantization_config
+    if config is None:
+        raise InputError(
+            f"{checkpoint.path} has no quantization_config in config.json and no file beside it.",
+            hint=f"give a quantized checkpoint; layouts: {known}",
+            code="format.none",
+        )
+    raise InputError(
+        f"quant_method {config.get('quant_method')!r} of {checkpoint.path} is not supported.",
+        hint=f"supported: {known}",
+        code="format.unknown",
+    )
+
+
+def is_quantized(checkpoint: Checkpoint) -> str | None:
+    """What the checkpoint is quantized to already, in a few words, or None for a 16-bit one.
+
+    The configuration files are asked first; where they are silent the tensors' names and dtypes
+    are, since some exports carry scales and say nothing.
+    """
+    config = checkpoint.quantization_config
+    if config:
+        algorithm = config.get("quant_algo") or config.get("format") or config.get("fmt")
+        method = str(config.get("quant_method") or "quantization_config without quant_method")
+        return f"{method} {algorithm}" if algorithm else method
+    for layout in FORMATS:
+        if layout.recognises(checkpoint):
+            return layout.NAME
+    for name, info in checkpoint.tensors.items():
+        suffix = name.rpartition(".")[2]
+        if suffix in _QUANTIZED_SUFFIXES:
+            return f"tensor {name}"
+        if len(info.shape) >= 2 and info.dtype in _QUANTIZED_DTYPES:
+            return f"{_QUANTIZED_DTYPES[info.dtype]} tensor {name}"
+    return None
