@@ -89,7 +89,7 @@ def test_the_default(small_model: Path, cache: Path) -> None:
     assert mask.all()
     assert len(np.unique(ids, axis=0)) == 128
     assert tokens.digest == token_digest(ids.tolist())
-    assert [part["samples"] for part in tokens.summary["sources"]] == [51, 32, 45]
+    assert [part["samples"] for part in tokens.summary["sources"]] == [57, 16, 55]
     assert "<|im_start|>user\nExplain" in tokens.summary["sources"][1]["preview"]
     assert (ids == END).sum() > 100  # turns and documents end
     assert sum(tokens.summary["document_lengths"].values()) > 150
