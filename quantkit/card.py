@@ -20,7 +20,8 @@ def hub_name(asked_for: str, source: Checkpoint) -> str | None:
     """The base model's name on the Hub: as it was asked for, or, for a directory whose own card
     says that it is a quantized form of a base, that base."""
     if not Path(asked_for).exists():
-        return asked_for if _HUB_NAME.match(asked_for) else None
+        name = asked_for.partition("@")[0]
+        return name if _HUB_NAME.match(name) else None
     card = front_matter(source)
     base = str(card.get("base_model", ""))
     same_model = card.get("base_model_relation") == "quantized" and _HUB_NAME.match(base)

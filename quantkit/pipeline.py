@@ -147,16 +147,7 @@ def _tokens(request: Request, plan: Plan, source: Checkpoint, ui: Reporter) -> T
         return None
     from quantkit.calibration import build_tokens, load_calibration
 
-    overrides: dict[str, object] = {
-        key: value
-        for key, value in (
-            ("samples", choice.samples),
-            ("sequence_length", choice.sequence_length),
-            ("seed", choice.seed),
-        )
-        if value is not None
-    }
-    config = load_calibration(choice.name, overrides)
+    config = load_calibration(choice.name, choice.overrides())
     ui.stage(f"tokenize {config.name}", config.samples)
     return build_tokens(
         config,

@@ -32,7 +32,13 @@ class CalibrationChoice(_Strict):
     samples: int | None = Field(None, gt=0)
     sequence_length: int | None = Field(None, gt=0)
     seed: int | None = None
+    short: Literal["pack", "pad", "drop"] | None = None
+    allow_fewer: bool | None = None
     batch_size: int = Field(8, gt=0)
+
+    def overrides(self) -> dict[str, object]:
+        """What this choice changes in the named mixture."""
+        return self.model_dump(exclude={"name", "batch_size"}, exclude_none=True)
 
 
 class Override(_Strict):

@@ -130,8 +130,12 @@ def test_empty_calibration_and_missing_field(small_model: Path, tmp_path: Path) 
     refused(run, 1, "nothing.txt")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"body": "some text"}\n' * 100)
-    run = quantkit("quantize", small_model, *FP8, "--out", tmp_path / "out", "--calibration", rows)
-    refused(run, 1, "body")
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text("sources: [{type: file, path: rows.jsonl, text_field: text}]")
+    run = quantkit(
+        "quantize", small_model, *FP8, "--out", tmp_path / "out", "--calibration", mixture
+    )
+    refused(run, 1, "text", "body")
     assert not (tmp_path / "out").exists()
 
 
@@ -178,12 +182,11 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
     assert [p.name for p in small_disk.iterdir()] == ["filler"]
 
 
-def test_a_disk_that_fills_up_loses_nothing(
-    small_model: Path, small_disk: Path, tmp_path: Path
-) -> None:
-    arguments = command("quantize", small_model, *FP8, "--out", small_disk / "out", "--device", "cpu",
-                     "--set", "calibration.samples=8", "--set", "shard_size=5MB",
-                     "--set", "calibration.sequence_length=128")  # fmt: skip
+def test_a_disk_that_fills_up_loses_nothing(small_model: Path, small_disk: Path) -> None:
+    arguments = command(
+        "quantize", small_model, *FP8, "--out", small_disk / "out", *QUICK,
+        "--set", "shard_size=5MB",
+    )  # fmt: skip
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as run:
         while not (small_disk / "out.partial").exists():
             assert run.poll() is None
