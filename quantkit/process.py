@@ -32,7 +32,8 @@ def run_worker(job: Job, *, python: Path, log: Path, report: Reporter) -> Result
 
     The child leads a process group of its own, which is killed whole when this call ends for any
     reason, Ctrl-C included; the kernel kills the child when this process dies. Its stdout and
-    stderr go to the file `log` as they come, its progress to `report`.
+    stderr go to the file `log` as they come, its progress to `report`. A half-written
+    `job.checkpoint_save` is removed.
 
     Raises InputError when the adapter blames the job, BackendError otherwise, with the code
     `worker.no_interpreter`, `.import_failed`, `.killed`, `.out_of_memory`, `.no_space`,
@@ -41,8 +42,12 @@ def run_worker(job: Job, *, python: Path, log: Path, report: Reporter) -> Result
     with tempfile.TemporaryDirectory(prefix="quantkit-") as work:
         job_file, result_file = Path(work, "job.json"), Path(work, "result.json")
         job.write(job_file)
-        ending = _run(job_file, result_file, python, log, report)
-        return _conclude(ending, job, python, log, result_file)
+        try:
+            ending = _run(job_file, result_file, python, log, report)
+            return _conclude(ending, job, python, log, result_file)
+        finally:
+            if job.checkpoint_save:
+                Path(job.checkpoint_save + ".partial").unlink(missing_ok=True)
 
 
 @dataclass

@@ -213,11 +213,12 @@ def main(job_file: str, result_file: str) -> int:
     try:
         job = Job.read(Path(job_file))
         run = load_adapter(job.adapter)
+        progress.finish()
         run(job, progress, result)
     except BaseException as error:
         with suppress(OSError):
             traceback.print_exc()
-        result.error = describe(error, job, progress.name)
+        result.error = describe(error, job, progress.name or "start")
         progress.send("error", error=_short(result.error))
     progress.finish()
     result.ok = result.error is None
