@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from quantkit.job import Job, JobError, JobInputError, Reporter
@@ -91,6 +94,16 @@ def check_followed(job: Job, quantized: set[str]) -> None:
         )
 
 
+def packed_modules(out: str, *suffixes: str) -> set[str]:
+    """Modules that have a tensor of one of these last name parts in the checkpoint `out`."""
+    found = set()
+    for file in Path(out).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as shard:
+            parts = (name.rpartition(".") for name in shard.keys())  # noqa: SIM118
+            found |= {module for module, _, suffix in parts if suffix in suffixes}
+    return found
+
+
 @contextmanager
 def warnings_as_notes(report: Reporter) -> Iterator[None]:
     """Pass on those Python warnings that tell of something left out; all go to the log too."""
@@ -104,3 +117,23 @@ def warnings_as_notes(report: Reporter) -> Iterator[None]:
 
         warnings.showwarning = showwarning  # type: ignore[assignment]
         yield
+
+
+@contextmanager
+def logs_as_notes(name: str, report: Reporter) -> Iterator[None]:
+    """Pass on warnings of the logger of this name that tell of something left out."""
+
+    class Notes(logging.Handler):
+        """Turns log records into notes."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            text = " ".join(record.getMessage().split())
+            if TELLING.search(text):
+                report.note(text)
+
+    handler = Notes(logging.WARNING)
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger(name).removeHandler(handler)

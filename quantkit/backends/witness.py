@@ -41,11 +41,14 @@ class Tokens:
         return len(self.ids)
 
     def batches(self, size: int) -> list[dict[str, torch.Tensor]]:
-        """All samples in order, `size` at a time, as keyword arguments of a model."""
+        """All samples in order, `size` at a time, as keyword arguments of a model.
+
+        The tensors are copies: AutoRound writes into the masks that it is given.
+        """
         starts = range(0, len(self.ids), size)
         return [
-            {"input_ids": self.ids[start : start + size],
-             "attention_mask": self.masks[start : start + size]}
+            {"input_ids": self.ids[start : start + size].clone(),
+             "attention_mask": self.masks[start : start + size].clone()}
             for start in starts
         ]  # fmt: skip
 

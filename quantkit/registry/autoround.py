@@ -62,8 +62,8 @@ def _unsupported(recipe: Recipe) -> str | None:
         return (
             f"AutoRound's format {chosen} does not hold {recipe.scheme} ({', '.join(fitting)} do)"
         )
-    if recipe.scheme == "gguf_q4_k_m" and recipe.overrides:
-        return "a GGUF type assigns every layer itself; remove overrides"
+    if recipe.scheme == "gguf_q4_k_m" and (recipe.overrides or recipe.group_size):
+        return "a GGUF type assigns groups and layers itself; remove overrides and group_size"
     return None
 
 
