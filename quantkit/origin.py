@@ -44,7 +44,9 @@ def plan_of_export(out: Path, source: Checkpoint, backend: Backend) -> Plan:
     exported = open_checkpoint(out)
     declaration = detect(exported).declare(exported)
     algorithm = str((exported.quantization_config or {}).get("quant_algo"))
-    scheme = next((s for s, method in backend.methods.items() if method.algorithm == algorithm), None)
+    scheme = next(
+        (s for s, method in backend.methods.items() if method.algorithm == algorithm), None
+    )
     if scheme is None or not declaration.layers:
         raise BackendError(
             f"The state exports as {algorithm}, which no {backend.name} recipe describes "

@@ -7,16 +7,15 @@ refused is refused before the long job; nothing appears under the output's name 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.card import hub_name, model_card
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.device import resolve_device
 from quantkit.environments import find_interpreter, library_versions
-from quantkit.errors import BackendError, CheckError, InputError
+from quantkit.errors import BackendError, InputError
+from quantkit.finish import finish
 from quantkit.hub import resolve_model
 from quantkit.job import Job, Reporter, Result
 from quantkit.origin import plan_of_export, state_calibration, stored_recipe
@@ -25,39 +24,14 @@ from quantkit.process import run_worker
 from quantkit.publish import check_space, check_target, staged
 from quantkit.recipe import Recipe
 from quantkit.registry import MODELOPT
+from quantkit.request import ExportRequest, Outcome, Request
 from quantkit.scan import Scan, refuse_bad_weights, scan
-from quantkit.seal import CARD, PROVENANCE, provenance, seal, write_json
 from quantkit.statefile import check_state, read_state_note, refuse_mismatch
-from quantkit.verify import PlannedLayers, VerifyReport, verify
 
 if TYPE_CHECKING:
     from quantkit.calibration import TokenFile
 
 LOG = "quantkit.log"
-
-
-@dataclass(frozen=True)
-class Request:
-    """One `quantkit quantize`: `model` is a directory or a Hub name; paths are the user's."""
-
-    model: str
-    recipe: Recipe
-    out: Path
-    checkpoint_save: Path | None = None
-    device: str = "auto"
-    python: str | None = None
-    trust_remote_code: bool = False
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished run left behind: `provenance` is the content of quantkit.json."""
-
-    out: Path
-    plan: Plan
-    report: VerifyReport
-    provenance: dict[str, Any]
 
 
 def preflight(request: Request) -> tuple[Checkpoint, Plan]:
@@ -100,7 +74,7 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
         result = _work(job, partial, python, request.out, ui)
         _check_tokens(result, tokens)
         calibration = {**result.calibration, **mixture} if mixture else None
-        return _finish(partial, request, plan, source, found, calibration, result, ui)
+        return finish(partial, request, plan, source, found.fingerprint, calibration, result, ui)
 
 
 def _state_note(
@@ -228,94 +202,6 @@ def _check_tokens(result: Result, tokens: TokenFile | None) -> None:
         )
 
 
-def _finish(
-    partial: Path,
-    request: Request,
-    plan: Plan,
-    source: Checkpoint,
-    found: Scan,
-    calibration: Mapping[str, Any] | None,
-    result: Result,
-    ui: Reporter,
-) -> Outcome:
-    notes = [*plan.notes, *result.notes]
-    ui.stage("seal")
-    for text in (sealed := seal(partial, source, trust_remote_code=request.trust_remote_code)):
-        ui.note(text)
-    notes += sealed
-    ui.stage("verify", len(plan.layers))
-    report = verify(
-        partial,
-        source.path,
-        plan=PlannedLayers(
-            quantized={name: scheme.name for name, scheme in plan.layers.items()},
-            kept=set(plan.kept),
-        ),
-        progress=lambda done, _total: ui.advance(done),
-    )
-    if not report.ok:
-        raise not_verified(report, request.out)
-    sealed_checkpoint = open_checkpoint(partial)
-    base = hub_name(request.model, source)
-    document = provenance(
-        partial,
-        plan,
-        source={"name": base or source.path.name, "fingerprint": found.fingerprint},
-        calibration=dict(calibration) if calibration else None,
-        result=result,
-        digests=sealed_checkpoint.digests(),
-        results=_results(plan, source, sealed_checkpoint, report),
-        notes=notes,
-    )
-    write_json(partial / PROVENANCE, document)
-    (partial / CARD).write_text(model_card(plan, source, base, document), encoding="utf-8")
-    return Outcome(request.out, plan, report, document)
-
-
-def not_verified(report: VerifyReport, out: Path) -> CheckError:
-    """The error for a result that failed its verification; nothing was published."""
-    errors = [finding for finding in report.findings if finding.severity == "error"]
-    first = errors[0]
-    more = f" ({len(errors) - 1} more errors)" if len(errors) > 1 else ""
-    return CheckError(
-        f"The new checkpoint did not verify and was not published as {out}: {first.message}{more}",
-        hint=first.hint,
-        code=first.code,
-    )
-
-
-def _results(
-    plan: Plan, source: Checkpoint, sealed: Checkpoint, report: VerifyReport
-) -> dict[str, Any]:
-    results: dict[str, Any] = {
-        "source_bytes": source.weight_bytes,
-        "weight_bytes": sealed.weight_bytes,
-        "bits_per_weight": round(plan.bits_per_weight, 4),
-    }
-    measured = [layer for layer in report.layers if layer.sqnr_db is not None]
-    if measured:
-        worst = min(measured, key=lambda layer: layer.sqnr_db)
-        results["weight_sqnr_db"] = {
-            "mean": round(sum(layer.sqnr_db for layer in measured) / len(measured), 2),
-            "min": round(worst.sqnr_db, 2),
-            "worst_layer": worst.module,
-        }
-    return results
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """One `quantkit export`: `model` may be empty when the state file remembers its base."""
-
-    restore: Path
-    out: Path
-    model: str = ""
-    device: str = "auto"
-    python: str | None = None
-    trust_remote_code: bool = False
-    overwrite: bool = False
-
-
 def export(request: ExportRequest, ui: Reporter) -> Outcome:
     """Write the checkpoint of a saved fake-quantized state; never calibrates.
 
@@ -384,4 +270,4 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
         if recipe is None:
             plan = plan_of_export(partial, source, backend)
         calibration = state_calibration(note)
-        return _finish(partial, asked, plan, source, found, calibration, result, ui)
+        return finish(partial, asked, plan, source, found.fingerprint, calibration, result, ui)

@@ -18,7 +18,8 @@ def demo_command(
     from quantkit.cli.plan import chosen_recipe
     from quantkit.cli.quantize import show_outcome
     from quantkit.demo import demo_model
-    from quantkit.pipeline import Request, quantize
+    from quantkit.pipeline import quantize
+    from quantkit.request import Request
 
     ui = Output(as_json=as_json)
     recipe = chosen_recipe(method, "", "", sets)

@@ -25,7 +25,8 @@ def plan_command(
     as_json: options.Json = False,
 ) -> None:
     """Say what would be done to every layer, what it would cost, or why it cannot be done."""
-    from quantkit.pipeline import Request, preflight
+    from quantkit.pipeline import preflight
+    from quantkit.request import Request
 
     request = Request(
         model=model,

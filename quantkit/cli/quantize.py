@@ -11,7 +11,7 @@ from quantkit.cli import options
 from quantkit.cli.output import Output
 
 if TYPE_CHECKING:
-    from quantkit.pipeline import Outcome
+    from quantkit.request import Outcome
 
 
 def quantize_command(
@@ -38,7 +38,8 @@ def quantize_command(
 ) -> None:
     """Quantize a model into a Hugging Face checkpoint that is verified before it appears."""
     from quantkit.cli.plan import chosen_recipe, show_plan
-    from quantkit.pipeline import Request, preflight, quantize
+    from quantkit.pipeline import preflight, quantize
+    from quantkit.request import Request
 
     ui = Output(as_json=as_json)
     request = Request(

@@ -1,0 +1,96 @@
+"""The end of every run: seal, verify, provenance, card. Nothing is published before it verified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantkit.card import hub_name, model_card
+from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.errors import CheckError
+from quantkit.job import Reporter, Result
+from quantkit.plan import Plan
+from quantkit.request import Outcome, Request
+from quantkit.seal import CARD, PROVENANCE, provenance, seal, write_json
+from quantkit.verify import PlannedLayers, VerifyReport, verify
+
+
+def finish(
+    partial: Path,
+    request: Request,
+    plan: Plan,
+    source: Checkpoint,
+    fingerprint: str,
+    calibration: Mapping[str, Any] | None,
+    result: Result,
+    ui: Reporter,
+) -> Outcome:
+    """Make what the library wrote into `partial` a checkpoint that stands on its own.
+
+    `fingerprint` is the source's. Raises CheckError when the result does not verify.
+    """
+    notes = [*plan.notes, *result.notes]
+    ui.stage("seal")
+    for text in (sealed := seal(partial, source, trust_remote_code=request.trust_remote_code)):
+        ui.note(text)
+    notes += sealed
+    ui.stage("verify", len(plan.layers))
+    report = verify(
+        partial,
+        source.path,
+        plan=PlannedLayers(
+            quantized=plan.layers,
+            kept=plan.kept.keys(),
+            folds=plan.method.folding != "none",
+        ),
+        progress=lambda done, _total: ui.advance(done),
+    )
+    if not report.ok:
+        raise _not_verified(report, request.out)
+    sealed_checkpoint = open_checkpoint(partial)
+    base = hub_name(request.model, source)
+    document = provenance(
+        partial,
+        plan,
+        source={"name": base or source.path.name, "fingerprint": fingerprint},
+        calibration=dict(calibration) if calibration else None,
+        result=result,
+        digests=sealed_checkpoint.digests(),
+        results=_results(plan, source, sealed_checkpoint, report),
+        notes=notes,
+    )
+    write_json(partial / PROVENANCE, document)
+    (partial / CARD).write_text(model_card(plan, source, base, document), encoding="utf-8")
+    return Outcome(request.out, plan, report, document)
+
+
+def _not_verified(report: VerifyReport, out: Path) -> CheckError:
+    """The error for a result that failed its verification; nothing was published."""
+    errors = [finding for finding in report.findings if finding.severity == "error"]
+    first = errors[0]
+    more = f" ({len(errors) - 1} more errors)" if len(errors) > 1 else ""
+    return CheckError(
+        f"The new checkpoint did not verify and was not published as {out}: {first.message}{more}",
+        hint=first.hint,
+        code=first.code,
+    )
+
+
+def _results(
+    plan: Plan, source: Checkpoint, sealed: Checkpoint, report: VerifyReport
+) -> dict[str, Any]:
+    results: dict[str, Any] = {
+        "source_bytes": source.weight_bytes,
+        "weight_bytes": sealed.weight_bytes,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+    }
+    measured = [layer for layer in report.layers if layer.sqnr_db is not None]
+    if measured:
+        worst = min(measured, key=lambda layer: layer.sqnr_db)
+        results["weight_sqnr_db"] = {
+            "mean": round(sum(layer.sqnr_db for layer in measured) / len(measured), 2),
+            "min": round(worst.sqnr_db, 2),
+            "worst_layer": worst.module,
+        }
+    return results
