@@ -18,8 +18,8 @@ import torch
 from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.pipeline import preflight
-from quantkit.request import Request
 from quantkit.recipe import load_recipe
+from quantkit.request import Request
 from tests.cli import QUICK, command, quantkit, refused
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors
 
