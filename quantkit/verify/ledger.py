@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from quantkit.checkpoint import TensorInfo
 from quantkit.formats.base import is_kv_cache_tensor
 from quantkit.modules import is_tied
 from quantkit.verify.findings import Finding, error, info, warning
 from quantkit.verify.reading import PIECE, read_tensor, same_bytes
-from quantkit.verify.source import Part, Source, short_name
+from quantkit.verify.source import INVERSE_SCALE, Part, Source, short_name
 from quantkit.verify.subject import Subject
+
+if TYPE_CHECKING:
+    import torch
 
 _BUFFERS = (
     "rotary_emb.inv_freq",
@@ -59,10 +63,9 @@ def _quantized(ledger: Ledger, subject: Subject, source: Source) -> None:
                 orphans.append(module)
             for part in parts:
                 ledger.states[part.info.name] = "quantized"
-    if source.quantized is not None:
-        for name, module in source.quantized.owned.items():
-            if ledger.states.get(f"{module}.weight") == "quantized":
-                ledger.states[name] = "quantized"
+    for name in source.checkpoint.tensors:
+        if name.endswith(INVERSE_SCALE):
+            ledger.states[name] = "dequantized"
     if orphans:
         ledger.findings.append(
             error(
@@ -93,7 +96,12 @@ def _kept(ledger: Ledger, subject: Subject, source: Source) -> set[str]:
         matched.add(own_name)
         renamed += [] if own_name == name else [own_name]
         mine = ours[own_name]
-        if same_bytes(mine, theirs):
+        if name + INVERSE_SCALE in source.checkpoint.tensors:
+            same = _same_values(mine, source.values(theirs))
+            ledger.states[name] = "dequantized" if same else "altered"
+            if not same:
+                ledger.altered[own_name] = (mine, theirs)
+        elif same_bytes(mine, theirs):
             ledger.states[name] = "kept"
         elif _is_cast(mine, theirs):
             ledger.states[name] = "cast"
@@ -172,6 +180,14 @@ def _is_cast(mine: TensorInfo, theirs: TensorInfo) -> bool:
         if not torch.equal(target, read_tensor(other).to(target.dtype)):
             return False
     return True
+
+
+def _same_values(mine: TensorInfo, values: torch.Tensor) -> bool:
+    """Whether our tensor holds `values`, rounded to its dtype."""
+    import torch
+
+    target = read_tensor(mine)
+    return target.shape == values.shape and torch.equal(target, values.to(target.dtype))
 
 
 def row_blocks(info: TensorInfo) -> list[TensorInfo]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
-from quantkit.formats.registry import detect
+from quantkit.formats.registry import detect, is_quantized
 from quantkit.verify.findings import (
     Finding,
     PlannedLayers,
@@ -52,7 +52,7 @@ def verify(
     exist, or a source that cannot be read, raises InputError.
     """
     start = time.monotonic()
-    base = None if source is None else open_checkpoint(source)
+    base = None if source is None else _as_source(open_checkpoint(source))
     report = VerifyReport(path, "unknown", source)
     try:
         checkpoint = open_checkpoint(path)
@@ -71,7 +71,7 @@ def verify(
 def _check(
     report: VerifyReport,
     subject: Subject,
-    base: Checkpoint | None,
+    base: Source | None,
     plan: PlannedLayers | None,
     progress: Progress | None,
 ) -> None:
@@ -100,7 +100,7 @@ def _check(
     findings += activations.check_kv_cache(subject)
     _check_weights(report, subject, broken, base, _folding(subject, plan), progress)
     if base is not None:
-        findings += sidecars.check_against(checkpoint, base)
+        findings += sidecars.check_against(checkpoint, base.checkpoint)
     if seal is not None:
         findings += provenance.check_seal(checkpoint, seal)
     findings += _note_engines(subject)
@@ -110,7 +110,7 @@ def _check_weights(
     report: VerifyReport,
     subject: Subject,
     broken: set[str],
-    base: Checkpoint | None,
+    source: Source | None,
     folding: Folding,
     progress: Progress | None,
 ) -> None:
@@ -121,7 +121,6 @@ def _check_weights(
     from quantkit.verify.weights import Weights, check_weights, fidelities
 
     modules = [name for name in subject.declaration.layers if name not in broken]
-    source = None if base is None else _as_source(base)
     ledger = Ledger() if source is None else make_ledger(subject, source)
     folds, impossible = (
         ([], []) if folding == "never" else usable_folds(norm_folds(subject, ledger.altered))
@@ -143,11 +142,17 @@ def _check_weights(
 
 
 def _as_source(base: Checkpoint) -> Source:
-    """The source, which may itself be stored in a quantized layout (FP8 blocks)."""
-    from quantkit.formats.registry import is_quantized
-    from quantkit.verify.source import Source
+    """The source; InputError when it is quantized in a way that cannot be compared with."""
+    from quantkit.verify.source import INVERSE_SCALE, Source
 
-    return Source(base, examine(base, detect(base)) if is_quantized(base) else None)
+    found = is_quantized(base)
+    if found and not any(name.endswith(INVERSE_SCALE) for name in base.tensors):
+        raise InputError(
+            f"The source {base.path} is quantized itself ({found}).",
+            hint="give --source the 16-bit model that this checkpoint was made from",
+            code="source.quantized",
+        )
+    return Source(base)
 
 
 def _count_alone(subject: Subject) -> Counter[str]:

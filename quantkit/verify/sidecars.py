@@ -22,13 +22,21 @@ FREE_CONFIG_KEYS = frozenset(
 )  # fmt: skip
 """Keys of config.json (at any depth) that quantizing or saving again may change."""
 
-_FREE_GENERATION_KEYS = frozenset({"transformers_version", "_from_model_config", "do_sample"})
+_FREE_GENERATION_KEYS: frozenset[str] = frozenset(
+    {"transformers_version", "_from_model_config", "do_sample"}
+)
 _FREE_TOKENIZER_KEYS = frozenset(
     {
         "chat_template", "name_or_path", "tokenizer_file", "special_tokens_map_file", "is_local",
         "local_files_only", "processor_class", "backend", "auto_map",
     }
 )  # fmt: skip
+_ENCODING_KEYS = frozenset(
+    {"add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "legacy"}
+)
+_BATCHING_KEYS = frozenset(
+    {"pad_token", "pad_token_id", "padding_side", "truncation_side", "model_max_length"}
+)
 _BUDGET_KEYS = ("truncation", "padding")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _LEGACY_TOKENIZER = {
@@ -118,17 +126,37 @@ def _compare_file(ours: Path, theirs: Path) -> Iterator[Finding]:
     if name == "tokenizer.json":
         yield from _compare_tokenizer(mine, original)
         return
-    free: frozenset[str] = frozenset()
-    if name == "generation_config.json":
-        free = _FREE_GENERATION_KEYS
-    elif name == "tokenizer_config.json":
-        free = _FREE_TOKENIZER_KEYS
+    if name == "tokenizer_config.json":
+        yield from _compare_tokenizer_config(mine, original)
+        return
+    free = _FREE_GENERATION_KEYS if name == "generation_config.json" else frozenset()
     for key, (new, old) in _differences(mine, original).items():
         if key.split(".")[0] in free or old is _ABSENT or (new is _ABSENT and not old):
             continue
-        if name == "tokenizer_config.json" and new is _ABSENT:
-            continue  # tokenizer.json holds what Transformers 5 leaves out here
         yield _changed(name, f"{key} is {_show(new)}, in the source {_show(old)}")
+
+
+def _compare_tokenizer_config(mine: dict[str, Any], original: dict[str, Any]) -> Iterator[Finding]:
+    """Keys that a library saved again differ often; those that change token ids are errors."""
+    name = "tokenizer_config.json"
+    for key, (new, old) in _differences(mine, original).items():
+        top = key.split(".")[0]
+        renamed = top == "tokenizer_class" and str(new).removesuffix("Fast") == str(
+            old
+        ).removesuffix("Fast")
+        saved_elsewhere = new is _ABSENT or (old is _ABSENT and top not in _ENCODING_KEYS)
+        if top in _FREE_TOKENIZER_KEYS or renamed or saved_elsewhere:
+            continue
+        if top in _BATCHING_KEYS:
+            yield warning(
+                "sidecar.tokenizer_batching",
+                f"{name}: {key} is {_show(new)}, in the source {_show(old)}; it shapes batches, "
+                "not the ids of a text",
+                f"copy {name} from the source",
+                name,
+            )
+        else:
+            yield _changed(name, f"{key} is {_show(new)}, in the source {_show(old)}")
 
 
 def _compare_tokenizer(mine: dict[str, Any], original: dict[str, Any]) -> Iterator[Finding]:

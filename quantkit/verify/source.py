@@ -9,14 +9,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quantkit.checkpoint import Checkpoint, TensorInfo
-from quantkit.formats import inventory
+from quantkit.formats.base import QuantWeight
+from quantkit.formats.dequantize import dequantize
 from quantkit.modules import text_config
+from quantkit.schemes import NumberFormat
 from quantkit.verify.reading import read_tensor
-from quantkit.verify.subject import Subject
 
 if TYPE_CHECKING:
     import torch
 
+INVERSE_SCALE = "_scale_inv"
 _WRAPPERS = frozenset({"model", "language_model"})
 _HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
 _EXPERT_LEAVES = {
@@ -41,10 +43,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A source checkpoint; `quantized` is its declaration where it is stored in FP8 blocks."""
+    """A source checkpoint in 16 bit, or in DeepSeek's FP8 blocks (`weight_scale_inv`)."""
 
     checkpoint: Checkpoint
-    quantized: Subject | None = None
 
     @cached_property
     def _by_short_name(self) -> dict[str, str]:
@@ -69,8 +70,9 @@ class Source:
         """
         if expert is None:
             plain = self.tensor(f"{module}.weight")
-            return [Part(plain)] if plain is not None else self._from_fused(module)
-        fused = self.tensor(module)
+            flat = plain is not None and len(plain.shape) == 2
+            return [Part(plain)] if plain is not None and flat else self._from_fused(module)
+        fused = self._fused(module)
         if fused is not None:
             return [self._slice(fused, expert)]
         parent, _, leaf = module.rpartition(".")
@@ -85,15 +87,19 @@ class Source:
         index, _, leaf = tail.partition(".")
         if not found or not index.isdigit():
             return []
-        down = self.tensor(f"{head}.experts.down_proj")
+        down = self._fused(f"{head}.experts.down_proj")
         if leaf in ("down_proj", "w2") and down is not None:
             return [self._slice(down, int(index))]
-        both = self.tensor(f"{head}.experts.gate_up_proj")
+        both = self._fused(f"{head}.experts.gate_up_proj")
         if leaf in _HALVES and both is not None:
             interleaved = self.checkpoint.config.get("model_type") == "gpt_oss"
             part = self._slice(both, int(index))
             return [replace(part, half=_HALVES[leaf], interleaved=interleaved)]
         return []
+
+    def _fused(self, module: str) -> TensorInfo | None:
+        found = self.tensor(module) or self.tensor(f"{module}.weight")
+        return found if found is not None and len(found.shape) == 3 else None
 
     def _slice(self, info: TensorInfo, expert: int) -> Part:
         """One expert of a fused tensor; its rows are outputs unless they are as long as the input.
@@ -116,35 +122,31 @@ class Source:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _read(self, part: Part) -> torch.Tensor:
-        tensor = self._dequantized(part.info) if self.quantized else None
-        if tensor is None:
-            tensor = read_tensor(part.info)
+        tensor = self.values(part.info)
         if part.transposed:
             tensor = tensor.T
         if part.half is not None:
             rows = tensor.shape[0] // 2
-            chosen = slice(part.half, None, 2) if part.interleaved else slice(
-                part.half * rows, (part.half + 1) * rows
-            )  # fmt: skip
+            start = part.half * rows
+            chosen = slice(part.half, None, 2) if part.interleaved else slice(start, start + rows)
             tensor = tensor[chosen]
         return tensor.contiguous()
 
-    def _dequantized(self, info: TensorInfo) -> torch.Tensor | None:
-        from quantkit.formats.dequantize import dequantize
+    def values(self, info: TensorInfo) -> torch.Tensor:
+        """A tensor's values, FP8 blocks dequantized to float32."""
+        scale = self.checkpoint.tensors.get(info.name + INVERSE_SCALE)
+        tensor = read_tensor(info)
+        if scale is None or info.dtype != "F8_E4M3":
+            return tensor
+        number = NumberFormat("fp8_e4m3", "block", block=self._block)
+        return dequantize(QuantWeight(number, tensor, read_tensor(scale).float()))
 
-        subject = self.quantized
-        module = subject.owned.get(info.name) if subject else None
-        if subject is None or module is None:
-            return None
-        spec = subject.declaration.layers[module]
-        tensors = {
-            suffix: read_tensor(
-                self.checkpoint.tensors[inventory.tensor_name(module, suffix, spec)]
-            )
-            for suffix in subject.expected[module]
-            if inventory.tensor_name(module, suffix, spec) in self.checkpoint.tensors
-        }
-        return dequantize(subject.layout.read(tensors, spec))
+    @property
+    def _block(self) -> tuple[int, int]:
+        stated = (self.checkpoint.quantization_config or {}).get("weight_block_size")
+        if isinstance(stated, list | tuple) and len(stated) == 2:
+            return (int(stated[0]), int(stated[1]))
+        return (128, 128)
 
 
 def short_name(name: str) -> str:
