@@ -1,0 +1,1 @@
+"""Quantization without a model: read safetensors, quantize row blocks, write (`rtn_*` methods)."""

@@ -1,0 +1,168 @@
+"""Quantize a checkpoint without a model, shard by shard, in memory that does not grow with it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import inf, log10, sqrt
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+from quantkit.checkpoint import INDEX_SUFFIX, Checkpoint
+from quantkit.errors import InputError
+from quantkit.modules import fused_groups
+from quantkit.schemes import Scheme
+from quantkit.streaming.job import ShardRecord, ShardTask, StreamOptions, StreamResult
+from quantkit.streaming.state import State, finished_shards, settings, source_identity
+from quantkit.streaming.tasks import plan_shards
+
+
+def stream_quantize(
+    checkpoint: Checkpoint,
+    layers: Mapping[str, Scheme],
+    out: Path,
+    *,
+    options: StreamOptions,
+    shard_size: int,
+    jobs: int | None = None,
+    memory: int | None = None,
+    executor: Literal["local", "ray"] = "local",
+    resume: bool = False,
+    device: str = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> StreamResult:
+    """Write the shards and the index of `checkpoint`, quantized, into the directory `out`.
+
+    `layers` gives modules of the source their schemes; all else is copied. `jobs` is the number of
+    threads (default: one a core), `memory` a limit in bytes that may lower it. `resume` goes on
+    where an earlier run into the same `out` stopped; what that needs stays in `out` until
+    `clear_state`. `on_progress` gets the source bytes done, and in all.
+
+    Raises InputError (`stream.*`, `source.*`, `resume.*`, `output.no_space`).
+    """
+    seconds: dict[str, float] = {}
+    with _stage(seconds, "start"):
+        from quantkit.streaming.resources import find_devices, thread_count
+    tasks = plan_shards(checkpoint, layers, options.layout, shard_size)
+    devices = find_devices(device)
+    threads = thread_count(tasks, options.layout, devices, jobs, memory)
+    kept: dict[str, str] = {}
+    if options.on_nan == "keep16":
+        with _stage(seconds, "scan"):
+            kept = _nonfinite_layers(tasks, layers, threads, devices[0])
+            layers = {name: scheme for name, scheme in layers.items() if name not in kept}
+            tasks = plan_shards(checkpoint, layers, options.layout, shard_size)
+    job = {"settings": settings(layers, options, tasks), "source": source_identity(checkpoint)}
+    state = State(out)
+    with _stage(seconds, "check"):
+        records = finished_shards(state, job, checkpoint, tasks) if resume else {}
+    resumed = sorted(records)
+    if not records:
+        state.begin(job)
+    for stray in out.glob("*.writing"):
+        stray.unlink()
+    left = [task for task in tasks if task.file not in records]
+    total = sum(task.read_bytes for task in tasks)
+    begun = total - sum(task.read_bytes for task in left)
+
+    def progress(done: int) -> None:
+        if on_progress:
+            on_progress(begun + done, total)
+
+    def finished(record: ShardRecord) -> None:
+        state.record(record)
+        records[record.file] = record
+
+    if executor == "ray":
+        from quantkit.streaming.ray_executor import run_tasks
+    else:
+        from quantkit.streaming.execute import run_tasks
+    with _stage(seconds, "stream"):
+        try:
+            run_tasks(left, out, options, jobs=threads, devices=devices, progress=progress,
+                      finished=finished)  # fmt: skip
+        except OSError as error:
+            raise _explained(error, out, [t for t in left if t.file not in records]) from error
+    _write_index(tasks, out)
+    return _result([records[task.file] for task in tasks], kept, resumed, seconds)
+
+
+def clear_state(out: Path) -> None:
+    """Remove what `resume` would need; the output is complete."""
+    State(out).clear()
+
+
+def _nonfinite_layers(
+    tasks: Sequence[ShardTask], layers: Mapping[str, Scheme], threads: int, device: str
+) -> dict[str, str]:
+    """Layer → why it stays in 16 bit: it, or one that engines fuse with it, holds NaN."""
+    from quantkit.streaming.blocks import nonfinite_pieces
+
+    bad = nonfinite_pieces(tasks, threads, device)
+    kept = dict.fromkeys(sorted(bad), "holds NaN or infinite values")
+    for group in fused_groups(layers):
+        culprit = next((name for name in group if name in bad), None)
+        for name in group:
+            if culprit:
+                kept.setdefault(name, f"fused with {culprit}, which holds NaN or infinite values")
+    return kept
+
+
+def _result(
+    records: Sequence[ShardRecord],
+    kept: dict[str, str],
+    resumed: list[str],
+    seconds: dict[str, float],
+) -> StreamResult:
+    errors = {name: e for record in records for name, e in record.layers.items()}
+    relative = {name: sqrt(e.noise / e.signal) if e.signal else 0.0 for name, e in errors.items()}
+    return StreamResult(
+        digests={name: d for record in records for name, d in record.digests.items()},
+        source_digests={name: d for record in records for name, d in record.source.items()},
+        relative_error=relative,
+        sqnr_db={name: -20 * log10(r) if r else inf for name, r in relative.items()},
+        kept=kept,
+        notes=[note for record in records for note in record.notes],
+        seconds=seconds,
+        resumed=resumed,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _write_index(tasks: Sequence[ShardTask], out: Path) -> None:
+    if len(tasks) == 1:
+        return
+    weight_map = {name: task.file for task in tasks for name in task.outputs}
+    index = {
+        "metadata": {"total_size": sum(task.write_bytes for task in tasks)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    text = json.dumps(index, indent=2) + "\n"
+    (out / f"model{INDEX_SUFFIX}").write_text(text, encoding="utf-8")
+
+
+def _explained(error: OSError, out: Path, left: Sequence[ShardTask]) -> Exception:
+    """A full disk, with what is missing; any other error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    needed = sum(task.write_bytes for task in left)
+    free = shutil.disk_usage(out).free
+    return InputError(
+        f"No space is left under {out}: {len(left)} of its files still need {needed / 1e6:.0f} MB, "
+        f"{free / 1e6:.0f} MB are free ({max(needed - free, 0) / 1e6:.0f} MB missing). "
+        "Finished files are kept.",
+        hint="free some space, then run the same command with --resume",
+        code="output.no_space",
+    )
+
+
+@contextmanager
+def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = perf_counter()
+    yield
+    seconds[name] = perf_counter() - began

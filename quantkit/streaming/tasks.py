@@ -1,0 +1,214 @@
+"""From a checkpoint and its plan to independent shard tasks: which file will hold which tensors.
+
+Only headers are read: names, dtypes, shapes and places of every output tensor are known before the
+first weight is. Each source shard becomes one output file (more where it would pass the shard
+size), so a task reads one source file, and FP4 global scales of layers that engines fuse.
+
+Fused 3-D expert tensors come out as one 2-D layer an expert (`experts.3.gate_proj`), the names that
+compressed-tensors and the engines use for quantized experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.errors import InputError
+from quantkit.modules import fused_groups, text_config
+from quantkit.schemes import Scheme
+from quantkit.streaming.encode import declared, refusal
+from quantkit.streaming.job import Layout, Outputs, Piece, ShardTask, Slice, Work, entry_bytes
+
+FLOATS = ("BF16", "F16", "F32")
+INVERSE_SCALE = "_scale_inv"
+
+
+def plan_shards(
+    checkpoint: Checkpoint, layers: Mapping[str, Scheme], layout: Layout, shard_size: int
+) -> list[ShardTask]:
+    """The output files in order; layers not in `layers` are copied.
+
+    Raises InputError for layers whose shape or dtype the scheme cannot hold, for tensors that share
+    bytes of a file, and for two outputs of one name.
+    """
+    _refuse_overlaps(checkpoint)
+    slices = {module: _slices(checkpoint, module) for module in layers}
+    _refuse_misfits(slices, layers, layout)
+    shared = _shared_slices(slices, layers)
+    by_tensor = {next(iter(parts.values())).tensor.name: module for module, parts in slices.items()}
+    works = []
+    for tensor in sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.start)):
+        if _is_inverse_scale(tensor.name, checkpoint):
+            continue
+        module = by_tensor.get(tensor.name)
+        if module is None:
+            works.append(_copy(tensor, checkpoint))
+        else:
+            pieces = tuple(
+                Piece(module, name, layers[module], part, shared.get(name, ()))
+                for name, part in slices[module].items()
+            )
+            works.append(Work(tensor, pieces, None, _outputs(pieces, layout)))
+    return _divide(works, shard_size)
+
+
+def tensor_of(checkpoint: Checkpoint, module: str) -> TensorInfo:
+    """The weight of a module of the plan: `module.weight`, or a fused expert tensor."""
+    info = checkpoint.tensors.get(f"{module}.weight") or checkpoint.tensors.get(module)
+    assert info is not None, f"the plan names {module}, which has no weight"
+    return info
+
+
+def _slices(checkpoint: Checkpoint, module: str) -> dict[str, Slice]:
+    """Output module → its slice of the module's tensor, in the tensor's order."""
+    tensor = tensor_of(checkpoint, module)
+    if len(tensor.shape) == 2:
+        rows, columns = tensor.shape
+        scale = checkpoint.tensors.get(tensor.name + INVERSE_SCALE)
+        block = _weight_block(checkpoint.config)
+        return {module: Slice(tensor, 0, rows, columns, scale=scale, block=block)}
+    return dict(_expert_slices(tensor, module, checkpoint.config))
+
+
+def _expert_slices(
+    tensor: TensorInfo, module: str, config: Mapping[str, Any]
+) -> Iterator[tuple[str, Slice]]:
+    parent, _, leaf = module.removesuffix(".weight").rpartition(".")
+    leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+    experts, height, width = tensor.shape
+    transposed = stored_transposed(tensor, config)
+    outputs, inputs = (width, height) if transposed else (height, width)
+    rows = outputs // len(leaves)
+    for expert in range(experts):
+        for index, name in enumerate(leaves):
+            part = Slice(tensor, index * rows, rows, inputs, expert, transposed)
+            yield f"{parent}.{expert}.{name}", part
+
+
+def stored_transposed(tensor: TensorInfo, config: Mapping[str, Any]) -> bool:
+    """Whether a fused expert tensor holds each expert as [in, out]: told by the hidden size.
+
+    Raises InputError when both dimensions, or neither, are the hidden size, and for experts with
+    biases (gpt-oss interleaves their gate and up rows).
+    """
+    hidden = text_config(config).get("hidden_size")
+    down = tensor.name.removesuffix(".weight").endswith("down_proj")
+    first, last = (size == hidden for size in tensor.shape[1:])
+    if first == last:
+        raise InputError(
+            f"{tensor.name} {list(tensor.shape)} does not show which dimension is the input "
+            f"(the hidden size is {hidden}).",
+            hint=f"keep it in 16 bit: --set ignore+={tensor.name}",
+            code="stream.expert_layout",
+        )
+    return first if not down else last
+
+
+def _shared_slices(
+    slices: Mapping[str, Mapping[str, Slice]], layers: Mapping[str, Scheme]
+) -> dict[str, tuple[Slice, ...]]:
+    """Output module → the slices whose largest weight sets its FP4 global scale."""
+    scaled = {
+        name: part
+        for module, parts in slices.items()
+        if layers[module].weight.scale == "e4m3"
+        for name, part in parts.items()
+    }
+    shared: dict[str, tuple[Slice, ...]] = {name: (part,) for name, part in scaled.items()}
+    for group in fused_groups(scaled):
+        members = tuple(scaled[name] for name in group)
+        shared.update(dict.fromkeys(group, members))
+    return shared
+
+
+def _copy(tensor: TensorInfo, checkpoint: Checkpoint) -> Work:
+    scale = checkpoint.tensors.get(tensor.name + INVERSE_SCALE)
+    if scale is None or len(tensor.shape) != 2:
+        return Work(tensor, (), None, {tensor.name: (tensor.dtype, tensor.shape)})
+    rows, columns = tensor.shape
+    block = _weight_block(checkpoint.config)
+    whole = Slice(tensor, 0, rows, columns, scale=scale, block=block)
+    return Work(tensor, (), whole, {tensor.name: ("BF16", tensor.shape)})
+
+
+def _outputs(pieces: tuple[Piece, ...], layout: Layout) -> Outputs:
+    found = {}
+    for piece in pieces:
+        source = piece.source
+        dtype = "BF16" if source.scale else source.tensor.dtype
+        entries = declared(piece.scheme, layout, (source.rows, source.columns), dtype)
+        found.update({f"{piece.module}.{suffix}": entry for suffix, entry in entries.items()})
+    return found
+
+
+def _divide(works: list[Work], shard_size: int) -> list[ShardTask]:
+    shards: list[list[Work]] = []
+    filled, file = 0, None
+    for work in works:
+        size = sum(entry_bytes(*entry) for entry in work.outputs.values())
+        if work.tensor.file != file or filled + size > shard_size:
+            shards.append([])
+            filled, file = 0, work.tensor.file
+        shards[-1].append(work)
+        filled += size
+    _refuse_duplicates(works)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    return [ShardTask(name, tuple(shard)) for name, shard in zip(names, shards, strict=True)]
+
+
+def _is_inverse_scale(name: str, checkpoint: Checkpoint) -> bool:
+    return name.endswith(INVERSE_SCALE) and name.removesuffix(INVERSE_SCALE) in checkpoint.tensors
+
+
+def _weight_block(config: Mapping[str, Any]) -> tuple[int, int]:
+    declared_block = (config.get("quantization_config") or {}).get("weight_block_size")
+    return tuple(declared_block) if declared_block else (128, 128)
+
+
+def _refuse_misfits(
+    slices: Mapping[str, Mapping[str, Slice]], layers: Mapping[str, Scheme], layout: Layout
+) -> None:
+    reasons = []
+    for module, parts in slices.items():
+        part = next(iter(parts.values()))
+        dtype = part.tensor.dtype
+        reason = refusal(layers[module], layout, (part.rows, part.columns))
+        if dtype not in FLOATS and not (dtype == "F8_E4M3" and part.scale):
+            reason = f"its weight is {dtype}"
+        if reason:
+            reasons.append(f"{module} {list(part.tensor.shape)}: {reason}")
+    if reasons:
+        more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        raise InputError(
+            f"Layers that the scheme cannot hold: {'; '.join(reasons[:3])}{more}.",
+            hint="--set group_size=64 (a size that fits), or --set on_misfit=keep16",
+            code="stream.misfit",
+        )
+
+
+def _refuse_overlaps(checkpoint: Checkpoint) -> None:
+    last: TensorInfo | None = None
+    for info in sorted(checkpoint.tensors.values(), key=lambda i: (i.file, i.start, i.end)):
+        if last and last.file == info.file and info.start < last.end and info.bytes:
+            raise InputError(
+                f"{info.file} gives the same bytes to {last.name} and {info.name}.",
+                hint="save the model again with save_pretrained, which stores shared tensors once",
+                code="stream.shared_bytes",
+            )
+        last = info if info.bytes else last
+
+
+def _refuse_duplicates(works: list[Work]) -> None:
+    owner: dict[str, str] = {}
+    for work in works:
+        for name in work.outputs:
+            if name in owner:
+                raise InputError(
+                    f"Both {owner[name]} and {work.tensor.name} would be written as {name}.",
+                    hint="remove one of them from the source",
+                    code="stream.duplicate_name",
+                )
+            owner[name] = work.tensor.name
