@@ -36,8 +36,8 @@ def refusal(scheme: Scheme, layout: Layout, shape: tuple[int, int]) -> str | Non
         return None
     if number.element != "int4" or number.granularity != "group" or scheme.input is not None:
         return f"the {layout} layout holds w4a16 only, not {scheme.name}"
-    if layout == "gptq" and not number.symmetric:
-        return "the gptq layout cannot hold a zero point of 0; use symmetric weights, or awq"
+    if number.symmetric != (layout == "gptq"):
+        return f"engines load the {layout} layout {_ZEROS[layout]} only"
     if shape[0] % 8:
         return f"the {layout} layout packs outputs in eights, and it has {shape[0]}"
     return None
@@ -52,7 +52,7 @@ def declared(scheme: Scheme, layout: Layout, shape: tuple[int, int], dtype: str)
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {
             "qweight": ("I32", packed),
             "qzeros": ("I32", (grid[1], rows // 8)),
-            "scales": ("F16", (grid[1], rows)),
+            "scales": (dtype, (grid[1], rows)),
         }
         return tensors | ({"g_idx": ("I32", (columns,))} if layout == "gptq" else {})
     if number.element == "fp4_e2m1":
@@ -76,6 +76,9 @@ def declared(scheme: Scheme, layout: Layout, shape: tuple[int, int], dtype: str)
     if not number.symmetric:
         tensors["weight_zero_point"] = ("I32", ((rows * number.bits + 31) // 32, grid[1]))
     return tensors
+
+
+_ZEROS = {"gptq": "without zero points (symmetric=true)", "awq": "with them (symmetric=false)"}
 
 
 class Encoder(Protocol):
@@ -126,6 +129,10 @@ class _CompressedTensors:
             yield "weight_global_scale", self._global
 
 
+_GPTQ_ZEROS = 0x77777777
+"""Eight zero points of 8, less one each."""
+
+
 class _Columns:
     """GPTQ and AWQ keep a layer's rows in columns, so the packed layer is gathered in memory."""
 
@@ -133,31 +140,25 @@ class _Columns:
         import torch
 
         self._layout, self._number = layout, scheme.weight
-        entries = declared(scheme, layout, shape, "F16")
+        entries = declared(scheme, layout, shape, "")
         self._columns, self._row = shape[1], 0
         self._packed = torch.empty(entries["qweight"][1], dtype=torch.int32)
-        self._zeros = torch.empty(entries["qzeros"][1], dtype=torch.int32)
-        self._scales = torch.empty(entries["scales"][1], dtype=torch.float16)
+        self._zeros = torch.full(entries["qzeros"][1], _GPTQ_ZEROS, dtype=torch.int32)
+        self._scales: list[torch.Tensor] = []
 
     def rows(self, block: Rows) -> Iterator[Chunk]:
-        import torch
-
         from quantkit.formats.packing import pack_awq, pack_words
 
         codes = _unsigned(block.codes, 4).cpu()
         start, stop = self._row, self._row + codes.shape[0]
         words = slice(start // 8, stop // 8)
         self._row = stop
-        self._scales[:, start:stop] = block.scale.T
-        points = block.zero_point
-        zeros = torch.full(block.scale.shape, 8) if points is None else points.cpu() + 8
-        zeros = zeros.T.to(torch.uint8)
-        if self._layout == "awq":
-            self._packed[:, words] = pack_awq(codes.T)
-            self._zeros[:, words] = pack_awq(zeros)
-        else:
+        self._scales.append(block.scale.cpu())
+        if block.zero_point is None:
             self._packed[:, start:stop] = pack_words(codes, 4).T
-            self._zeros[:, words] = pack_words(zeros - 1, 4)
+        else:
+            self._packed[:, words] = pack_awq(codes.T)
+            self._zeros[:, words] = pack_awq(_unsigned(block.zero_point, 4).cpu().T)
         return iter(())
 
     def end(self) -> Iterator[Chunk]:
@@ -165,7 +166,7 @@ class _Columns:
 
         yield "qweight", self._packed
         yield "qzeros", self._zeros
-        yield "scales", self._scales
+        yield "scales", torch.cat(self._scales).T
         if self._layout == "gptq":
             assert self._number.group_size
             yield "g_idx", torch.arange(self._columns, dtype=torch.int32) // self._number.group_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from secrets import token_hex
 from threading import Event, Lock, Thread
 
 import torch
@@ -17,7 +18,15 @@ import torch
 from quantkit.errors import InputError
 from quantkit.streaming.blocks import Maxima, blocks, copy_blocks, tensor_bytes
 from quantkit.streaming.encode import encoder
-from quantkit.streaming.job import LayerError, Piece, ShardRecord, ShardTask, StreamOptions, Work
+from quantkit.streaming.job import (
+    WRITING,
+    LayerError,
+    Piece,
+    ShardRecord,
+    ShardTask,
+    StreamOptions,
+    Work,
+)
 from quantkit.streaming.rtn import NonFiniteError, all_finite, quantize_rows
 from quantkit.streaming.source import Reader
 from quantkit.streaming.writer import ShardWriter, Sink
@@ -93,7 +102,8 @@ class _Shard:
 
     def sinks(self, work: Work) -> dict[str, Sink]:
         if self._writer is None:
-            self._writer = ShardWriter(self._final.with_suffix(".writing"), self.task.outputs)
+            place = self._final.with_suffix(f".{token_hex(4)}{WRITING}")
+            self._writer = ShardWriter(place, self.task.outputs)
         return {name: self._writer.sink(name) for name in work.outputs}
 
     def finish(self) -> ShardRecord:

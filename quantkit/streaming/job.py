@@ -16,6 +16,9 @@ Layout = Literal["compressed-tensors", "gptq", "awq"]
 Outputs = Mapping[str, tuple[str, tuple[int, ...]]]
 """Tensor name → safetensors dtype and shape."""
 
+WRITING = ".writing"
+"""The suffix of an output file that is not finished."""
+
 
 @dataclass(frozen=True)
 class StreamOptions:

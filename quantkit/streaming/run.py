@@ -17,7 +17,7 @@ from quantkit.checkpoint import INDEX_SUFFIX, Checkpoint
 from quantkit.errors import InputError
 from quantkit.modules import fused_groups
 from quantkit.schemes import Scheme
-from quantkit.streaming.job import ShardRecord, ShardTask, StreamOptions, StreamResult
+from quantkit.streaming.job import WRITING, ShardRecord, ShardTask, StreamOptions, StreamResult
 from quantkit.streaming.state import State, finished_shards, settings, source_identity
 from quantkit.streaming.tasks import plan_shards
 
@@ -64,8 +64,7 @@ def stream_quantize(
     resumed = sorted(records)
     if not records:
         state.begin(job)
-    for stray in out.glob("*.writing"):
-        stray.unlink()
+    _remove_unfinished(out)
     left = [task for task in tasks if task.file not in records]
     total = sum(task.read_bytes for task in tasks)
     begun = total - sum(task.read_bytes for task in left)
@@ -88,6 +87,7 @@ def stream_quantize(
                       finished=finished)  # fmt: skip
         except OSError as error:
             raise _explained(error, out, [t for t in left if t.file not in records]) from error
+    _remove_unfinished(out)
     _write_index(tasks, out)
     return _result([records[task.file] for task in tasks], kept, resumed, seconds)
 
@@ -132,6 +132,12 @@ def _result(
         resumed=resumed,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _remove_unfinished(out: Path) -> None:
+    """What killed runs, or workers that were lost, left behind."""
+    for stray in out.glob(f"*{WRITING}"):
+        stray.unlink()
 
 
 def _write_index(tasks: Sequence[ShardTask], out: Path) -> None:
