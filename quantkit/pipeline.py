@@ -27,6 +27,7 @@ from quantkit.registry import MODELOPT
 from quantkit.request import ExportRequest, Outcome, Request
 from quantkit.scan import Scan, refuse_bad_weights, scan
 from quantkit.statefile import check_state, read_state_note, refuse_mismatch
+from quantkit.streamed import stream
 
 if TYPE_CHECKING:
     from quantkit.calibration import TokenFile
@@ -59,6 +60,9 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
     source, plan = preflight(request)
     _refuse_untranslated(source, plan)
     check_target(request.out, overwrite=request.overwrite)
+    if plan.backend.adapter is None:
+        return stream(request, source, plan, ui)
+    _refuse_stream_flags(request, plan)
     check_space(request.out, plan.estimate.disk, "the checkpoint")
     if request.checkpoint_save:
         _check_state_file(request.checkpoint_save, request.overwrite, plan)
@@ -75,6 +79,23 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
         _check_tokens(result, tokens)
         calibration = {**result.calibration, **mixture} if mixture else None
         return finish(partial, request, plan, source, found.fingerprint, calibration, result, ui)
+
+
+def _refuse_stream_flags(request: Request, plan: Plan) -> None:
+    asked = {
+        "--resume": request.resume,
+        "--memory": request.memory is not None,
+        "--jobs": request.jobs is not None,
+        "--executor": request.executor != "local",
+    }
+    flags = [flag for flag, given in asked.items() if given]
+    if flags:
+        raise InputError(
+            f"{', '.join(flags)} is for the built-in rtn_* methods: {plan.backend.distribution} "
+            "holds the whole model in one process and cannot stop and go on.",
+            hint=f"leave out {' '.join(flags)}",
+            code="request.stream_only",
+        )
 
 
 def _state_note(

@@ -74,7 +74,7 @@ def make_plan(
     if recipe.calibration is None and known and backend.method(recipe).calibrated:
         reasons.append(f"{recipe.name} needs calibration, but the recipe has none")
     found = is_quantized(checkpoint)
-    if found:
+    if found and not (backend.reads_fp8_blocks and _in_fp8_blocks(checkpoint)):
         reasons.append(f"the model is quantized already ({found}); start from its 16-bit original")
     code = _needs_remote_code(checkpoint)
     if code and not trust_remote_code:
@@ -200,6 +200,11 @@ def _estimate(checkpoint: Checkpoint, replaced: set[str], quantized: int) -> Est
     output = kept + quantized
     disk = round(output * 1.02) + 32_000_000
     return Estimate(checkpoint.weight_bytes, output, round(in_16_bit * 4 / 3), disk)
+
+
+def _in_fp8_blocks(checkpoint: Checkpoint) -> bool:
+    config = checkpoint.quantization_config or {}
+    return config.get("quant_method") == "fp8" and bool(config.get("weight_block_size"))
 
 
 def _needs_remote_code(checkpoint: Checkpoint) -> str | None:

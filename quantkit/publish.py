@@ -13,12 +13,14 @@ from quantkit.errors import InputError
 
 
 @contextmanager
-def staged(target: Path, *, overwrite: bool, resume: bool = False) -> Iterator[Path]:
+def staged(
+    target: Path, *, overwrite: bool, resumable: bool = False, resume: bool = False
+) -> Iterator[Path]:
     """Yield `DIR.partial`, empty unless `resume`; publish it as `target` when the block ends well.
 
-    When the block raises, `DIR.partial` is removed and `target` is as it was; with `resume` it is
-    kept, so that finished work can be picked up. A run that was killed leaves a `DIR.partial`
-    without a lock, which the next run takes over.
+    When the block raises, `target` is as it was and `DIR.partial` is removed; when the work is
+    `resumable` it is kept, so that a later run with `resume` picks it up. A run that was killed
+    leaves a `DIR.partial` without a lock, which the next run takes over.
 
     Raises InputError when `target` exists and `overwrite` is not given, when the place is not
     writable, or when another live run holds the same output.
@@ -32,7 +34,7 @@ def staged(target: Path, *, overwrite: bool, resume: bool = False) -> Iterator[P
         yield partial
         _publish(partial, target, overwrite=overwrite)
     except BaseException:
-        if not resume:
+        if not resumable or not any(partial.iterdir()):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:

@@ -19,6 +19,7 @@ from quantkit.modules import PRESETS
 from quantkit.registry import backend_named
 from quantkit.resources import data_dir
 from quantkit.schemes import SCHEMES, KVCache, Scheme
+from quantkit.units import parse_bytes
 
 
 class _Strict(BaseModel):
@@ -95,9 +96,7 @@ class Recipe(_Strict):
         return adjusted(SCHEMES[self.scheme], self.group_size, self.symmetric)
 
     def shard_bytes(self) -> int:
-        number = self.shard_size.rstrip("KMGTB ")
-        unit = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[self.shard_size[-2]]
-        return int(float(number) * unit)
+        return parse_bytes("shard_size", self.shard_size)
 
 
 def adjusted(scheme: Scheme, group_size: int | None, symmetric: bool = True) -> Scheme:

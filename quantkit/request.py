@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantkit.plan import Plan
 from quantkit.recipe import Recipe
@@ -13,7 +13,10 @@ from quantkit.verify import VerifyReport
 
 @dataclass(frozen=True)
 class Request:
-    """One `quantkit quantize`: `model` is a directory or a Hub name; paths are the user's."""
+    """One `quantkit quantize`: `model` is a directory or a Hub name; paths are the user's.
+
+    `resume`, `memory` (bytes), `jobs` (threads) and `executor` are for the streaming backend.
+    """
 
     model: str
     recipe: Recipe
@@ -23,6 +26,10 @@ class Request:
     python: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
+    resume: bool = False
+    memory: int | None = None
+    jobs: int | None = None
+    executor: Literal["local", "ray"] = "local"
 
 
 @dataclass(frozen=True)

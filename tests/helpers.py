@@ -27,7 +27,7 @@ def cut_layers(source: Path, target: Path, layers: int) -> Path:
     }  # fmt: skip
     save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
     for path in source.iterdir():
-        if is_sidecar(path.name):
+        if is_sidecar(path.name) or path.name == "README.md":
             shutil.copy(path, target / path.name)
     return target
 

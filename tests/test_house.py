@@ -18,12 +18,12 @@ PACKAGE = ROOT / "quantkit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: dict[str, int] = {
-    "errors": 0, "schemes": 0, "job": 0, "cache": 0, "resources": 0, "worker": 0,
+    "errors": 0, "units": 0, "schemes": 0, "job": 0, "cache": 0, "resources": 0, "worker": 0,
     "modules": 0, "checkpoint": 1,
     "engines": 1, "formats": 2, "registry": 3, "recipe": 3, "hub": 3, "scan": 3, "statefile": 3,
     "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4, "streaming": 4,
     "verify": 4, "process": 4, "card": 5, "origin": 5, "seal": 5, "demo": 5, "request": 5,
-    "finish": 5, "runtime": 4, "pipeline": 6, "cli": 7,
+    "finish": 5, "runtime": 4, "streamed": 6, "pipeline": 6, "cli": 7,
     "__main__": 8, "__init__": 0,
 }  # fmt: skip
 """Every part of the package with its level: imports point to the same level or a lower one."""
@@ -101,7 +101,8 @@ def test_plan_loads_neither_torch_nor_transformers(small_model: Path) -> None:
 FLAGS = {
     "quantize": {
         "--out", "--method", "--recipe", "--calibration", "--set", "--checkpoint-save", "--device",
-        "--python", "--trust-remote-code", "--overwrite", "--dry-run", "--json",
+        "--python", "--trust-remote-code", "--overwrite", "--resume", "--memory", "--jobs",
+        "--executor", "--dry-run", "--json",
     },
     "export": {
         "--restore", "--out", "--model", "--device", "--python", "--trust-remote-code",

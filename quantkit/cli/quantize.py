@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from quantkit.cli import options
 from quantkit.cli.output import Output
+from quantkit.errors import InputError
+from quantkit.units import parse_bytes
 
 if TYPE_CHECKING:
     from quantkit.request import Outcome
@@ -33,6 +35,16 @@ def quantize_command(
     python: options.Python = None,
     trust_remote_code: options.TrustRemoteCode = False,
     overwrite: options.Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a stopped rtn_* run left off.")
+    ] = False,
+    memory: Annotated[
+        str, typer.Option("--memory", help="Most memory of an rtn_* run, such as 2GB.")
+    ] = "",
+    jobs: Annotated[int | None, typer.Option("--jobs", help="Threads of an rtn_* run.")] = None,
+    executor: Annotated[
+        str, typer.Option("--executor", help="Where an rtn_* run works: local or ray.")
+    ] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -51,6 +63,10 @@ def quantize_command(
         python=python,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
+        resume=resume,
+        memory=parse_bytes("--memory", memory) if memory else None,
+        jobs=jobs,
+        executor=_executor(executor),
     )
     if dry_run:
         show_plan(ui, *preflight(request))
@@ -60,6 +76,18 @@ def quantize_command(
     finally:
         ui.finish()
     show_outcome(ui, outcome)
+
+
+def _executor(name: str) -> Literal["local", "ray"]:
+    if name == "local":
+        return "local"
+    if name == "ray":
+        return "ray"
+    raise InputError(
+        f"--executor {name} does not exist.",
+        hint="--executor local, or --executor ray",
+        code="request.executor",
+    )
 
 
 def show_outcome(ui: Output, outcome: Outcome) -> None:

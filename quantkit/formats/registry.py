@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from quantkit.errors import InputError
 from quantkit.formats import auto_round, awq, compressed_tensors, gptq, modelopt
-from quantkit.formats.base import Format
+from quantkit.formats.base import Format, WritableFormat
+from quantkit.formats.compressed_tensors_config import packing_of
+from quantkit.schemes import Scheme
 
 if TYPE_CHECKING:
     from quantkit.checkpoint import Checkpoint
@@ -49,6 +51,23 @@ def detect(checkpoint: Checkpoint) -> Format:
         f"quant_method {config.get('quant_method')!r} of {checkpoint.path} is not supported.",
         hint=f"supported: {known}",
         code="format.unknown",
+    )
+
+
+def writer_named(name: str) -> WritableFormat:
+    """The layout of that name, of those that are written here."""
+    writers: dict[str, WritableFormat] = {
+        "compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq
+    }  # fmt: skip
+    return writers[name]
+
+
+def packing(scheme: Scheme, layout: str) -> str:
+    """The variant of a written layout that holds a scheme."""
+    return (
+        packing_of(scheme)
+        if layout == "compressed-tensors"
+        else {"gptq": "gptq", "awq": "gemm"}[layout]
     )
 
 

@@ -18,6 +18,7 @@ from quantkit.registry.gptqmodel import GPTQMODEL
 from quantkit.registry.llmcompressor import LLMCOMPRESSOR
 from quantkit.registry.modelopt import MODELOPT
 from quantkit.registry.msmodelslim import MSMODELSLIM
+from quantkit.registry.rtn import RTN
 from quantkit.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ __all__ = [
     "MODELOPT", "Backend", "Folding", "Method", "Options", "backend_named", "backends", "refusals",
 ]  # fmt: skip
 
-_BUILT_IN = (MODELOPT, LLMCOMPRESSOR, GPTQMODEL, AUTOROUND, MSMODELSLIM)
+_BUILT_IN = (MODELOPT, LLMCOMPRESSOR, GPTQMODEL, AUTOROUND, MSMODELSLIM, RTN)
 
 
 @cache

@@ -40,6 +40,8 @@ class AutoRoundOptions(Options):
     """The export format; None is the first that holds the scheme."""
     iters: Annotated[int, Field(ge=0)] | Literal["best"] = 200
     """Tuning steps a block; 0 rounds to nearest, best is AutoRound's own recipe for accuracy."""
+    disable_opt_rtn: bool | None = None
+    """With iters 0: take the largest weight's scale instead of searching for a better one."""
     lr: float | None = Field(None, gt=0)
     minmax_lr: float | None = Field(None, gt=0)
 
@@ -50,7 +52,13 @@ def export_format(recipe: Recipe) -> str:
 
 
 def _chosen(recipe: Recipe, method: Method) -> Method:
-    return replace(method, layout=LAYOUTS[export_format(recipe)])
+    options = recipe.options
+    data_free = options.get("iters") == 0 and options.get("disable_opt_rtn")
+    return replace(
+        method,
+        layout=LAYOUTS[export_format(recipe)],
+        calibrated=recipe.scheme == "nvfp4" or not data_free,
+    )
 
 
 def _unsupported(recipe: Recipe) -> str | None:

@@ -53,6 +53,7 @@ class Backend:
     chosen: the method as a recipe's options change it.
     overrides: whether single layers may have schemes of their own.
     dense_only: whether models with experts or towers are beyond it.
+    reads_fp8_blocks: whether a source in FP8 blocks (DeepSeek) is dequantized on the way.
     unsupported: a reason why this recipe cannot run in this backend, or None.
     """
 
@@ -68,6 +69,7 @@ class Backend:
     environment: str | None = None
     overrides: bool = True
     dense_only: bool = False
+    reads_fp8_blocks: bool = False
     saves_state: bool = False
     unsupported: Callable[[Recipe], str | None] | None = None
 

@@ -1,0 +1,115 @@
+"""The way of the built-in streaming backend: no worker and no calibration; it can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, cast
+
+from quantkit import __version__
+from quantkit.checkpoint import Checkpoint
+from quantkit.finish import finish
+from quantkit.formats.base import LayerSpec
+from quantkit.formats.registry import packing, writer_named
+from quantkit.job import Reporter, Result
+from quantkit.modules import classify, linear_modules
+from quantkit.plan import Plan
+from quantkit.publish import check_space, staged
+from quantkit.request import Outcome, Request
+from quantkit.seal import write_json
+
+if TYPE_CHECKING:
+    from quantkit.streaming.job import Layout, StreamResult
+
+
+def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outcome:
+    """Quantize shard by shard, then seal, verify and publish.
+
+    A run that stops for any reason leaves its finished shards in `DIR.partial` for `--resume`.
+    Raises InputError (`stream.*`, `source.*`, `resume.*`, `output.*`) and CheckError.
+    """
+    from quantkit.streaming.job import StreamOptions
+    from quantkit.streaming.run import clear_state, stream_quantize
+
+    options = StreamOptions(**plan.recipe.options, on_nan=plan.recipe.on_nan)
+    with staged(
+        request.out, overwrite=request.overwrite, resumable=True, resume=request.resume
+    ) as partial:
+        if not request.resume:
+            check_space(request.out, plan.estimate.disk, "the checkpoint")
+        ui.stage("stream", source.weight_bytes)
+        done = stream_quantize(
+            source,
+            plan.layers,
+            partial,
+            options=options,
+            shard_size=plan.recipe.shard_bytes(),
+            jobs=request.jobs,
+            memory=request.memory,
+            executor=request.executor,
+            resume=request.resume,
+            device=request.device,
+            on_progress=lambda read, _total: ui.advance(read),
+        )
+        plan = _without(plan, done.kept)
+        write_json(
+            partial / "config.json", {"quantization_config": quantization_config(source, plan)}
+        )
+        clear_state(partial)
+        return finish(
+            partial,
+            request,
+            plan,
+            source,
+            source.fingerprint(done.source_digests),
+            None,
+            _result(done),
+            ui,
+        )
+
+
+def quantization_config(source: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """What config.json says of the streamed layers, in the layout that the recipe chose.
+
+    Fused expert tensors are named as the layers that they become. A tied output head has no tensor
+    but is a module of the engines, so it is always among those left in 16 bit.
+    """
+    from quantkit.streaming.tasks import plan_shards
+
+    layout = plan.method.layout
+    tasks = plan_shards(source, plan.layers, cast("Layout", layout), plan.recipe.shard_bytes())
+    pieces = (piece for task in tasks for work in task.works for piece in work.pieces)
+    layers = {
+        piece.module: LayerSpec(
+            piece.scheme, packing(piece.scheme, layout), (piece.source.rows, piece.source.columns)
+        )
+        for piece in pieces
+    }
+    shapes = {name: info.shape for name, info in source.tensors.items()}
+    modules = linear_modules(classify(shapes, source.config))
+    kept = [m.name for m in modules if m.name in plan.kept and m.kind != "embedding"]
+    heads = [m.name for m in modules if m.kind == "head"]
+    ignore = kept if heads else [*kept, "lm_head"]
+    return writer_named(layout).quantization_config(layers, ignore)
+
+
+def _without(plan: Plan, kept: Mapping[str, str]) -> Plan:
+    """The plan with layers that turned out to hold NaN left in 16 bit."""
+    layers = {name: scheme for name, scheme in plan.layers.items() if name not in kept}
+    return replace(plan, layers=layers, kept={**plan.kept, **kept})
+
+
+def _result(done: StreamResult) -> Result:
+    stages = [
+        {"name": name, "seconds": seconds, "peak_rss_bytes": done.peak_memory}
+        for name, seconds in done.seconds.items()
+    ]
+    notes = [*done.notes, *(f"{name} stays in 16 bit: {why}" for name, why in done.kept.items())]
+    return Result(
+        ok=True,
+        stages=stages,
+        versions={"quantkit": __version__, "torch": version("torch")},
+        notes=notes,
+        peak_rss_bytes=done.peak_memory,
+    )
