@@ -68,6 +68,8 @@ def _slices(checkpoint: Checkpoint, module: str) -> dict[str, Slice]:
         scale = checkpoint.tensors.get(tensor.name + INVERSE_SCALE)
         block = _weight_block(checkpoint.config)
         return {module: Slice(tensor, 0, rows, columns, scale=scale, block=block)}
+    if f"{tensor.name}_bias" in checkpoint.tensors:
+        raise _unknown_experts(tensor, "comes with a bias, as experts with interleaved rows do")
     return dict(_expert_slices(tensor, module, checkpoint.config))
 
 
@@ -89,20 +91,23 @@ def _expert_slices(
 def stored_transposed(tensor: TensorInfo, config: Mapping[str, Any]) -> bool:
     """Whether a fused expert tensor holds each expert as [in, out]: told by the hidden size.
 
-    Raises InputError when both dimensions, or neither, are the hidden size, and for experts with
-    biases (gpt-oss interleaves their gate and up rows).
+    Raises InputError when both dimensions, or neither, are the hidden size.
     """
     hidden = text_config(config).get("hidden_size")
     down = tensor.name.removesuffix(".weight").endswith("down_proj")
     first, last = (size == hidden for size in tensor.shape[1:])
     if first == last:
-        raise InputError(
-            f"{tensor.name} {list(tensor.shape)} does not show which dimension is the input "
-            f"(the hidden size is {hidden}).",
-            hint=f"keep it in 16 bit: --set ignore+={tensor.name}",
-            code="stream.expert_layout",
-        )
+        what = f"does not show which dimension is the input (the hidden size is {hidden})"
+        raise _unknown_experts(tensor, what)
     return first if not down else last
+
+
+def _unknown_experts(tensor: TensorInfo, what: str) -> InputError:
+    return InputError(
+        f"{tensor.name} {list(tensor.shape)} {what}.",
+        hint=f"keep it in 16 bit: --set ignore+={tensor.name}",
+        code="stream.expert_layout",
+    )
 
 
 def _shared_slices(

@@ -1,0 +1,375 @@
+"""A streamed checkpoint: what is in it, what it measured, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.errors import InputError
+from quantkit.formats import awq, compressed_tensors, compressed_tensors_config, gptq
+from quantkit.formats.base import LayerSpec
+from quantkit.formats.dequantize import dequantize
+from tests.helpers import copy_checkpoint, edit_tensors
+from tests.rtn import tiny_moe
+from tests.streaming import (
+    plain_layers,
+    scheme_named,
+    sharded,
+    stream,
+    tensors_of,
+    write_model,
+)
+
+SCHEMES = (
+    "fp8_dynamic", "fp8_block", "w8a8_dynamic", "w8a16", "w4a16:64", "w4a16:32:asymmetric",
+    "nvfp4a16", "mxfp4a16", "mxfp8",
+)  # fmt: skip
+
+
+def shape_of(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
+    rows, columns = checkpoint.tensors[f"{module}.weight"].shape
+    return rows, columns
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_written_is_what_the_result_says(
+    scheme: str, small_model: Path, tmp_path: Path
+) -> None:
+    result = stream(small_model, tmp_path, scheme)
+    source, written = open_checkpoint(small_model), open_checkpoint(tmp_path)
+    assert written.digests() == result.digests
+    assert source.digests() == result.source_digests
+    layers = plain_layers(source, scheme_named(scheme))
+    packing = compressed_tensors_config.packing_of(scheme_named(scheme))
+    for name in list(layers)[:7]:
+        weight = source.tensor(f"{name}.weight").float()
+        spec = LayerSpec(scheme_named(scheme), packing, shape_of(source, name))
+        parts = {
+            suffix: written.tensor(f"{name}.{suffix}")
+            for suffix in compressed_tensors.expected(spec)
+            if f"{name}.{suffix}" in written.tensors
+        }
+        error = weight - dequantize(compressed_tensors.read(parts, spec))
+        measured = float(error.norm() / weight.norm())
+        assert result.relative_error[name] == pytest.approx(measured, rel=1e-3)
+        assert result.sqnr_db[name] > scheme_named(scheme).sqnr_floor_db
+    kept = [name for name in source.tensors if name.removesuffix(".weight") not in layers]
+    assert kept
+    assert all(result.digests[name] == result.source_digests[name] for name in kept)
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_gptq_and_awq_layouts(layout: str, small_model: Path, tmp_path: Path) -> None:
+    scheme = "w4a16:64" if layout == "gptq" else "w4a16:64:asymmetric"
+    result = stream(small_model, tmp_path / layout, scheme, layout=layout)
+    stream(small_model, tmp_path / "plain", scheme)
+    ours, plain = tensors_of(tmp_path / layout), tensors_of(tmp_path / "plain")
+    written = {"gptq": gptq, "awq": awq}[layout]
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.2.self_attn.k_proj"):
+        shape = shape_of(open_checkpoint(small_model), name)
+        spec = LayerSpec(scheme_named(scheme), "pack-quantized", shape)
+        suffixes = compressed_tensors.expected(spec)
+        parts = {s: plain[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in plain}
+        weight = compressed_tensors.read(parts, spec)
+        packing = "gptq" if layout == "gptq" else awq.PACKING
+        expected = written.write(
+            weight, LayerSpec(spec.scheme, packing, shape), torch.bfloat16
+        )  # fmt: skip
+        for suffix, tensor in expected.items():
+            assert torch.equal(ours[f"{name}.{suffix}"], tensor), suffix
+    assert result.digests == open_checkpoint(tmp_path / layout).digests()
+
+
+def test_shards_threads_and_blocks_change_no_byte(small_model: Path, tmp_path: Path) -> None:
+    """FP4 global scales are shared over fused groups whose members lie in other shards."""
+    torn = sharded(small_model, tmp_path / "torn", 5)
+    whole = stream(small_model, tmp_path / "whole", "nvfp4a16", jobs=1)
+    parts = stream(torn, tmp_path / "parts", "nvfp4a16", jobs=3)
+    small = stream(torn, tmp_path / "small", "nvfp4a16", shard_size=4_000_000)
+    assert whole.digests == parts.digests == small.digests
+    assert whole.source_digests == parts.source_digests
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) == 5
+    assert len(list((tmp_path / "small").glob("*.safetensors"))) > 5
+    written = open_checkpoint(tmp_path / "small")
+    layer = "model.layers.1.self_attn"
+    scales = {
+        float(written.tensor(f"{layer}.{leaf}.weight_global_scale"))
+        for leaf in ("q_proj", "k_proj", "v_proj")
+    }
+    largest = max(
+        float(open_checkpoint(small_model).tensor(f"{layer}.{leaf}.weight").abs().max())
+        for leaf in ("q_proj", "k_proj", "v_proj")
+    )
+    assert len(scales) == 1
+    assert scales.pop() == pytest.approx(448 * 6 / largest, rel=0.01)
+
+
+def test_files_are_plain_safetensors(small_model: Path, tmp_path: Path) -> None:
+    stream(small_model, tmp_path, "fp8_dynamic")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(open_checkpoint(tmp_path).tensors)
+    assert not list(tmp_path.glob("*.writing"))
+
+
+def test_clipping_helps_the_whole_model(small_model: Path, tmp_path: Path) -> None:
+    plain = stream(small_model, tmp_path / "plain", "w4a16:64")
+    clipped = stream(small_model, tmp_path / "clipped", "w4a16:64", clip="mse")
+    assert all(clipped.relative_error[n] < plain.relative_error[n] for n in plain.relative_error)
+
+
+def test_experts_of_a_mixture(tmp_path: Path) -> None:
+    """Routed experts are quantized each, gate and up share a global scale, the router is kept."""
+    model = tiny_moe(tmp_path / "moe", extra_layer=True)
+    result = stream(model, tmp_path / "out", "nvfp4a16")
+    tensors = tensors_of(tmp_path / "out")
+    expert = "model.layers.0.mlp.experts.3"
+    gate, up = (
+        tensors[f"{expert}.{leaf}.weight_global_scale"] for leaf in ("gate_proj", "up_proj")
+    )
+    assert torch.equal(gate, up)
+    router = "model.layers.0.mlp.gate.weight"
+    assert result.digests[router] == result.source_digests[router]
+    mtp = "model.layers.2.self_attn.q_proj.weight"
+    assert result.digests[mtp] == result.source_digests[mtp]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("scheme", ["fp8_dynamic", "nvfp4a16", "w4a16:32"])
+def test_fused_experts_become_one_layer_each(scheme: str, transposed: bool, tmp_path: Path) -> None:
+    """The same bytes as the same experts stored one by one."""
+    generator = torch.Generator().manual_seed(0)
+    experts, hidden, inner = 4, 64, 96
+    gate, up, down = (
+        torch.randn(experts, *shape, generator=generator).bfloat16()
+        for shape in ((inner, hidden), (inner, hidden), (hidden, inner))
+    )
+    pair = torch.cat((gate, up), 1)
+    if transposed:
+        pair, down_stored = pair.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+    else:
+        down_stored = down
+    parent = "model.layers.0.mlp.experts"
+    config = {"hidden_size": hidden, "num_hidden_layers": 1, "num_experts": experts}
+    fused = {f"{parent}.gate_up_proj": pair, f"{parent}.down_proj": down_stored}
+    single = {
+        f"{parent}.{e}.{leaf}_proj.weight": weight[e].contiguous()
+        for e in range(experts)
+        for leaf, weight in (("gate", gate), ("up", up), ("down", down))
+    }
+    write_model(tmp_path / "fused", [fused], config)
+    write_model(tmp_path / "single", [single], config)
+    ours = stream(tmp_path / "fused", tmp_path / "a", scheme)
+    theirs = stream(tmp_path / "single", tmp_path / "b", scheme)
+    assert ours.digests == theirs.digests
+    assert ours.source_digests == open_checkpoint(tmp_path / "fused").digests()
+
+
+@pytest.mark.parametrize(
+    ("shape", "extra", "told"),
+    [((4, 64, 64), {}, "which dimension is the input"), ((4, 64, 32), {"_bias": (4, 32)}, "bias")],
+)
+def test_fused_experts_of_unknown_layout_are_refused(
+    shape: tuple[int, ...], extra: dict[str, tuple[int, ...]], told: str, tmp_path: Path
+) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {name: torch.ones(shape), **{name + k: torch.ones(v) for k, v in extra.items()}}
+    model = write_model(tmp_path / "m", [tensors], {"hidden_size": 64, "num_hidden_layers": 1})
+    with pytest.raises(InputError, match=told) as caught:
+        stream(model, tmp_path / "out", "fp8_dynamic")
+    assert name in caught.value.message
+
+
+def fp8_block_copy(source: Path, out: Path) -> tuple[Path, Path]:
+    """The model in DeepSeek's FP8 blocks (real codes and scales), and what that means in BF16."""
+    tensors = load_file(source / "model.safetensors")
+    stored, meant = dict(tensors), dict(tensors)
+    for name, weight in tensors.items():
+        if name.endswith("_proj.weight"):
+            rows, columns = weight.shape
+            scale = torch.zeros(-(-rows // 128), -(-columns // 128))
+            for i in range(scale.shape[0]):
+                for j in range(scale.shape[1]):
+                    block = weight[i * 128 : i * 128 + 128, j * 128 : j * 128 + 128]
+                    scale[i, j] = block.abs().max() / 448
+            wide = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+            stored[name] = (weight / wide).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale
+            meant[name] = (stored[name].float() * wide).bfloat16()
+    config = json.loads((source / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    half = len(stored) // 2
+    items = sorted(stored.items(), key=lambda item: item[0][::-1])
+    shards = [dict(items[:half]), dict(items[half:])]
+    return (
+        write_model(out / "fp8", shards, {**config, "quantization_config": quantization}),
+        write_model(out / "bf16", [meant], config),
+    )
+
+
+@pytest.mark.parametrize("scheme", ["w4a16:64", "nvfp4a16"])
+def test_a_source_in_fp8_blocks(scheme: str, small_model: Path, tmp_path: Path) -> None:
+    fp8, bf16 = fp8_block_copy(small_model, tmp_path)
+    ours = stream(fp8, tmp_path / "a", scheme)
+    theirs = stream(bf16, tmp_path / "b", scheme)
+    assert ours.digests == theirs.digests
+    assert ours.source_digests == open_checkpoint(fp8).digests()
+
+
+def test_a_kept_layer_of_an_fp8_source_comes_out_in_16_bit(
+    small_model: Path, tmp_path: Path
+) -> None:
+    fp8, bf16 = fp8_block_copy(small_model, tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit = load_file(bf16 / "model-00001-of-00001.safetensors")[name]
+    checkpoint = open_checkpoint(fp8)
+    from quantkit.streaming.job import StreamOptions
+    from quantkit.streaming.run import stream_quantize
+
+    out = tmp_path / "out"
+    out.mkdir()
+    layers = plain_layers(checkpoint, scheme_named("fp8_dynamic"))
+    layers = {n: s for n, s in layers.items() if ".mlp." not in n}
+    stream_quantize(checkpoint, layers, out, options=StreamOptions(), shard_size=10**9)
+    written = tensors_of(out)
+    assert torch.equal(written[name], edit)
+    assert f"{name}_scale_inv" not in written
+
+
+def spoil(directory: Path, name: str, value: float = float("nan")) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[[3, 700]] = value
+
+    edit_tensors(directory, change)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weight"]
+)
+def test_nan_is_named_and_refused(name: str, small_model: Path, tmp_path: Path) -> None:
+    model = copy_checkpoint(small_model, tmp_path / "model")
+    spoil(model, name)
+    with pytest.raises(InputError, match="2 NaN or infinite") as caught:
+        stream(model, tmp_path / "out", "nvfp4a16")
+    assert name in caught.value.message
+    assert "on_nan=keep16" in caught.value.hint
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert not list((tmp_path / "out").glob("*.writing"))
+
+
+def test_nan_layers_stay_in_16_bit_with_what_is_fused_with_them(
+    small_model: Path, tmp_path: Path
+) -> None:
+    model = copy_checkpoint(small_model, tmp_path / "model")
+    spoil(model, "model.layers.1.self_attn.k_proj.weight")
+    spoil(model, "model.embed_tokens.weight")
+    result = stream(model, tmp_path / "out", "nvfp4a16", on_nan="keep16")
+    layer = "model.layers.1.self_attn"
+    assert set(result.kept) == {f"{layer}.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj")}
+    assert "k_proj" in result.kept[f"{layer}.q_proj"]
+    for name in result.kept:
+        assert result.digests[f"{name}.weight"] == result.source_digests[f"{name}.weight"]
+    assert any("model.embed_tokens.weight" in note for note in result.notes)
+    assert f"{layer}.o_proj" in result.relative_error
+
+
+@pytest.mark.parametrize(
+    ("scheme", "more", "told"),
+    [
+        ("w4a16", {}, "group size 128 does not divide its 576 inputs"),
+        ("fp8_dynamic", {"layout": "gptq"}, "w4a16 only"),
+        ("w4a16:64:asymmetric", {"layout": "gptq"}, "without zero points"),
+        ("w4a16:64", {"layout": "awq"}, "symmetric=false"),
+        ("w8a8", {}, "calibration"),
+        ("w2a16:64", {}, "int2"),
+    ],
+)
+def test_what_a_scheme_cannot_hold_is_refused_before_any_work(
+    scheme: str, more: dict[str, Any], told: str, small_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=told) as caught:
+        stream(small_model, tmp_path / "out", scheme, **more)
+    assert "model.layers.0." in caught.value.message
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_two_names_for_the_same_bytes_are_refused(small_model: Path, tmp_path: Path) -> None:
+    model = copy_checkpoint(small_model, tmp_path / "model")
+    file = model / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["lm_head.weight"] = header["model.embed_tokens.weight"]
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(InputError, match=r"lm_head.weight") as caught:
+        stream(model, tmp_path / "out", "fp8_dynamic")
+    assert caught.value.code == "stream.shared_bytes"
+
+
+def test_two_tensors_that_would_get_one_name_are_refused(tmp_path: Path) -> None:
+    parent = "model.layers.0.mlp.experts"
+    tensors = {
+        f"{parent}.down_proj": torch.ones(2, 64, 32),
+        f"{parent}.1.down_proj.weight": torch.ones(64, 32),
+    }
+    model = write_model(tmp_path / "m", [tensors], {"hidden_size": 64, "num_hidden_layers": 1})
+    with pytest.raises(InputError, match="Both") as caught:
+        stream(model, tmp_path / "out", "fp8_dynamic")
+    assert caught.value.code == "stream.duplicate_name"
+
+
+def test_a_file_that_shrinks_under_the_run(small_model: Path, tmp_path: Path) -> None:
+    """The header was read when the file was whole; the end is missed when it is needed."""
+    model = sharded(small_model, tmp_path / "model", 3)
+    checkpoint = open_checkpoint(model)
+    from quantkit.streaming.job import StreamOptions
+    from quantkit.streaming.run import stream_quantize
+
+    victim = checkpoint.files[2]
+    with victim.open("r+b") as file:
+        file.truncate(victim.stat().st_size - 1000)
+    out = tmp_path / "out"
+    out.mkdir()
+    layers = plain_layers(checkpoint, scheme_named("fp8_dynamic"))
+    with pytest.raises(InputError, match="ends inside tensor") as caught:
+        stream_quantize(checkpoint, layers, out, options=StreamOptions(), shard_size=10**9)
+    assert victim.name in caught.value.message
+
+
+def test_progress_counts_all_source_bytes(small_model: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    stream(small_model, tmp_path, "fp8_dynamic", on_progress=lambda *at: seen.append(at))
+    total = open_checkpoint(small_model).weight_bytes
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_memory_limits_the_threads(small_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is too little") as caught:
+        stream(small_model, tmp_path / "a", "fp8_dynamic", memory=50_000_000)
+    assert "--memory" in caught.value.hint
+    stream(small_model, tmp_path / "b", "fp8_dynamic", memory=10**10)
+
+
+def test_scalars_integers_and_empty_tensors_are_copied(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.self_attn.q_proj.weight": torch.randn(64, 64).bfloat16(),
+        "model.layers.0.self_attn.rotary.inv_freq": torch.arange(8, dtype=torch.float64),
+        "model.counter": torch.tensor(7),
+        "model.mask": torch.tensor([True, False]),
+        "model.empty": torch.zeros(0, 4),
+    }
+    model = write_model(tmp_path / "m", [tensors], {"hidden_size": 64, "num_hidden_layers": 1})
+    stream(model, tmp_path / "out", "fp8_dynamic")
+    written = tensors_of(tmp_path / "out")
+    for name in list(tensors)[1:]:
+        assert torch.equal(written[name], tensors[name])
+    save_file(written, tmp_path / "again.safetensors")
