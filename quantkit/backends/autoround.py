@@ -35,7 +35,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         report.stage("load")
         model = load_model(job)
         tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
-        tokens = Tokens(job)
+        tokens = Tokens(job) if job.tokens else None
         witness = Witness(tokens, report)
         tuner = AutoRound(model, tokenizer, **_arguments(job, model, tokens))
         layout = _format(job)
@@ -46,7 +46,8 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     if layout != "gguf":  # whose types follow the layer's role, not the plan
         quantized = packed_modules(job.out, *_CODES)
         check_followed(job, quantized)
-    result.calibration = witness.summary(len(quantized))
+    if tokens is not None:
+        result.calibration = witness.summary(len(quantized))
 
 
 def _format(job: Job) -> str:
@@ -58,7 +59,7 @@ def _format(job: Job) -> str:
     return str(job.options.get("format", default))
 
 
-def _arguments(job: Job, model: Any, tokens: Tokens) -> dict[str, Any]:
+def _arguments(job: Job, model: Any, tokens: Tokens | None) -> dict[str, Any]:
     preset = _PRESETS.get(job.scheme["name"])
     scheme = {"scheme": preset} if preset else _weight(job.scheme)
     iters = job.options.get("iters", 200)
@@ -66,15 +67,16 @@ def _arguments(job: Job, model: Any, tokens: Tokens) -> dict[str, Any]:
         **scheme,
         "iters": _BEST_ITERS if iters == "best" else iters,
         "layer_config": _layer_config(job, model) or None,
-        "dataset": tokens.batches(job.batch_size),
-        "nsamples": len(tokens),
-        "seqlen": tokens.ids.shape[1],
         "batch_size": job.batch_size,
         "device_map": job.device,
         "enable_torch_compile": False,
         "seed": job.seed,
     }
-    return arguments | {key: job.options[key] for key in ("lr", "minmax_lr") if key in job.options}
+    if tokens is not None:
+        arguments["dataset"] = tokens.batches(job.batch_size)
+        arguments |= {"nsamples": len(tokens), "seqlen": tokens.ids.shape[1]}
+    passed = ("lr", "minmax_lr", "disable_opt_rtn")
+    return arguments | {key: job.options[key] for key in passed if key in job.options}
 
 
 def _weight(scheme: dict[str, Any]) -> dict[str, Any]:

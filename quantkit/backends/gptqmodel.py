@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pools ask for two, whatever the machine
@@ -47,6 +48,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         _note_fallbacks(model.quant_log, config, report)
         report.stage("save")
         model.save(job.out, max_shard_size=job.shard_size)
+        Path(job.out, "quant_log.csv").unlink(missing_ok=True)  # what it says is in the notes
     quantized = packed_modules(job.out, "qweight")
     check_followed(job, quantized)
     result.calibration = witness.summary(len(quantized))

@@ -61,7 +61,7 @@ class Tokens:
 class Witness:
     """Collects what passes through a model's embedding while a library calibrates."""
 
-    def __init__(self, tokens: Tokens, report: Reporter) -> None:
+    def __init__(self, tokens: Tokens | None, report: Reporter) -> None:
         self.tokens = tokens
         self.report = report
         self.seen: list[array[int]] = []
@@ -80,7 +80,11 @@ class Witness:
         }
         self.block = -1
         self.report.stage(stage, len(blocks))
-        hooks = [model.get_input_embeddings().register_forward_pre_hook(self._embedded)]
+        hooks = (
+            []
+            if self.tokens is None
+            else [model.get_input_embeddings().register_forward_pre_hook(self._embedded)]
+        )
         hooks += [
             module.register_forward_pre_hook(self._at(index)) for index, module in blocks.items()
         ]
@@ -101,6 +105,7 @@ class Witness:
 
         `modules` is how many were calibrated, where `watch` could not see them run.
         """
+        assert self.tokens is not None
         count = len(self.tokens)
         if not self.seen:
             raise never_ran("No calibration token reached the model")
@@ -122,6 +127,7 @@ class Witness:
         }
 
     def _embedded(self, _: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        assert self.tokens is not None
         for ids in arguments[0].reshape(-1, arguments[0].shape[-1]).cpu():
             mask = self.tokens.masks[len(self.seen) % len(self.tokens)].bool()
             padded = len(ids) == len(mask)
