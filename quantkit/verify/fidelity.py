@@ -72,7 +72,7 @@ def compare(
     height = weight.format.block[0] if weight.format.block else 1
     count, width = source.shape
     step = ceil(max(1, _BLOCK_ELEMENTS // width) / height) * height
-    cell = _cell_width(weight, width)
+    cell, order = _cells(weight, width)
     sums: list[list[torch.Tensor]] = [[], [], []]
     by_column = [torch.zeros(width, dtype=torch.float64) for _ in range(3)]
     for start in range(0, count, step):
@@ -84,7 +84,8 @@ def compare(
             target = target * rows[block, None]
         products = (target * target, target * actual, actual * actual)
         for total, into, product in zip(by_column, sums, products, strict=True):
-            into.append(product.view(product.shape[0], -1, cell).sum(-1))
+            grouped = product if order is None else product[:, order]
+            into.append(grouped.reshape(product.shape[0], -1, cell).sum(-1))
             if columns is not None:
                 total += product.sum(0)
     first, second, third = (torch.cat(part) for part in sums)
@@ -99,11 +100,14 @@ def plain(weight: torch.Tensor) -> QuantWeight:
     return QuantWeight(NumberFormat("int8", "tensor"), weight, torch.ones(1, 1))
 
 
-def _cell_width(weight: QuantWeight, columns: int) -> int:
-    if weight.g_idx is not None:
-        return columns
+def _cells(weight: QuantWeight, columns: int) -> tuple[int, torch.Tensor | None]:
+    """Columns a cell, and the order that brings those of one scale together (None: they are)."""
     width = weight.format.block[1] if weight.format.block else weight.format.group_size
-    return width if width and columns % width == 0 else columns
+    if not width or columns % width:
+        return columns, None
+    if weight.g_idx is None or bool((weight.g_idx.diff() >= 0).all()):
+        return width, None
+    return width, weight.g_idx.argsort(stable=True)
 
 
 def _rows(weight: QuantWeight, rows: slice) -> QuantWeight:

@@ -134,8 +134,9 @@ def _check_weights(
     weights = Weights(subject, source, ledger, columns)
     results = check_weights(weights, modules, row_folds=folding != "never", progress=progress)
     report.findings += [*ledger.findings, *impossible]
-    for result in results.values():
-        report.findings += [*result.findings, *result.faults]
+    for module, result in results.items():
+        if module in subject.declaration.layers:
+            report.findings += [*result.findings, *result.faults]
     report.findings += settle_altered(ledger, folds, results)
     report.layers = fidelities(weights, results)
     report.ledger = Counter(ledger.states.values()) if source else _count_alone(subject)

@@ -13,6 +13,9 @@ from quantkit.verify.findings import Finding, error
 if TYPE_CHECKING:
     import torch
 
+SMALLEST_NORMAL = 2.0**-126
+"""Smaller float32 values count as zero: kernels flush them."""
+
 _AGAIN = "quantize the layer again; a step before the export lost its scale"
 _POSITIVE = {
     "input_scale", "input_global_scale", "input_global_scale_inverse", "cast_scale",
@@ -91,18 +94,18 @@ def _check_scales(
             module,
         )
         return
-    dead = scale == 0
+    dead = scale.abs() < SMALLEST_NORMAL
     if not bool(dead.any()):
         return
     content = source if source is not None else _codes(weight)
-    erased = (_spread(weight, dead.float()) != 0) & (content != 0)
+    erased = (_spread(weight, dead.float()) != 0) & (content.abs() >= SMALLEST_NORMAL)
     if bool(erased.any()):
         row = int(erased.any(1).nonzero()[0])
         of = "the source's weights" if source is not None else "its codes"
         yield error(
             "scale.zero",
-            f"{module} has {int(dead.sum())} zero effective scales where {of} are not zero "
-            f"({int(erased.sum())} weights erased, the first in row {row})",
+            f"{module} has {int(dead.sum())} zero or underflowed effective scales where {of} are "
+            f"not zero ({int(erased.sum())} weights erased, the first in row {row})",
             _AGAIN,
             module,
         )

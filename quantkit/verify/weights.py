@@ -178,7 +178,7 @@ class Weights:
             error(
                 "scale.wrong",
                 f"{name}: {text}",
-                "quantize the layer again; single scales are damaged",
+                "quantize the layer again; some of its scales, or their order, are damaged",
                 result.module,
             )
             for text in faults(sums, scheme)
