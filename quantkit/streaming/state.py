@@ -103,10 +103,10 @@ def finished_shards(
     before = state.found()
     if before is None:
         return {}
-    _same_settings(before["settings"], job["settings"], state.out)
     changed = [name for name, old in before["source"].items() if job["source"].get(name) != old]
     if changed or len(before["source"]) != len(job["source"]):
         raise _source_changed(checkpoint, changed[0] if changed else "the list of shards")
+    _same_settings(before["settings"], job["settings"], state.out)
     wanted = {task.file for task in tasks}
     records = {file: record for file, record in state.records().items() if file in wanted}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
