@@ -67,8 +67,11 @@ def llmcompressor(source: Path, out: Path) -> None:
     import json
 
     from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.mx_utils import decompress_mx_scale
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
     from compressed_tensors.quantization import QuantizationArgs as Args
     from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -125,6 +128,18 @@ def llmcompressor(source: Path, out: Path) -> None:
             }
             if state["weight_scale"].dtype is torch.bfloat16:
                 state["weight_scale"] = state["weight_scale"].float()
+            if "weight_packed" in state and state["weight_packed"].dtype is torch.uint8:
+                rows, half = state["weight_packed"].shape
+                codes = unpack_fp4_from_uint8(
+                    state["weight_packed"], rows, 2 * half, dtype=torch.float32
+                )
+                scale = state["weight_scale"]
+                mx = scale.dtype is torch.uint8
+                scale = decompress_mx_scale(scale).float() if mx else scale.float()
+                weights[module] = dequantize(
+                    codes, scale, args=scheme.weights, global_scale=state.get("weight_global_scale")
+                )
+                continue
             compressor = BaseCompressor.get_value_from_registry(str(scheme.format.value))
             weights[module] = compressor.decompress(state, scheme)["weight"]
         save_reference(out / name, weights)
@@ -155,7 +170,9 @@ def gptqmodel(source: Path, out: Path) -> None:
         model = GPTQModel.load(str(source), config)
         model.quantize(data, batch_size=4)
         model.save(str(out / name))
-        loaded = GPTQModel.load(str(out / name), backend=BACKEND.GPTQ_TORCH, device="cpu")
+        loaded = GPTQModel.load(
+            str(out / name), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16
+        )
         weights = {
             module_name: module.dequantize_weight().T
             for module_name, module in loaded.model.named_modules()
@@ -169,36 +186,129 @@ def autoround(source: Path, out: Path) -> None:
     import shutil
 
     from auto_round import AutoRound
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     common: dict[str, Any] = {"iters": 0, "nsamples": 4, "seqlen": 64, "disable_opt_rtn": True}
-    recipes: dict[str, dict[str, Any]] = {
-        "auto_gptq": {"format": "auto_round:auto_gptq", "bits": 4, "group_size": 64},
-        "auto_awq": {"format": "auto_round:auto_awq", "bits": 4, "group_size": 64},
-        "awq": {"format": "auto_awq", "bits": 4, "group_size": 64, "sym": False},
-        "llm_compressor": {"format": "llm_compressor", "scheme": "MXFP4"},
-        "mixed": {
-            "format": "auto_round",
-            "bits": 4,
-            "group_size": 64,
-            "layer_config": {"model.layers.0.mlp.down_proj": {"bits": 8, "group_size": 32}},
-        },
+    int4: dict[str, Any] = {"bits": 4, "group_size": 64}
+    overrides = {"model.layers.0.mlp.down_proj": {"bits": 8, "group_size": 32}}
+    recipes: dict[str, tuple[str, dict[str, Any]]] = {
+        "auto_gptq": ("auto_round", {**int4, "layer_config": overrides}),
+        "auto_awq": ("auto_round:auto_awq", int4),
+        "gptqmodel": ("auto_round:gptqmodel", {**int4, "sym": False}),
+        "mxfp4": ("auto_round", {"scheme": "MXFP4"}),
+        "awq": ("auto_awq", {**int4, "sym": False}),
     }
-    for name, recipe in recipes.items():
-        recipe = dict(recipe)
-        layout = recipe.pop("format")
+    for name, (layout, recipe) in recipes.items():
         model = AutoRound(load(source), tokenizer, **common, **recipe)
         model.quantize_and_save(str(out / f"{name}.made"), format=layout)
         made = next((out / f"{name}.made").rglob("config.json")).parent
         shutil.move(made, out / name)
-        print(name, flush=True)
+        loaded = AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32)
+        weights = {}
+        with torch.no_grad():
+            for module_name, module in loaded.named_modules():
+                if hasattr(module, "qweight") or hasattr(module, "weight_packed"):
+                    width = getattr(module, "in_features", None) or module.infeatures
+                    weights[module_name] = module(torch.eye(width)).T
+        save_reference(out / name, weights)
+        print(name, len(weights), flush=True)
+
+
+def modelopt(source: Path, out: Path) -> None:
+    import copy
+
+    import modelopt.torch.export.unified_export_hf as exporter
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export.quant_utils import from_quantized_weight
+    from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP8QTensor, NVFP4QTensor
+
+    rounded: list[torch.Tensor] = []
+    export_weight = exporter.to_quantized_weight
+
+    def remember(weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rounded.append(weight.float())
+        packed: torch.Tensor = export_weight(weight, *rest)
+        return packed
+
+    exporter.to_quantized_weight = remember
+    fp8_kv = mtq.update_quant_cfg_with_kv_cache_quant(
+        copy.deepcopy(mtq.FP8_DEFAULT_CFG), mtq.FP8_KV_CFG["quant_cfg"]
+    )
+    attention = [e for e in mtq.FP8_DEFAULT_CFG["quant_cfg"] if "lm_head" not in str(e)][1:3]
+    attention = [
+        {**e, "quantizer_name": f"*self_attn{e['quantizer_name'].replace('*', '*')}"}
+        for e in attention
+    ]
+    mixed = copy.deepcopy(mtq.NVFP4_MLP_ONLY_CFG)
+    mixed["quant_cfg"][1:1] = attention
+    recipes = {
+        "fp8_kv": fp8_kv,
+        "fp8_pc_pt": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
+        "fp8_pb_wo": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
+        "int8_sq": mtq.INT8_SMOOTHQUANT_CFG,
+        "int4_awq": mtq.INT4_AWQ_CFG,
+        "mxfp8": mtq.MXFP8_DEFAULT_CFG,
+        "mixed": mixed,
+    }
+    for name, recipe in recipes.items():
+        model = load(source)
+        recipe = copy.deepcopy(recipe)
+        for entry in recipe["quant_cfg"]:
+            blocks = (entry.get("cfg") or {}).get("block_sizes") or {}
+            for axis in (-1, -2):
+                if blocks.get(axis) == 128:
+                    blocks[axis] = 64
+        try:
+            mtq.quantize(model, recipe, lambda m: m(token_ids()))
+        except AssertionError as error:
+            print("the calibrated model does not run here:", error)
+        rounded.clear()
+        exporter.export_hf_checkpoint(model, export_dir=out / name)
+        tensors = load_file(out / name / "model.safetensors")
+        weights = {}
+        for tensor in tensors:
+            module = tensor.removesuffix(".weight_scale")
+            if module == tensor:
+                continue
+            data, scale = tensors[f"{module}.weight"], tensors[tensor]
+            shape = torch.Size((data.shape[0], data.shape[1] * (1 + (data.dtype == torch.uint8))))
+            f32 = torch.float32
+            if name == "int4_awq":
+                continue
+            if name == "fp8_pb_wo":
+                blocks = {-1: 64, -2: 64}
+                grid = scale.squeeze()
+                plain = FP8QTensor(shape, f32, data).dequantize(f32, scale=grid, block_sizes=blocks)
+            elif name == "mxfp8":
+                plain = MXFP8QTensor(shape, f32, data).dequantize(f32, scale=scale)
+            elif data.dtype == torch.uint8:
+                plain = NVFP4QTensor(shape, f32, data).dequantize(
+                    f32,
+                    scale=scale,
+                    double_scale=tensors[f"{module}.weight_scale_2"],
+                    block_sizes={-1: 16},
+                )
+            elif name == "fp8_pc_pt":
+                plain = FP8QTensor(shape, f32, data).dequantize(f32, scale=scale[:, None])
+            else:
+                kind = "int8_sq" if data.dtype == torch.int8 else "fp8"
+                plain = from_quantized_weight(data, scale, kind, f32)
+            smoothing = tensors.get(f"{module}.pre_quant_scale")
+            weights[module] = plain if smoothing is None else plain * smoothing.float()
+        if name == "int4_awq":
+            linears = [n for n, m in model.named_modules() if hasattr(m, "weight_scale")]
+            assert len(linears) == len(rounded), (len(linears), len(rounded))
+            weights = dict(zip(linears, rounded, strict=True))
+        save_reference(out / name, weights)
+        print(name, len(weights), flush=True)
 
 
 MAKERS: dict[str, Callable[[Path, Path], None]] = {
     "autoround": autoround,
     "gptqmodel": gptqmodel,
     "llmcompressor": llmcompressor,
+    "modelopt": modelopt,
 }
 
 if __name__ == "__main__":

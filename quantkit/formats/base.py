@@ -21,6 +21,7 @@ Role = Literal[
     "scale_e8m0",  # power-of-two exponents, biased by 127
     "global_scale",  # one a tensor, multiplies the scales
     "global_scale_inverse",  # one a tensor, divides the scales (compressed-tensors NVFP4)
+    "dequant_scale",  # weight scale × input scale (Ascend), float32 or its bits in int64
     "cast_scale",  # one a tensor, used by kernels that cast the dequantized weight to FP8
     "zero_point",
     "group_index",  # g_idx: the group of each input column (act-order)
@@ -121,6 +122,7 @@ class QuantWeight:
        inverse, and both must come back unchanged.
     g_idx: int32 [in], the group of each column when groups are not contiguous.
     input_scale: static activation scale, float32 (None: dynamic or 16 bit).
+    input_zero_point: float32, beside a static input_scale: x ≈ (code - zero point) × scale.
     input_multiplier: float32 [in] (ModelOpt's pre_quant_scale), applied to the activations.
     bias: [out] or None.
     """
@@ -132,6 +134,7 @@ class QuantWeight:
     global_scale: torch.Tensor | None = None
     g_idx: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
+    input_zero_point: torch.Tensor | None = None
     input_multiplier: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 

@@ -193,15 +193,16 @@ def read(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> QuantWeight:
     static = tensors.get("input_scale")
     if static is None and "input_global_scale" in tensors:
         static = 1 / tensors["input_global_scale"].float()
-    g_idx = tensors.get("weight_g_idx")
+    input_zero_point = tensors.get("input_zero_point")
     return QuantWeight(
         format=number,
         q=codes,
         scale=(decode_e8m0(scale) if number.scale == "e8m0" else scale.float()).reshape(grid),
         zero_point=None if zero_point is None else zero_point.float().reshape(grid),
         global_scale=None if inverse is None else 1 / inverse.double().reshape(()),
-        g_idx=g_idx,
+        g_idx=tensors.get("weight_g_idx"),
         input_scale=None if static is None else static.float(),
+        input_zero_point=None if input_zero_point is None else input_zero_point.float(),
         bias=tensors.get("bias"),
     )
 
