@@ -51,7 +51,7 @@ def model_card(
 ) -> str:
     """The README.md of a finished checkpoint."""
     recipe = plan.recipe
-    loads = support(plan.method.layout, plan.method.algorithm)
+    loads = support(plan.method.layout, plan.method.algorithm, plan.recipe.scheme)
     old = front_matter(source)
     head: dict[str, Any] = {}
     if base:

@@ -128,7 +128,7 @@ def plan_of_layers(
     """A plan whose assignment is known, with its sizes."""
     backend = backend_named(recipe.backend)
     method = backend.method(recipe)
-    loads = support(method.layout, method.algorithm)
+    loads = support(method.layout, method.algorithm, recipe.scheme)
     if loads.export_only:
         notes = (*notes, loads.describe())
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}

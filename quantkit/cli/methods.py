@@ -16,15 +16,14 @@ def methods_command(
     rows = method_rows()
     out.table(
         "",
-        ["method", "library", "format", "bits", "needs", "loads in", "here"],
+        ["method", "writes", "bits", "needs", "loads in", "runs here"],
         [
             (
-                ", ".join([row["method"], *row["aliases"]]),
-                row["library"],
+                "\n".join([row["method"], *(f"({alias})" for alias in row["aliases"])]),
                 row["algorithm"],
                 f"{row['bits_per_weight']:.1f}",
                 ", ".join(row["needs"]) or "-",
-                ", ".join(row["engines"]) or "export only",
+                row["loads_in"],
                 "yes" if row["available"] else row["reason"],
             )
             for row in rows
@@ -48,7 +47,7 @@ def method_rows() -> list[dict[str, Any]]:
         backend = backend_named(recipe.backend)
         scheme = recipe.resolved_scheme()
         method = backend.method(recipe)
-        loads = support(method.layout, method.algorithm)
+        loads = support(method.layout, method.algorithm, scheme.name)
         reason = missing_reason(backend)
         if reason is None and method.accelerator and device == "cpu":
             reason = "needs an accelerator"
@@ -70,6 +69,7 @@ def method_rows() -> list[dict[str, Any]]:
                 "needs": [need for need, needed in needs.items() if needed],
                 "engines": list(loads.engines),
                 "export_only": loads.export_only,
+                "loads_in": loads.describe().partition(":")[0],
                 "available": reason is None,
                 "reason": reason,
             }

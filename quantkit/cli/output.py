@@ -66,8 +66,8 @@ class Output:
         from rich.text import Text
 
         table = Table(title=title or None, title_justify="left", box=ROUNDED)
-        for column in columns:
-            table.add_column(column, overflow="fold")
+        for number, column in enumerate(columns):
+            table.add_column(column, overflow="fold", no_wrap=number == 0)
         for row in rows:
             table.add_row(*(Text(str(cell)) for cell in row))
         self._out.print(table)

@@ -63,7 +63,7 @@ def show_plan(ui: Output, source: Checkpoint, plan: Plan) -> None:
     from quantkit.engines import support
 
     estimate = plan.estimate
-    loads = support(plan.method.layout, plan.method.algorithm)
+    loads = support(plan.method.layout, plan.method.algorithm, plan.recipe.scheme)
     quantized = Counter(scheme.name for scheme in plan.layers.values())
     kept = Counter(plan.kept.values())
     ui.table(

@@ -95,7 +95,7 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
     from quantkit.engines import SILENT_GARBAGE, support
 
     plan, results = outcome.plan, outcome.provenance["results"]
-    loads = support(plan.method.layout, plan.method.algorithm)
+    loads = support(plan.method.layout, plan.method.algorithm, plan.recipe.scheme)
     sqnr = results.get("weight_sqnr_db", {})
     rows = [
         ("checkpoint", outcome.out),
