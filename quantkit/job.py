@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol
 
 JOB_VERSION = 1
 
+Unit = Literal["steps", "bytes"]
+
 STATE_NOTE = "quantkit.json"
 """Record of a saved `.pth` (a zip archive) that holds what quantkit remembers of it."""
 
@@ -95,8 +97,8 @@ class Result:
 class Reporter(Protocol):
     """How an adapter talks to the user while it works."""
 
-    def stage(self, name: str, total: int = 0) -> None:
-        """Begin a stage of `total` steps (0: unknown); ends the one before."""
+    def stage(self, name: str, total: int = 0, unit: Unit = "steps") -> None:
+        """Begin a stage of `total` steps or bytes (0: unknown); ends the one before."""
 
     def advance(self, done: int) -> None:
         """`done` steps of the current stage are finished."""

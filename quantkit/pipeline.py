@@ -68,7 +68,7 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
         _check_state_file(request.checkpoint_save, request.overwrite, plan)
     python = find_interpreter(plan.backend, request.python or request.recipe.python)
     with staged(request.out, overwrite=request.overwrite) as partial:
-        ui.stage("scan source", source.weight_bytes)
+        ui.stage("scan source", source.weight_bytes, "bytes")
         found = scan(source, ui.advance)
         refuse_bad_weights(found, source)
         tokens = _tokens(request, plan, source, ui)
@@ -241,7 +241,7 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
         )
     source = open_checkpoint(resolve_model(model, trust_remote_code=request.trust_remote_code))
     check_target(request.out, overwrite=request.overwrite)
-    ui.stage("scan source", source.weight_bytes)
+    ui.stage("scan source", source.weight_bytes, "bytes")
     found = scan(source, ui.advance)
     backend = MODELOPT
     python = find_interpreter(backend, request.python)

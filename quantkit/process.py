@@ -139,7 +139,7 @@ def _pass_on(line: bytes, ending: _Ending, report: Reporter) -> None:
     kind = event["event"]
     if kind == "stage":
         ending.stages.append(event["name"])
-        report.stage(event["name"], event["total"])
+        report.stage(event["name"], event["total"], event["unit"])
     elif kind == "advance":
         report.advance(event["done"])
     elif kind == "note":

@@ -217,7 +217,9 @@ def _apply(data: dict[str, Any], change: str) -> None:
         ) from error
     place = data
     for key in keys[:-1]:
-        inner = place.setdefault(key, {})
+        if place.get(key) is None:
+            place[key] = {}
+        inner = place[key]
         if not isinstance(inner, dict):
             raise InputError(
                 f"--set {change!r}: {key} holds {inner!r}, which has no keys of its own.",

@@ -38,7 +38,7 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
     ) as partial:
         if not request.resume:
             check_space(request.out, plan.estimate.disk, "the checkpoint")
-        ui.stage("stream", source.weight_bytes)
+        ui.stage("stream", source.weight_bytes, "bytes")
         done = stream_quantize(
             source,
             plan.layers,

@@ -32,7 +32,7 @@ from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
-    from quantkit.job import Adapter, Job, Result
+    from quantkit.job import Adapter, Job, Result, Unit
 
 PR_SET_PDEATHSIG = 1
 NO_SPACE_BYTES = 1 << 16
@@ -60,10 +60,10 @@ class Progress:
             with suppress(BrokenPipeError):
                 os.write(self.descriptor, json.dumps({"event": event, **values}).encode() + b"\n")
 
-    def stage(self, name: str, total: int = 0) -> None:
+    def stage(self, name: str, total: int = 0, unit: Unit = "steps") -> None:
         self.finish()
         self.name, self.started = name, time.monotonic()
-        self.send("stage", name=name, total=total)
+        self.send("stage", name=name, total=total, unit=unit)
 
     def advance(self, done: int) -> None:
         self.send("advance", done=done)
@@ -168,7 +168,8 @@ def _code(error: BaseException, job: Job | None, stage: str) -> str:
         return "worker.out_of_memory"
     if any(_is_no_space(e) for e in chain) or (job is not None and _disk_is_full(job)):
         return "worker.no_space"
-    return "worker.import_failed" if stage == "import" else "worker.failed"
+    missing = isinstance(error, ModuleNotFoundError)
+    return "worker.import_failed" if missing or stage == "import" else "worker.failed"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ import pytest
 
 from quantkit import process
 from quantkit.errors import BackendError, InputError
-from quantkit.job import Job, Result
+from quantkit.job import Job, Result, Unit
 from quantkit.process import oom_kills, run_worker
 
 ADAPTERS = Path(__file__).parent / "adapters"
@@ -27,7 +27,7 @@ class Recorder:
     def __init__(self) -> None:
         self.events: list[tuple[object, ...]] = []
 
-    def stage(self, name: str, total: int = 0) -> None:
+    def stage(self, name: str, total: int = 0, unit: Unit = "steps") -> None:
         self.events.append(("stage", name, total))
 
     def advance(self, done: int) -> None:
@@ -291,7 +291,7 @@ def test_what_a_worker_leaves_behind_is_killed(tmp_path: Path) -> None:
 
 def test_an_interrupt_kills_the_whole_group(tmp_path: Path) -> None:
     class Interrupting(Recorder):
-        def stage(self, name: str, total: int = 0) -> None:
+        def stage(self, name: str, total: int = 0, unit: Unit = "steps") -> None:
             if name == "wait":
                 raise KeyboardInterrupt
 

@@ -7,6 +7,9 @@ from pathlib import Path
 from quantkit.cli import options
 from quantkit.cli.output import Output
 
+QUICK = ("calibration.samples=32",)
+"""Fewer samples than the default: the demo is to be read, not served."""
+
 
 def demo_command(
     method: options.Method = "modelopt_fp8",
@@ -22,7 +25,7 @@ def demo_command(
     from quantkit.request import Request
 
     ui = Output(as_json=as_json)
-    recipe = chosen_recipe(method, "", "", sets)
+    recipe = chosen_recipe(method, "", "", [*QUICK, *sets])
     try:
         ui.stage("fetch and convert SmolLM2-135M-Instruct (once)")
         model = demo_model()

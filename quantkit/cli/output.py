@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, TaskID
+
+    from quantkit.job import Unit
 
 PLAIN_INTERVAL_S = 5.0
 
@@ -32,6 +34,7 @@ class Output:
         self._task: TaskID | None = None
         self._stage = ""
         self._total = 0
+        self._unit: Unit = "steps"
         self._began = 0.0
         self._last_line = 0.0
 
@@ -76,13 +79,13 @@ class Output:
         """A line for people on stderr."""
         self._err.print(value, markup=False)
 
-    def stage(self, name: str, total: int = 0) -> None:
+    def stage(self, name: str, total: int = 0, unit: Unit = "steps") -> None:
         """Begin a stage: a bar on a terminal, plain lines elsewhere."""
         self.finish()
-        self._stage, self._total = name, total
+        self._stage, self._total, self._unit = name, total, unit
         self._began = self._last_line = time.monotonic()
         if self._err.is_terminal:
-            self._start_bar(name, total)
+            self._start_bar()
         else:
             self.info(f"{name} …")
 
@@ -94,8 +97,14 @@ class Output:
         now = time.monotonic()
         if self._total and now - self._last_line >= PLAIN_INTERVAL_S:
             self._last_line = now
-            left = (now - self._began) * (self._total - done) / max(done, 1)
-            self.info(f"{self._stage} {done}/{self._total}, about {left:.0f} s left")
+            self.info(f"{self._stage} {self._progress_line(done, now - self._began)}")
+
+    def _progress_line(self, done: int, seconds: float) -> str:
+        left = f"about {seconds * (self._total - done) / max(done, 1):.0f} s left"
+        if self._unit == "steps":
+            return f"{done}/{self._total}, {left}"
+        rate = done / seconds / 1e6
+        return f"{done / 1e6:.0f}/{self._total / 1e6:.0f} MB, {rate:.0f} MB/s, {left}"
 
     def note(self, text: str) -> None:
         """Something that the user should know and that is kept in quantkit.json."""
@@ -107,22 +116,28 @@ class Output:
             self._progress.stop()
         self._progress = self._task = None
 
-    def _start_bar(self, name: str, total: int) -> None:
+    def _start_bar(self) -> None:
         from rich.progress import (
             BarColumn,
+            DownloadColumn,
             MofNCompleteColumn,
             Progress,
             SpinnerColumn,
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
+            TransferSpeedColumn,
         )
 
-        columns = [SpinnerColumn(), TextColumn("{task.description}")]
-        if total:
-            columns += [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
+        if self._total and self._unit == "bytes":
+            columns += [BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+        elif self._total:
+            columns += [BarColumn(), MofNCompleteColumn()]
+        if self._total:
+            columns.append(TimeRemainingColumn())
         self._progress = Progress(*columns, TimeElapsedColumn(), console=self._err, transient=True)
-        self._task = self._progress.add_task(name, total=total or None)
+        self._task = self._progress.add_task(self._stage, total=self._total or None)
         self._progress.start()
 
 
