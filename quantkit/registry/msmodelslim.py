@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from pydantic import Field
 
 from quantkit.registry.backend import Backend, Method, Options
 
@@ -14,7 +17,18 @@ class MsModelSlimOptions(Options):
     """What an msModelSlim recipe may set under `options`."""
 
     practice: str | None = None
-    """A configuration of msModelSlim's own lab_practice, in place of the recipe's one step."""
+    """A file, or a configuration of msModelSlim's own lab_practice such as
+    qwen3/qwen3-32b-dense-w4a4, in place of the recipe's one step."""
+    iters: int | None = Field(None, gt=0)
+    """Tuning steps a block, for 4-bit activations."""
+    model_type: str | None = None
+    """The name by which msModelSlim picks its adapter of the model; None is its default one."""
+
+
+def _chosen(recipe: Recipe, method: Method) -> Method:
+    if not recipe.options.get("practice"):
+        return method
+    return replace(method, calibrated=True, folding="norms")
 
 
 def _unsupported(recipe: Recipe) -> str | None:
@@ -39,8 +53,9 @@ MSMODELSLIM = Backend(
         "w8a8": _ascend("W8A8", calibrated=True),
         "w8a8_dynamic": _ascend("W8A8_DYNAMIC", calibrated=False),
         "w4a8_dynamic": _ascend("W4A8_DYNAMIC", calibrated=False),
-        "w4a4_dynamic": _ascend("W4A4_DYNAMIC", calibrated=False),
+        "w4a4_dynamic": _ascend("W4A4_DYNAMIC", calibrated=True),
     },
+    chosen=_chosen,
     options=MsModelSlimOptions,
     dense_only=True,
     unsupported=_unsupported,

@@ -1,0 +1,176 @@
+"""msModelSlim: one quantization step of our own, or one of its practices; writes Ascend's layout.
+
+It runs in an environment of its own with Transformers 4. Its command line is not used: that asks
+questions on stdin and tokenizes text itself. The token ids of the job are handed to it instead.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msmodelslim
+import yaml
+from msmodelslim.core.const import DeviceType
+from msmodelslim.core.context import ContextFactory
+from msmodelslim.core.practice.interface import PracticeConfig
+from msmodelslim.core.quant_service.modelslim_v1.quant_service import (
+    ModelslimV1QuantService,
+    ModelslimV1QuantServiceConfig,
+)
+from msmodelslim.model import PluginModelFactory
+from msmodelslim.utils.security.model import SafeGenerator
+
+from quantkit.backends.common import check_followed, folded, logs_as_notes, norms, seed_everything
+from quantkit.backends.witness import Tokens, Witness
+from quantkit.job import Job, JobInputError, Reporter, Result
+
+DESCRIPTION = "quant_model_description.json"
+_ACTIVATIONS: dict[str | None, dict[str, Any]] = {
+    None: {"scope": "per_tensor", "dtype": "float", "symmetric": True, "method": "none"},
+    "tensor": {"scope": "per_tensor", "symmetric": False, "method": "minmax"},
+    "token": {"scope": "per_token", "symmetric": True, "method": "minmax"},
+}
+"""Granularity of the input → the library's words; a static scale comes with an offset."""
+_TUNING_ITERS = 400
+"""What the library's own practices take for int4 activations, which only its AutoRound step has."""
+
+
+def run(job: Job, report: Reporter, result: Result) -> None:
+    """Quantize `job.model` and save it into `job.out`."""
+    seed_everything(job)
+    tokens = Tokens(job) if job.tokens else None
+    witness = Witness(tokens, report)
+    with tempfile.TemporaryDirectory() as work, logs_as_notes("msmodelslim", report):
+        report.stage("load")
+        source = _for_transformers_4(Path(job.model), Path(work))
+        SafeGenerator.get_tokenizer_from_pretrained = staticmethod(lambda **_: None)
+        adapter = PluginModelFactory().create(
+            job.options.get("model_type", "default"), source, job.trust_remote_code
+        )
+        model = adapter.init_model(_device(job))
+        before = norms(model)
+        adapter.init_model = lambda **_: model
+        adapter.handle_dataset = lambda *_: _samples(tokens, job)
+        service = ModelslimV1QuantService(
+            ModelslimV1QuantServiceConfig(), _NoText(), ContextFactory(enable_debug=False)
+        )
+        practice = PracticeConfig.model_validate(_practice(job))
+        with witness.watch(model, "quantize"):
+            service.quantize(practice.extract_quant_config(), adapter, Path(job.out), _device(job))
+        result.folds = folded(before, norms(model))
+    quantized = _quantized(Path(job.out))
+    check_followed(job, quantized)
+    if tokens is not None:
+        result.calibration = witness.summary(len(quantized))
+
+
+class _NoText:
+    """Stands where the library loads texts by name: the ids come from `handle_dataset`."""
+
+    def get_dataset_by_name(self, _: str) -> list[Any]:
+        return []
+
+
+def _samples(tokens: Tokens | None, job: Job) -> list[list[Any]]:
+    """The library's form of a data set: ids and mask of each batch."""
+    batches = tokens.batches(job.batch_size) if tokens else []
+    device = _device(job).value
+    return [[b["input_ids"].to(device), b["attention_mask"].to(device)] for b in batches]
+
+
+def _device(job: Job) -> DeviceType:
+    return DeviceType(job.device.partition(":")[0])
+
+
+def _practice(job: Job) -> dict[str, Any]:
+    """The library's configuration: the recipe's, or the practice it names, saved our way."""
+    named = job.options.get("practice")
+    practice: dict[str, Any] = {
+        "apiversion": "modelslim_v1",
+        "spec": {"runner": "model_wise", "process": list(_steps(job))},
+    }
+    if named:
+        practice = _named_practice(named)
+    size = max(1, round(job.shard_size / 1e9))
+    practice["spec"]["save"] = [{"type": "ascendv1_saver", "part_file_size": size}]
+    return practice
+
+
+def _steps(job: Job) -> Iterator[dict[str, Any]]:
+    """One step for each scheme of the plan, with the exact names of its modules."""
+    schemes: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for name, scheme in job.layers.items():
+        schemes.setdefault(repr(scheme), (scheme, []))[1].append(name)
+    for scheme, names in schemes.values():
+        given = scheme["input"]
+        activation = dict(_ACTIVATIONS[given["granularity"] if given else None])
+        if given:
+            activation["dtype"] = given["element"]
+        weight = {
+            "scope": "per_channel", "dtype": scheme["weight"]["element"], "symmetric": True,
+            "method": "minmax",
+        }  # fmt: skip
+        layers = {"qconfig": {"act": activation, "weight": weight}, "include": names, "exclude": []}
+        if activation["dtype"] == "int4":
+            weight["method"] = "autoround"
+            iters = job.options.get("iters", _TUNING_ITERS)
+            yield {"type": "autoround_quant", "iters": iters, "strategies": [layers]}
+        else:
+            yield {"type": "linear_quant", **layers}
+
+
+def _named_practice(name: str) -> dict[str, Any]:
+    """A practice by file, or by its path in the library's lab_practice without the ending."""
+    shipped = Path(msmodelslim.__file__).parent / "lab_practice"
+    for file in (Path(name), shipped / f"{name}.yaml"):
+        if file.is_file():
+            practice: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+            return practice
+    known = sorted(str(f.relative_to(shipped).with_suffix("")) for f in shipped.rglob("*.yaml"))
+    raise JobInputError(
+        f"msModelSlim has no practice {name!r}; it has {len(known)}, for example {known[0]}.",
+        hint=f"name one of the files under {shipped}, without .yaml",
+        code="msmodelslim.no_practice",
+    )
+
+
+def _for_transformers_4(model: Path, work: Path) -> Path:
+    """A copy of the source whose config reads right in Transformers 4; the weights are links.
+
+    Transformers 5 keeps the rotary base in `rope_parameters`, which version 4 does not read: it
+    would calibrate with its default base and say nothing.
+    """
+    for file in model.iterdir():
+        if file.name.endswith((".safetensors", ".index.json", ".py")):
+            (work / file.name).symlink_to(file.resolve())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    rope = config.pop("rope_parameters", None) or {}
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise JobInputError(
+            f"{model} has rotary parameters for each kind of layer, which Transformers 4 cannot "
+            "express.",
+            hint="quantkit methods  # take another backend",
+            code="msmodelslim.rope",
+        )
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    if "dtype" in config:
+        config["torch_dtype"] = config.pop("dtype")
+    (work / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return work
+
+
+def _quantized(out: Path) -> set[str]:
+    """Modules that the library's description says are quantized."""
+    described = json.loads((out / DESCRIPTION).read_text(encoding="utf-8"))
+    return {
+        name.removesuffix(".weight")
+        for name, kind in described.items()
+        if name.endswith(".weight") and kind != "FLOAT"
+    }
