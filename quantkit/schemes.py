@@ -128,6 +128,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("mxfp4a16", _MXFP4),
         Scheme("mxfp8", _MXFP8, replace(_MXFP8, dynamic=True)),
         Scheme("mxfp8a16", _MXFP8),
+        Scheme("w8a8_asym", _int(8, "channel"), _int(8, "tensor", symmetric=False)),
         Scheme("gguf_q4_k_m", _int(4, "group", group_size=32, symmetric=False)),
     )
 }

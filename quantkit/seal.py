@@ -33,18 +33,22 @@ _VOLATILE = frozenset({"offload_to_disk_path", "timestamp", "created_at", "expor
 def seal(out: Path, source: Checkpoint, *, trust_remote_code: bool) -> list[str]:
     """Complete the library's output in `out`; returns what was done besides copying, in words.
 
-    Raises BackendError when the library left no weights or no `quantization_config`.
+    Raises BackendError when the library left no `quantization_config`, nor a description in
+    Ascend's layout, whose config.json says nothing.
     """
     notes = []
     raw = read_json(out / "config.json") if (out / "config.json").is_file() else {}
     quantization = raw.get("quantization_config")
-    if not isinstance(quantization, dict):
+    described = (out / "quant_model_description.json").is_file()
+    if not isinstance(quantization, dict) and not described:
         raise BackendError(
             f"The library wrote no quantization_config into {out.name}/config.json.",
             hint="see the log; report this with it",
             code="seal.no_quantization_config",
         )
-    config = {**source.config, "quantization_config": without_volatile(quantization)}
+    config = dict(source.config)
+    if isinstance(quantization, dict):
+        config["quantization_config"] = without_volatile(quantization)
     custom_code = sorted(p.name for p in source.path.glob("*.py"))
     if custom_code and not trust_remote_code and config.pop("auto_map", None):
         notes.append(f"custom code left out ({', '.join(custom_code)}); auto_map removed")

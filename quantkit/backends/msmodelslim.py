@@ -31,10 +31,10 @@ from quantkit.job import Job, JobInputError, Reporter, Result
 DESCRIPTION = "quant_model_description.json"
 _ACTIVATIONS: dict[str | None, dict[str, Any]] = {
     None: {"scope": "per_tensor", "dtype": "float", "symmetric": True, "method": "none"},
-    "tensor": {"scope": "per_tensor", "symmetric": False, "method": "minmax"},
-    "token": {"scope": "per_token", "symmetric": True, "method": "minmax"},
+    "tensor": {"scope": "per_tensor", "method": "minmax"},
+    "token": {"scope": "per_token", "method": "minmax"},
 }
-"""Granularity of the input → the library's words; a static scale comes with an offset."""
+"""Granularity of the input → the library's words."""
 _TUNING_ITERS = 400
 """What the library's own practices take for int4 activations, which only its AutoRound step has."""
 
@@ -76,8 +76,8 @@ class _NoText:
 
 
 def _samples(tokens: Tokens | None, job: Job) -> list[list[Any]]:
-    """The library's form of a data set: ids and mask of each batch."""
-    batches = tokens.batches(job.batch_size) if tokens else []
+    """The library's form of a data set: ids and mask of one sample after the other."""
+    batches = tokens.batches(1) if tokens else []
     device = _device(job).value
     return [[b["input_ids"].to(device), b["attention_mask"].to(device)] for b in batches]
 
@@ -109,7 +109,7 @@ def _steps(job: Job) -> Iterator[dict[str, Any]]:
         given = scheme["input"]
         activation = dict(_ACTIVATIONS[given["granularity"] if given else None])
         if given:
-            activation["dtype"] = given["element"]
+            activation |= {"dtype": given["element"], "symmetric": given["symmetric"]}
         weight = {
             "scope": "per_channel", "dtype": scheme["weight"]["element"], "symmetric": True,
             "method": "minmax",
