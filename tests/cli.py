@@ -12,6 +12,15 @@ from typing import Any
 QUICK = ("--set", "calibration.samples=8", "--set", "calibration.sequence_length=128")
 """Enough calibration to be real, little enough for a test."""
 
+METHODS: dict[str, tuple[str, ...]] = {
+    "modelopt_fp8": (),
+    "modelopt_fp4": ("--set", "kv_cache=fp8"),
+    "modelopt_nvfp4_mlp_only": (),
+    "modelopt_int8_sq": (),
+    "modelopt_int4_awq": ("--set", "group_size=64"),
+}
+"""The ModelOpt methods with the settings that fit the small model."""
+
 
 @dataclass(frozen=True)
 class Run:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli import METHODS, QUICK, quantkit
 from tests.helpers import cut_layers
 
 os.environ.setdefault("QUANTKIT_CACHE", str(Path(__file__).parent.parent / ".cache"))
@@ -24,3 +25,22 @@ def demo_model() -> Path:
 def small_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first three layers of the demo model: real weights, seconds instead of minutes."""
     return cut_layers(demo_model, tmp_path_factory.mktemp("models") / "small", 3)
+
+
+@pytest.fixture(scope="session")
+def outputs(
+    small_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Path]]:
+    """Method of `tests.cli.METHODS` → the checkpoint it made and the state file it saved."""
+    made = {}
+    root = tmp_path_factory.mktemp("outputs")
+    for method, more in METHODS.items():
+        out, state = root / method, root / f"{method}.pth"
+        run = quantkit(
+            "quantize", small_model, "--method", method, "--out", out,
+            "--checkpoint-save", state, "--json", *QUICK, *more,
+        )  # fmt: skip
+        assert run.code == 0, run.err
+        assert run.document["verify"]["ok"]
+        made[method] = (out, state)
+    return made

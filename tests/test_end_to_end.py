@@ -10,35 +10,8 @@ import pytest
 import yaml
 
 from quantkit.checkpoint import Checkpoint, open_checkpoint
-from tests.cli import QUICK, quantkit
+from tests.cli import METHODS, QUICK, quantkit
 from tests.helpers import edit_tensors
-
-METHODS: dict[str, tuple[str, ...]] = {
-    "modelopt_fp8": (),
-    "modelopt_fp4": ("--set", "kv_cache=fp8"),
-    "modelopt_nvfp4_mlp_only": (),
-    "modelopt_int8_sq": (),
-    "modelopt_int4_awq": ("--set", "group_size=64"),
-}
-
-
-@pytest.fixture(scope="session")
-def outputs(
-    small_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, Path]]:
-    """Method → the checkpoint it made and the state file it saved."""
-    made = {}
-    root = tmp_path_factory.mktemp("outputs")
-    for method, more in METHODS.items():
-        out, state = root / method, root / f"{method}.pth"
-        run = quantkit(
-            "quantize", small_model, "--method", method, "--out", out,
-            "--checkpoint-save", state, "--json", *QUICK, *more,
-        )  # fmt: skip
-        assert run.code == 0, run.err
-        assert run.document["verify"]["ok"]
-        made[method] = (out, state)
-    return made
 
 
 def same_tensors(one: Checkpoint, other: Checkpoint) -> bool:

@@ -1,0 +1,122 @@
+"""Checkpoints for tests in a second: real weights through the streaming writer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantkit.checkpoint import open_checkpoint
+from quantkit.formats import awq, compressed_tensors_config, gptq
+from quantkit.formats.base import LayerSpec
+from quantkit.modules import classify, linear_modules
+from quantkit.schemes import Scheme
+from quantkit.streaming.job import Layout, StreamOptions
+from quantkit.streaming.run import clear_state, stream_quantize
+
+PACKINGS = {"gptq": "gptq", "awq": awq.PACKING}
+
+
+def rtn(
+    source: Path,
+    out: Path,
+    scheme: Scheme,
+    *,
+    layout: Layout = "compressed-tensors",
+    keep: Collection[str] = (),
+) -> Path:
+    """Quantize every linear layer of `source` but those in `keep`; sidecars are copied."""
+    checkpoint = open_checkpoint(source)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    modules = linear_modules(classify(shapes, checkpoint.config))
+    layers = {m.name: scheme for m in modules if m.kind == "linear" and m.name not in keep}
+    out.mkdir(parents=True)
+    stream_quantize(
+        checkpoint, layers, out, options=StreamOptions(layout=layout), shard_size=10**9
+    )  # fmt: skip
+    clear_state(out)
+    packing = PACKINGS.get(layout) or compressed_tensors_config.packing_of(scheme)
+    specs = {
+        m.name: LayerSpec(scheme, packing, (m.shape[0], m.shape[1]))
+        for m in modules if m.name in layers
+    }  # fmt: skip
+    ignore = [m.name for m in modules if m.name not in layers and m.kind != "embedding"]
+    writer = {"gptq": gptq, "awq": awq}.get(layout, compressed_tensors_config)
+    config = {**checkpoint.config, "quantization_config": writer.quantization_config(specs, ignore)}
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    for path in checkpoint.sidecars():
+        shutil.copy(path, out / path.name)
+    return out
+
+
+def tiny_moe(out: Path, *, extra_layer: bool = False) -> Path:
+    """A random Qwen3-MoE of 2 layers and 4 experts; `extra_layer` adds an MTP layer's tensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=256, hidden_size=128, intermediate_size=256, moe_intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    build: Any = AutoModelForCausalLM.from_config
+    model = build(config, dtype=torch.bfloat16)
+    model.save_pretrained(out)
+    if extra_layer:
+        file = out / "model.safetensors"
+        tensors = load_file(file)
+        tensors |= {
+            name.replace("layers.1.", "layers.2."): tensor.clone()
+            for name, tensor in tensors.items()
+            if "layers.1.self_attn" in name
+        }
+        save_file(tensors, file, metadata={"format": "pt"})
+        config_file = out / "config.json"
+        value = json.loads(config_file.read_text()) | {"num_nextn_predict_layers": 1}
+        config_file.write_text(json.dumps(value))
+    return out
+
+
+def folded(source: Path, out: Path) -> Path:
+    """The same function of the same model, with scales folded as AWQ does it.
+
+    Norms into the columns of what they feed, rows of v_proj into columns of o_proj (each value
+    head serves three query heads), rows of up_proj into columns of down_proj.
+    """
+    shutil.copytree(source, out)
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(out / "model.safetensors")
+    wide = {name: tensor.float() for name, tensor in tensors.items()}
+
+    def factors(size: int) -> torch.Tensor:
+        return torch.exp2(2 * torch.rand(size, generator=generator) - 1)
+
+    for name in [n for n in tensors if n.endswith("input_layernorm.weight")]:
+        layer = name.removesuffix("input_layernorm.weight")
+        for norm, readers in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            scale = factors(wide[name].numel())
+            wide[f"{layer}{norm}.weight"] /= scale
+            for reader in readers:
+                wide[f"{layer}{reader}.weight"] *= scale
+        up = factors(wide[f"{layer}mlp.up_proj.weight"].shape[0])
+        wide[f"{layer}mlp.up_proj.weight"] /= up[:, None]
+        wide[f"{layer}mlp.down_proj.weight"] *= up
+        value = factors(wide[f"{layer}self_attn.v_proj.weight"].shape[0])
+        heads = value.view(-1, 1, 64).expand(-1, 3, 64).reshape(-1)
+        wide[f"{layer}self_attn.v_proj.weight"] /= value[:, None]
+        wide[f"{layer}self_attn.o_proj.weight"] *= heads
+    save_file(
+        {name: tensor.to(tensors[name].dtype) for name, tensor in wide.items()},
+        out / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return out
