@@ -232,7 +232,7 @@ KV_SCALES = (".k_scale", ".v_scale")
     [
         ("no tokens", "calibration.never_ran"),
         ("tokens not given", "calibration.never_ran"),
-        ("absent layer", "modelopt.layers_absent"),
+        ("absent layer", "worker.layers_absent"),
         ("awq on cpu", "modelopt.needs_cuda"),
     ],
 )

@@ -6,7 +6,7 @@ import logging
 import random
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,15 +105,19 @@ def packed_modules(out: str, *suffixes: str) -> set[str]:
 
 
 @contextmanager
-def warnings_as_notes(report: Reporter) -> Iterator[None]:
-    """Pass on those Python warnings that tell of something left out; all go to the log too."""
+def warnings_as_notes(report: Reporter, keep: Collection[str] = ()) -> Iterator[None]:
+    """Pass on those Python warnings that tell of something left out; all go to the log too.
+
+    One that names a module of `keep` says what was asked for.
+    """
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def showwarning(message: Warning | str, *rest: Any) -> None:
             show(message, *rest)
-            if TELLING.search(str(message)):
-                report.note(" ".join(str(message).split()))
+            words = str(message).split()
+            if TELLING.search(str(message)) and not any(word in keep for word in words):
+                report.note(" ".join(words))
 
         warnings.showwarning = showwarning  # type: ignore[assignment]
         yield

@@ -11,6 +11,7 @@ import torch
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
 
+from quantkit.backends.witness import never_ran
 from quantkit.job import Job, JobError, JobInputError
 
 PRESETS = {
@@ -42,7 +43,6 @@ def quant_config(job: Job, model: torch.nn.Module) -> dict[str, Any]:
     """
     preset = copy.deepcopy(getattr(mtq, PRESETS[job.scheme["name"]]))
     algorithm = job.options.get("algorithm", preset["algorithm"])
-    _check_layers(job, model)
     _check_device(job, algorithm)
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for entry in preset["quant_cfg"]:
@@ -57,20 +57,6 @@ def quant_config(job: Job, model: torch.nn.Module) -> dict[str, Any]:
         kv_preset = getattr(mtq, KV_PRESETS[job.kv_cache])
         config = update_quant_cfg_with_kv_cache_quant(config, kv_preset["quant_cfg"])
     return config
-
-
-def check_quantized(job: Job, model: torch.nn.Module) -> None:
-    """Raise JobError unless exactly the modules of `job.layers` are quantized."""
-    found = set(quantized_layers(model))
-    wanted = set(job.layers)
-    if found != wanted:
-        missed, extra = sorted(wanted - found), sorted(found - wanted)
-        raise JobError(
-            f"ModelOpt quantized {len(found)} modules where the plan names {len(wanted)}: "
-            f"{len(missed)} left out {missed[:3]}, {len(extra)} too many {extra[:3]}.",
-            hint="put the modules that ModelOpt leaves out on the recipe's ignore list",
-            code="modelopt.plan_not_followed",
-        )
 
 
 def check_calibrated(config: dict[str, Any], model: torch.nn.Module) -> int:
@@ -112,15 +98,6 @@ def check_calibrated(config: dict[str, Any], model: torch.nn.Module) -> int:
     return calibrated
 
 
-def never_ran(what: str) -> JobError:
-    """Calibration that the method needs did not happen."""
-    return JobError(
-        f"{what}.",
-        hint="check the calibration data: quantkit calibration show",
-        code="calibration.never_ran",
-    )
-
-
 def quantized_layers(model: torch.nn.Module) -> dict[str, Any]:
     """Modules with an enabled weight or input quantizer, by name."""
     return {
@@ -132,18 +109,6 @@ def quantized_layers(model: torch.nn.Module) -> dict[str, Any]:
             for quantizer in _leaves(getattr(module, kind, None))
         )
     }
-
-
-def _check_layers(job: Job, model: torch.nn.Module) -> None:
-    present = set(_matrices(model))
-    absent = sorted(set(job.layers) - present)
-    if absent:
-        raise JobError(
-            f"{len(absent)} modules of the plan are not in the model that Transformers builds from "
-            f"{job.model}: {absent[:3]}.",
-            hint="put them on the recipe's ignore list",
-            code="modelopt.layers_absent",
-        )
 
 
 def _check_device(job: Job, algorithm: Any) -> None:

@@ -83,7 +83,7 @@ class Witness:
         hooks = (
             []
             if self.tokens is None
-            else [model.get_input_embeddings().register_forward_pre_hook(self._embedded)]
+            else [model.get_input_embeddings().register_forward_pre_hook(self.embedded)]
         )
         hooks += [
             module.register_forward_pre_hook(self._at(index)) for index, module in blocks.items()
@@ -126,7 +126,8 @@ class Witness:
             "modules": len(self.reached) if modules is None else modules,
         }
 
-    def _embedded(self, _: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+    def embedded(self, _: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        """Forward pre-hook of the embedding: keep the ids that arrive, padding left out."""
         assert self.tokens is not None
         for ids in arguments[0].reshape(-1, arguments[0].shape[-1]).cpu():
             mask = self.tokens.masks[len(self.seen) % len(self.tokens)].bool()
