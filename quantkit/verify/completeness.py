@@ -39,7 +39,7 @@ def _by_layer(subject: Subject, text: Mapping[str, Any]) -> dict[int, frozenset[
     The decoder is the stack with the most modules (an encoder or a tower is another one); layers
     past `num_hidden_layers` are multi-token prediction.
     """
-    count = text.get("num_hidden_layers")
+    count = _layer_count(text)
     stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name, module in subject.modules.items():
         index = layer_index(name)
@@ -55,11 +55,18 @@ def _by_layer(subject: Subject, text: Mapping[str, Any]) -> dict[int, frozenset[
     return {index: frozenset(names) for index, names in decoder.items()}
 
 
+def _layer_count(text: Mapping[str, Any]) -> int | None:
+    """Decoder layers as the checkpoint numbers them (LongCat's hold two blocks each)."""
+    stated = [text.get(key) for key in ("num_hidden_layers", "num_layers")]
+    counts = [count for count in stated if isinstance(count, int)]
+    return min(counts) if counts else None
+
+
 def _check_layers(
     layers: Mapping[int, frozenset[str]], text: Mapping[str, Any]
 ) -> Iterator[Finding]:
-    count = text.get("num_hidden_layers")
-    if not isinstance(count, int) or not layers:
+    count = _layer_count(text)
+    if count is None or not layers:
         return
     missing = [index for index in range(count) if index not in layers]
     if missing:
@@ -80,7 +87,7 @@ def _check_peers(
     Hybrid models have several kinds: layers whose entries in the config's per-layer lists differ
     are no peers, nor are layers that each have something that the other lacks.
     """
-    count = text.get("num_hidden_layers")
+    count = _layer_count(text)
     lists = [v for v in text.values() if isinstance(v, list) and len(v) == count]
     shared = text.get("num_kv_shared_layers")
     first_shared = (count or 0) - shared if isinstance(shared, int) else None
@@ -172,9 +179,11 @@ def _check_shapes(subject: Subject, text: Mapping[str, Any]) -> Iterator[Finding
     if not isinstance(hidden, int):
         return
     for name, module in subject.modules.items():
-        leaf = name.rpartition(".")[2]
-        if len(module.shape) != 2 or layer_index(name) is None or module.kind == "tower":
+        index, leaf = layer_index(name), name.rpartition(".")[2]
+        if len(module.shape) != 2 or index is None or module.kind == "tower":
             continue
+        if name.partition(f".{index}.")[2].count(".") != 1:
+            continue  # a block within the layer (Zamba's shared one) has widths of its own
         rows, columns = module.shape
         if leaf in _INPUT_IS_HIDDEN and columns != hidden:
             yield _wrong_shape(name, module.shape, f"{hidden} columns (hidden_size)")
@@ -187,8 +196,14 @@ def _check_shapes(subject: Subject, text: Mapping[str, Any]) -> Iterator[Finding
                 yield _wrong_shape(name, module.shape, f"{vocabulary} rows (vocab_size)")
             elif columns not in text.values():
                 yield _wrong_shape(name, module.shape, f"{hidden} columns (hidden_size)")
-        elif name.endswith((".input_layernorm", "model.norm")) and module.shape != (hidden,):
+        elif _is_main_norm(name) and module.shape != (hidden,):
             yield _wrong_shape(name, module.shape, f"{hidden} values (hidden_size)")
+
+
+def _is_main_norm(name: str) -> bool:
+    index = layer_index(name)
+    of_layer = index is not None and name.endswith(f"layers.{index}.input_layernorm")
+    return of_layer or name.endswith("model.norm")
 
 
 def _wrong_shape(name: str, shape: tuple[int, ...], wanted: str) -> Finding:

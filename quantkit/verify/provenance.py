@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from quantkit.checkpoint import Checkpoint, read_json
+from quantkit.checkpoint import read_json
 from quantkit.errors import InputError
 from quantkit.schemes import SCHEMES
 from quantkit.verify.findings import Finding, PlannedLayers, error, warning
@@ -20,8 +20,20 @@ from quantkit.verify.findings import Finding, PlannedLayers, error, warning
 FILE = "quantkit.json"
 SUPPORTED = 1
 _UNSEALED = frozenset({FILE, "README.md"})
-_SHARD = ".safetensors"
+_WEIGHTS = (".safetensors", ".gguf")
 _RESTORE = "restore it from where the checkpoint was made, or quantize again"
+
+
+class Sealed(Protocol):
+    """What carries a quantkit.json: a checkpoint, or a GGUF file in its directory."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
+
+    def digest(self, name: str) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Seal:
     needs_calibration: bool
 
 
-def read_seal(checkpoint: Checkpoint) -> tuple[Seal | None, list[Finding]]:
+def read_seal(checkpoint: Sealed) -> tuple[Seal | None, list[Finding]]:
     """quantkit.json, None when there is none or it cannot be understood."""
     path = checkpoint.path / FILE
     if not path.exists():
@@ -54,7 +66,7 @@ def read_seal(checkpoint: Checkpoint) -> tuple[Seal | None, list[Finding]]:
         ]
 
 
-def check_seal(checkpoint: Checkpoint, seal: Seal) -> list[Finding]:
+def check_seal(checkpoint: Sealed, seal: Seal) -> list[Finding]:
     """Tensors and files that changed, are gone or are new since sealing; calibration that ran."""
     return [
         *_check_tensors(checkpoint, seal.tensors),
@@ -109,7 +121,7 @@ def _plan(document: Mapping[str, Any]) -> PlannedLayers | None:
     return PlannedLayers(quantized, frozenset(map(str, kept)), folds=bool(folds))
 
 
-def _check_tensors(checkpoint: Checkpoint, sealed: Mapping[str, str]) -> Iterator[Finding]:
+def _check_tensors(checkpoint: Sealed, sealed: Mapping[str, str]) -> Iterator[Finding]:
     present = sorted(checkpoint.tensors.keys() & sealed.keys())
     with ThreadPoolExecutor(2) as pool:
         digests = dict(zip(present, pool.map(checkpoint.digest, present), strict=True))
@@ -140,7 +152,7 @@ def _check_files(directory: Path, sealed: Mapping[str, str]) -> Iterator[Finding
                 name,
             )
     for path in sorted(directory.iterdir()):
-        known = path.name in sealed or path.name in _UNSEALED or path.suffix == _SHARD
+        known = path.name in sealed or path.name in _UNSEALED or path.suffix in _WEIGHTS
         if not known and path.is_file() and not path.name.startswith("."):
             yield warning(
                 "digest.file_extra",

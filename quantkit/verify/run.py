@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
+from quantkit.formats.gguf_file import gguf_in
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.verify.findings import (
     Finding,
@@ -20,6 +21,7 @@ from quantkit.verify.findings import (
     from_exception,
     info,
 )
+from quantkit.verify.gguf import verify_gguf
 from quantkit.verify.subject import Subject, examine
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ def verify(
     (layers done, layers in all). Whatever is wrong becomes a finding; only a path that does not
     exist, or a source that cannot be read, raises InputError.
     """
+    if gguf_in(path):
+        return verify_gguf(path, source, plan, progress)
     start = time.monotonic()
     base = None if source is None else _as_source(open_checkpoint(source))
     report = VerifyReport(path, "unknown", source)

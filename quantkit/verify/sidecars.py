@@ -141,9 +141,7 @@ def _compare_tokenizer_config(mine: dict[str, Any], original: dict[str, Any]) ->
     name = "tokenizer_config.json"
     for key, (new, old) in _differences(mine, original).items():
         top = key.split(".")[0]
-        renamed = top == "tokenizer_class" and str(new).removesuffix("Fast") == str(
-            old
-        ).removesuffix("Fast")
+        renamed = top == "tokenizer_class" and _same_class(str(new), str(old))
         saved_elsewhere = new is _ABSENT or (old is _ABSENT and top not in _ENCODING_KEYS)
         if top in _FREE_TOKENIZER_KEYS or renamed or saved_elsewhere:
             continue
@@ -157,6 +155,13 @@ def _compare_tokenizer_config(mine: dict[str, Any], original: dict[str, Any]) ->
             )
         else:
             yield _changed(name, f"{key} is {_show(new)}, in the source {_show(old)}")
+
+
+def _same_class(one: str, other: str) -> bool:
+    """Whether two tokenizer classes are one under the names of Transformers 4 and 5."""
+    generic = {"PreTrainedTokenizer", "TokenizersBackend"}
+    names = {one.removesuffix("Fast"), other.removesuffix("Fast")}
+    return len(names) == 1 or names == generic
 
 
 def _compare_tokenizer(mine: dict[str, Any], original: dict[str, Any]) -> Iterator[Finding]:
@@ -271,7 +276,10 @@ def _completed(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _without_aliases(config: Mapping[str, Any]) -> dict[str, Any]:
     """Older spellings of the rotary settings moved into `rope_parameters` (Transformers 5)."""
-    plain = {k: _without_aliases(v) if isinstance(v, dict) else v for k, v in config.items()}
+    plain = {
+        key: _without_aliases(value) if isinstance(value, dict) and "rope" not in key else value
+        for key, value in config.items()
+    }
     rope = dict(plain.get("rope_parameters") or {})
     scaling = plain.pop("rope_scaling", None)
     if "rope_theta" in plain or isinstance(scaling, dict):
