@@ -27,7 +27,7 @@ from quantkit.registry import MODELOPT
 from quantkit.request import ExportRequest, Outcome, Request
 from quantkit.scan import Scan, refuse_bad_weights, scan
 from quantkit.statefile import check_state, read_state_note, refuse_mismatch
-from quantkit.streamed import stream
+from quantkit.streamed import check_stream, stream
 
 if TYPE_CHECKING:
     from quantkit.calibration import TokenFile
@@ -46,6 +46,8 @@ def preflight(request: Request) -> tuple[Checkpoint, Plan]:
         trust_remote_code=request.trust_remote_code,
         state=request.checkpoint_save is not None,
     )
+    if plan.backend.adapter is None:
+        check_stream(source, plan)
     return source, plan
 
 

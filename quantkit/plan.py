@@ -15,12 +15,20 @@ from quantkit.checkpoint import DTYPE_BITS, Checkpoint
 from quantkit.engines import support
 from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
-from quantkit.modules import Module, classify, expert_count, linear_modules, named_by
+from quantkit.modules import (
+    Module,
+    classify,
+    expert_count,
+    fused_groups,
+    linear_modules,
+    named_by,
+)
 from quantkit.recipe import Override, Recipe, adjusted
 from quantkit.registry import Backend, Method, backend_named, refusals
 from quantkit.schemes import SCHEMES, Scheme
 
 GROUP_SIZES = (256, 128, 64, 32, 16)
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,11 @@ def make_plan(
     found = is_quantized(checkpoint)
     if found and not (backend.reads_fp8_blocks and _in_fp8_blocks(checkpoint)):
         reasons.append(f"the model is quantized already ({found}); start from its 16-bit original")
+    if checkpoint.config.get("model_type") in _TRANSPOSED:
+        reasons.append(
+            f"{checkpoint.config['model_type']} stores its linear layers transposed (Conv1D), "
+            "which no layout here holds"
+        )
     code = _needs_remote_code(checkpoint)
     if code and not trust_remote_code:
         reasons.append(f"{code}; read that code, then pass --trust-remote-code")
@@ -115,6 +128,7 @@ def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: lis
             [f"no module is left to quantize (targets {recipe.targets}, ignore {recipe.ignore})"],
         )
     _refuse_unused_entries(recipe, modules)
+    _refuse_split_groups(recipe, modules, layers)
     return plan_of_layers(checkpoint, recipe, layers, kept, tuple(notes))
 
 
@@ -187,6 +201,22 @@ def _refuse_unused_entries(recipe: Recipe, modules: list[Module]) -> None:
             hint="correct or remove the entry; names as in the checkpoint, globs, or re:REGEX",
             code="plan.unmatched_entry",
         )
+
+
+def _refuse_split_groups(
+    recipe: Recipe, modules: list[Module], layers: Mapping[str, Scheme]
+) -> None:
+    """Engines merge q/k/v and gate/up into one layer, which has one scheme or none."""
+    for group in fused_groups([module.name for module in modules]):
+        chosen = {name: layers.get(name) for name in group}
+        if len(set(chosen.values())) > 1:
+            told = ", ".join(f"{name}: {s.name if s else '16 bit'}" for name, s in chosen.items())
+            raise InputError(
+                f"{recipe.name} gives different schemes to layers that engines merge into one "
+                f"({told}).",
+                hint="name all of them in the override, target or ignore entry, or none",
+                code="plan.split_group",
+            )
 
 
 def _bits(shape: tuple[int, ...], scheme: Scheme) -> float:

@@ -20,7 +20,7 @@ from quantkit.request import Outcome, Request
 from quantkit.seal import write_json
 
 if TYPE_CHECKING:
-    from quantkit.streaming.job import Layout, StreamResult
+    from quantkit.streaming.job import Layout, ShardTask, StreamResult
 
 
 def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outcome:
@@ -69,17 +69,27 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
         )
 
 
+def check_stream(source: Checkpoint, plan: Plan) -> None:
+    """Raise InputError for a layer whose shape, dtype or bias the streaming writer refuses."""
+    _tasks(source, plan)
+
+
+def _tasks(source: Checkpoint, plan: Plan) -> list[ShardTask]:
+    from quantkit.streaming.tasks import plan_shards
+
+    layout = cast("Layout", plan.method.layout)
+    return plan_shards(source, plan.layers, layout, plan.recipe.shard_bytes())
+
+
 def quantization_config(source: Checkpoint, plan: Plan) -> dict[str, Any]:
     """What config.json says of the streamed layers, in the layout that the recipe chose.
 
     Fused expert tensors are named as the layers that they become. A tied output head has no tensor
     but is a module of the engines, so it is always among those left in 16 bit.
     """
-    from quantkit.streaming.tasks import plan_shards
-
     layout = plan.method.layout
-    tasks = plan_shards(source, plan.layers, cast("Layout", layout), plan.recipe.shard_bytes())
-    pieces = (piece for task in tasks for work in task.works for piece in work.pieces)
+    works = (work for task in _tasks(source, plan) for work in task.works)
+    pieces = (piece for work in works for piece in work.pieces)
     layers = {
         piece.module: LayerSpec(
             piece.scheme, packing(piece.scheme, layout), (piece.source.rows, piece.source.columns)

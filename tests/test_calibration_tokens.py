@@ -239,6 +239,9 @@ def test_refusals_that_concern_the_model(texts_only: Path, tmp_path: Path) -> No
     assert refused(name, texts_only).code == "calibration.wrong_tokenizer"
     for file in ("config.json", "generation_config.json"):
         edit_json(texts_only / file, lambda config: config.pop("eos_token_id", None))
+    edit_json(texts_only / "config.json", lambda config: config.update(vocab_size=49152))
+    assert build(name, texts_only, sequence_length=8).samples == 1  # the tokenizer names one
+    edit_json(texts_only / "tokenizer_config.json", lambda config: config.pop("eos_token"))
     assert refused(name, texts_only).code == "calibration.no_eos"
     (texts_only / "tokenizer.json").write_text("{}")
     assert refused(name, texts_only).code == "calibration.bad_tokenizer"

@@ -77,6 +77,8 @@ def read_tokenizer_info(model: Path, trust_remote_code: bool = False) -> Tokeniz
         files += sorted(model.glob("*.py"))
     special = _special_tokens(model, settings)
     eos = _first_id(generation.get("eos_token_id"), config.get("eos_token_id"))
+    if eos is None:
+        eos = _id_of(special.get("eos_token"), model, settings)
     pad = _first_id(generation.get("pad_token_id"), config.get("pad_token_id"), eos, 0)
     total = hashlib.sha256(json.dumps([eos, pad]).encode())
     for path in files:
@@ -163,6 +165,15 @@ def _special_tokens(model: Path, settings: dict[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(text, str):
             found[name] = text
     return found
+
+
+def _id_of(token: str | None, model: Path, settings: dict[str, Any]) -> int | None:
+    """The id of an added token by its text, from the tokenizer's own files."""
+    listed = _optional(model / "tokenizer.json").get("added_tokens", [])
+    decoder = settings.get("added_tokens_decoder", {})
+    ids = {entry.get("content"): entry.get("id") for entry in listed}
+    ids |= {entry.get("content"): int(number) for number, entry in decoder.items()}
+    return ids.get(token) if token else None
 
 
 def _first_id(*candidates: Any) -> int | None:
