@@ -120,6 +120,8 @@ def _measured(provenance: dict[str, Any]) -> list[tuple[str, str]]:
 def _serving(loads: Support, layout: str) -> list[str]:
     if loads.export_only:
         return [f"This is {loads.describe()}."]
+    if layout == "gguf":
+        return ["```bash", "llama-server -m PATH_TO_THIS_DIRECTORY/*.gguf", "```"]
     lines = ["```bash"]
     if "vllm" in loads.engines:
         lines.append("vllm serve PATH_TO_THIS_DIRECTORY")

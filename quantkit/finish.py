@@ -9,6 +9,7 @@ from typing import Any
 from quantkit.card import hub_name, model_card
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.errors import CheckError
+from quantkit.formats.gguf_file import GgufFile, gguf_in, open_gguf
 from quantkit.job import Reporter, Result
 from quantkit.plan import Plan
 from quantkit.request import Outcome, Request
@@ -48,7 +49,7 @@ def finish(
     )
     if not report.ok:
         raise _not_verified(report, request.out)
-    sealed_checkpoint = open_checkpoint(partial)
+    held = open_gguf(partial) if gguf_in(partial) else open_checkpoint(partial)
     base = hub_name(request.model, source)
     document = provenance(
         partial,
@@ -56,8 +57,8 @@ def finish(
         source={"name": base or source.path.name, "fingerprint": fingerprint},
         calibration=dict(calibration) if calibration else None,
         result=result,
-        digests=sealed_checkpoint.digests(),
-        results=_results(plan, source, sealed_checkpoint, report),
+        digests=held.digests(),
+        results=_results(plan, source, held, report),
         notes=notes,
     )
     write_json(partial / PROVENANCE, document)
@@ -78,12 +79,15 @@ def _not_verified(report: VerifyReport, out: Path) -> CheckError:
 
 
 def _results(
-    plan: Plan, source: Checkpoint, sealed: Checkpoint, report: VerifyReport
+    plan: Plan, source: Checkpoint, held: Checkpoint | GgufFile, report: VerifyReport
 ) -> dict[str, Any]:
+
+    # The types of a GGUF file follow the role of each layer, so its bits are measured.
+    bits = held.bits_per_weight if isinstance(held, GgufFile) else plan.bits_per_weight
     results: dict[str, Any] = {
         "source_bytes": source.weight_bytes,
-        "weight_bytes": sealed.weight_bytes,
-        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "weight_bytes": held.weight_bytes,
+        "bits_per_weight": round(bits, 4),
     }
     measured = [layer for layer in report.layers if layer.sqnr_db is not None]
     if measured:

@@ -16,6 +16,7 @@ from typing import Any
 from quantkit import __version__
 from quantkit.checkpoint import INDEX_SUFFIX, Checkpoint, read_json
 from quantkit.errors import BackendError
+from quantkit.formats.gguf_file import gguf_in
 from quantkit.job import Result
 from quantkit.plan import Plan
 
@@ -36,6 +37,8 @@ def seal(out: Path, source: Checkpoint, *, trust_remote_code: bool) -> list[str]
     Raises BackendError when the library left no `quantization_config`, nor a description in
     Ascend's layout, whose config.json says nothing.
     """
+    if gguf_in(out):
+        return _seal_gguf(out)
     notes = []
     raw = read_json(out / "config.json") if (out / "config.json").is_file() else {}
     quantization = raw.get("quantization_config")
@@ -64,6 +67,18 @@ def seal(out: Path, source: Checkpoint, *, trust_remote_code: bool) -> list[str]
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in sorted(_QUANTIZATION_FILES & {p.name for p in out.glob("*.json")}):
         write_json(out / name, without_volatile(read_json(out / name)))
+    return notes
+
+
+def _seal_gguf(out: Path) -> list[str]:
+    """One GGUF file has everything inside; only the log may stay beside it."""
+    notes = []
+    for path in sorted(out.iterdir()):
+        if path.suffix == ".gguf" or path.name == "quantkit.log":
+            path.chmod(0o644)
+        else:
+            notes.append(f"removed {path.name}, which the library left behind")
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return notes
 
 
@@ -107,7 +122,9 @@ def file_digests(out: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(out.iterdir())
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in _OWN_FILES
+        if path.is_file()
+        and path.suffix not in (".safetensors", ".gguf")
+        and path.name not in _OWN_FILES
     }
 
 

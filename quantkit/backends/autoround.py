@@ -9,6 +9,7 @@ from typing import Any
 from auto_round import AutoRound
 from transformers import AutoTokenizer
 
+from quantkit.backends.autoround_gguf import keep_byte_level
 from quantkit.backends.common import (
     check_followed,
     load_model,
@@ -39,6 +40,8 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         witness = Witness(tokens, report)
         tuner = AutoRound(model, tokenizer, **_arguments(job, model, tokens))
         layout = _format(job)
+        if layout == "gguf":
+            keep_byte_level(job, report)
         with witness.watch(model, "quantize"):
             tuner.quantize_and_save(job.out, format=_FORMATS.get(layout, layout))
     _flatten(Path(job.out))

@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.job import Job, JobError, JobInputError, Reporter
 
-TELLING = re.compile(
+_TELLING = re.compile(
     r"skip|fall(s|ing)?[ -]?back|fallback|round-to-nearest|disabl|unsupported|not support|failed",
     re.IGNORECASE,
 )
 """Words of warnings that say that something was not done as asked."""
+_EXPECTED = re.compile(r"is expected|recommended usage", re.IGNORECASE)
+"""Words of warnings that would match, and say that all is well."""
 
 
 def seed_everything(job: Job) -> None:
@@ -104,6 +106,11 @@ def packed_modules(out: str, *suffixes: str) -> set[str]:
     return found
 
 
+def telling(text: str) -> bool:
+    """Whether a warning says that something was not done as asked."""
+    return bool(_TELLING.search(text)) and not _EXPECTED.search(text)
+
+
 @contextmanager
 def warnings_as_notes(report: Reporter, keep: Collection[str] = ()) -> Iterator[None]:
     """Pass on those Python warnings that tell of something left out; all go to the log too.
@@ -116,7 +123,7 @@ def warnings_as_notes(report: Reporter, keep: Collection[str] = ()) -> Iterator[
         def showwarning(message: Warning | str, *rest: Any) -> None:
             show(message, *rest)
             words = str(message).split()
-            if TELLING.search(str(message)) and not any(word in keep for word in words):
+            if telling(str(message)) and not any(word in keep for word in words):
                 report.note(" ".join(words))
 
         warnings.showwarning = showwarning  # type: ignore[assignment]
@@ -132,7 +139,7 @@ def logs_as_notes(name: str, report: Reporter) -> Iterator[None]:
 
         def emit(self, record: logging.LogRecord) -> None:
             text = " ".join(record.getMessage().split())
-            if TELLING.search(text):
+            if telling(text):
                 report.note(text)
 
     handler = Notes(logging.WARNING)

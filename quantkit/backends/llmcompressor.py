@@ -19,19 +19,17 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from quantkit.backends.common import (
-    TELLING,
     check_followed,
     folded,
     load_model,
     norms,
     seed_everything,
+    telling,
     unplanned,
     warnings_as_notes,
 )
 from quantkit.backends.witness import Tokens, Witness
 from quantkit.job import Job, Reporter, Result
-
-_EXPECTED = "This is expected for weight-only and dynamic quantization"
 
 
 def run(job: Job, report: Reporter, result: Result) -> None:
@@ -152,7 +150,7 @@ def _log_as_notes(report: Reporter) -> Iterator[None]:
 
     def note(message: Any) -> None:
         text = " ".join(str(message.record["message"]).split())
-        if TELLING.search(text) and _EXPECTED not in text:
+        if telling(text):
             report.note(text)
 
     sink = logger.add(note, level="WARNING")

@@ -78,11 +78,13 @@ def verify_gguf(
         return report
     report.tensors_checked = len(held.tensors)
     report.modules_quantized = sum(tensor.quantized for tensor in held.tensors.values())
-    report.findings += [*_alone(held), *_finite(held)]
+    report.findings += _alone(held)
     seal, malformed = read_seal(held)
     report.findings += malformed
     if seal is not None:
         report.findings += check_seal(held, seal)
+    if source is None or held.architecture not in _PLAIN:
+        report.findings += _check_values(held)
     if source is not None and not report.errors:
         base = open_checkpoint(source)
         report.findings += _metadata(held, base)
@@ -132,17 +134,21 @@ def _alone(held: GgufFile) -> Iterator[Finding]:
         yield error("gguf.nothing_quantized", "no tensor is quantized", AGAIN)
 
 
-def _finite(held: GgufFile) -> Iterator[Finding]:
+def _check_values(held: GgufFile) -> Iterator[Finding]:
+    """What can be said of values without a source."""
+    for name, tensor in held.tensors.items():
+        values = tensor.values()
+        yield from _not_finite(name, values)
+        if tensor.quantized and not values.any():
+            yield error("gguf.all_zero", f"{name} ({tensor.type}) is zero throughout", AGAIN, name)
+
+
+def _not_finite(name: str, values: Any) -> list[Finding]:
     import numpy as np
 
-    for name, tensor in held.tensors.items():
-        with np.errstate(all="ignore"):
-            values = tensor.values()
-            broken = int(values.size - np.isfinite(values).sum())
-        if broken:
-            yield error("gguf.not_finite", f"{name}: {broken} values are not finite", AGAIN, name)
-        elif tensor.quantized and not values.any():
-            yield error("gguf.all_zero", f"{name} ({tensor.type}) is zero throughout", AGAIN, name)
+    broken = int(values.size - np.isfinite(values).sum())
+    said = f"{name}: {broken} values are not finite"
+    return [error("gguf.not_finite", said, AGAIN, name)] if broken else []
 
 
 def _metadata(held: GgufFile, base: Checkpoint) -> Iterator[Finding]:
@@ -242,8 +248,11 @@ def _value(report: VerifyReport, held: GgufFile, base: Checkpoint, pair: _Pair) 
     """One tensor's values; quantized ones are judged by their SQNR, others by equality."""
     import torch
 
-    source = base.tensor(pair.name).float()
-    mine = torch.from_numpy(pair.stored.values().copy())
+    source, values = base.tensor(pair.name).float(), pair.stored.values()
+    broken = _not_finite(pair.stored.name, values)
+    if broken:
+        return broken
+    mine = torch.from_numpy(values.copy())
     name, heads = pair.stored.name, _heads(held, pair.name)
     if heads:
         mine = _unpermuted(mine, heads)

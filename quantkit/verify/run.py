@@ -122,6 +122,7 @@ def _check_weights(
     from quantkit.verify.folds import norm_folds
     from quantkit.verify.kept import settle_altered, usable_folds
     from quantkit.verify.ledger import Ledger, make_ledger
+    from quantkit.verify.rotation import RotatedWeights, find_rotation
     from quantkit.verify.weights import Weights, check_weights, fidelities
 
     modules = [name for name in subject.declaration.layers if name not in broken]
@@ -136,7 +137,13 @@ def _check_weights(
         rescaled = [m for m in kept if m in columns or (m in altered and m.endswith("_proj"))]
         modules += [m for m in rescaled if m not in subject.declaration.layers]
     weights = Weights(subject, source, ledger, columns)
-    results = check_weights(weights, modules, row_folds=folding != "never", progress=progress)
+    turned = None if folding == "never" else find_rotation(subject, ledger.altered)
+    if turned is not None:
+        rotation, embedding = turned
+        ledger.states[ledger.altered.pop(embedding)[1].name] = "folded"
+        weights = RotatedWeights(subject, source, ledger, columns, rotation)
+    row_folds = folding != "never" and turned is None
+    results = check_weights(weights, modules, row_folds=row_folds, progress=progress)
     report.findings += [*ledger.findings, *impossible]
     for module, result in results.items():
         if module in subject.declaration.layers:
