@@ -208,13 +208,9 @@ def _apply(data: dict[str, Any], change: str) -> None:
             code="recipe.bad_set",
         )
     try:
-        value = text if text.startswith("@") else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(
-            f"--set {change!r}: the value is not YAML.",
-            hint=f"quote it: --set '{path}=\"{text}\"'",
-            code="recipe.bad_set",
-        ) from error
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:  # a preset or a glob: @ and * begin no plain YAML text
+        value = text
     place = data
     for key in keys[:-1]:
         if place.get(key) is None:
