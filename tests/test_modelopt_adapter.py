@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,16 +84,22 @@ def run(job: Job, report: Recorder | None = None) -> Result:
     return run_worker(job, python=Path(sys.executable), log=log, report=report or Recorder())
 
 
-def run_several(
-    model: Path, folder: Path, jobs: Mapping[str, object], patch: pytest.MonkeyPatch
-) -> dict[str, Result]:
+def run_several(model: Path, folder: Path, jobs: Mapping[str, object]) -> dict[str, Result]:
     """Several jobs in one child; a failure becomes the `error` of its Result."""
-    patch.setenv("PYTHONPATH", str(ADAPTERS))
     job = asdict(base_job(model, folder))
     job |= {"adapter": "worker_adapters:several", "options": {"adapter": MODELOPT, "jobs": jobs}}
     run(Job(**job))
     outcomes = json.loads((folder / "outcomes" / "outcomes.json").read_text())
     return {name: Result(**outcome) for name, outcome in outcomes.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment() -> Iterator[None]:
+    """One thread a child: more of them wait for each other longer than such layers take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ADAPTERS))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +134,7 @@ def quantized(small_model: Path, folder: Path) -> dict[str, Result]:
             "options": {"algorithm": "awq_lite"},
         },
     }
-    with pytest.MonkeyPatch.context() as patch:
-        return run_several(small_model, folder, jobs, patch)
+    return run_several(small_model, folder, jobs)
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +157,7 @@ def restored(small_model: Path, folder: Path, quantized: dict[str, Result]) -> d
         jobs[method]["layers"] = changes(method, small_model, folder)["layers"]
     jobs["other model"]["model"] = str(other)
     jobs["other plan"]["layers"] = changes("nvfp4_mlp_only", small_model, folder)["layers"]
-    with pytest.MonkeyPatch.context() as patch:
-        return run_several(small_model, folder, jobs, patch)
+    return run_several(small_model, folder, jobs)
 
 
 def plain_copy(state: Path, target: Path) -> None:
