@@ -1,0 +1,1 @@
+"""An example of a quantkit backend in a package of its own."""
