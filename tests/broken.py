@@ -337,6 +337,12 @@ DAMAGES: tuple[Damage, ...] = (
            patching(f"{DOWN}.scales", lambda t: t * 0.6), "sqnr.below_floor"),
     Damage("input multiplier of one channel", "awq",
            patching(f"{DOWN}.pre_quant_scale", double_column), "scale.wrong"),
+    Damage("rotated, scales × 1.5", "rotated",
+           patching(f"{DOWN}.weight_scale", lambda t: t * 1.5), "sqnr.below_floor"),
+    Damage("rotated, k and v swapped", "rotated", swapping(K, V), "sqnr.below_floor"),
+    Damage("rotated, one embedding lost", "rotated",
+           patching("model.embed_tokens.weight", lambda t: t.index_fill_(0, torch.tensor(9), 0)),
+           "ledger.altered"),
     # kept tensors (pains 9)
     Damage("norm altered by one bit", "fp8",
            patching(f"{L1}input_layernorm.weight", flip_last_bit), "ledger.altered"),

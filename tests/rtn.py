@@ -18,6 +18,7 @@ from quantkit.modules import classify, linear_modules
 from quantkit.schemes import Scheme
 from quantkit.streaming.job import Layout, StreamOptions
 from quantkit.streaming.run import clear_state, stream_quantize
+from tests.helpers import edit_json, edit_tensors
 
 PACKINGS = {"gptq": "gptq", "awq": awq.PACKING}
 
@@ -119,4 +120,49 @@ def folded(source: Path, out: Path) -> Path:
         out / "model.safetensors",
         metadata={"format": "pt"},
     )
+    return out
+
+
+def untied(source: Path, out: Path) -> Path:
+    """The same model with its output head written out and `tie_word_embeddings` off."""
+    shutil.copytree(source, out)
+    edit_json(out / "config.json", lambda config: config.update(tie_word_embeddings=False))
+    edit_tensors(
+        out, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )  # fmt: skip
+    return out
+
+
+def rotated(source: Path, out: Path) -> Path:
+    """The same function of an untied model, its hidden state and value heads turned (QuaRot)."""
+    shutil.copytree(source, out)
+    generator = torch.Generator().manual_seed(1)
+
+    def orthogonal(size: int) -> torch.Tensor:
+        turn: torch.Tensor = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+        return turn
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        wide = {name: tensor.float() for name, tensor in tensors.items()}
+        turn, head = orthogonal(576), orthogonal(64)
+        for name, tensor in wide.items():
+            layer = name.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0]
+            if name.endswith("embed_tokens.weight"):
+                wide[name] = tensor @ turn
+            elif name == "lm_head.weight":
+                wide[name] = tensor * wide["model.norm.weight"] @ turn
+            elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+                turned = tensor * wide[f"{layer}.input_layernorm.weight"] @ turn
+                by_head = head.T @ turned.view(-1, 64, 576)
+                wide[name] = by_head.reshape(-1, 576) if "v_proj" in name else turned
+            elif name.endswith(("gate_proj.weight", "up_proj.weight")):
+                wide[name] = tensor * wide[f"{layer}.post_attention_layernorm.weight"] @ turn
+            elif name.endswith("o_proj.weight"):
+                wide[name] = turn.T @ (tensor.view(576, -1, 64) @ head).reshape(576, -1)
+            elif name.endswith("down_proj.weight"):
+                wide[name] = turn.T @ tensor
+        for name, tensor in wide.items():
+            tensors[name] = (torch.ones_like(tensor) if "norm" in name else tensor).bfloat16()
+
+    edit_tensors(out, change)
     return out

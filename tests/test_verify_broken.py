@@ -11,7 +11,7 @@ import pytest
 from quantkit.schemes import SCHEMES
 from quantkit.verify import verify
 from tests.broken import DAMAGES, Damage
-from tests.rtn import folded, rtn, tiny_moe
+from tests.rtn import folded, rotated, rtn, tiny_moe, untied
 
 INT4 = SCHEMES["w4a16"].with_weight(group_size=64)
 MODELOPT = {
@@ -41,11 +41,14 @@ def bases(
     moe = tiny_moe(root / "moe", extra_layer=True)
     by_awq = INT4.with_weight(symmetric=False)
     pre_scaled = folded(small_model, root / "pre_scaled")
+    two_heads = untied(small_model, root / "untied")
+    turned = rotated(two_heads, root / "turned")
     return {
         **{name: Base(outputs[method][0], small_model) for name, method in MODELOPT.items()},
         "w8a8": Base(rtn(small_model, root / "w8a8", SCHEMES["w8a8_dynamic"]), small_model),
         "gptq": Base(rtn(small_model, root / "gptq", INT4, layout="gptq"), small_model),
         "folded": Base(rtn(pre_scaled, root / "folded", by_awq, layout="awq"), small_model),
+        "rotated": Base(rtn(turned, root / "rotated", SCHEMES["fp8_dynamic"]), two_heads),
         "mxfp4": Base(rtn(small_model, root / "mxfp4", SCHEMES["mxfp4a16"]), small_model),
         "moe": Base(rtn(moe, root / "moe_fp8", SCHEMES["fp8_dynamic"]), moe),
     }

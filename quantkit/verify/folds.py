@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.checkpoint import TensorInfo
-from quantkit.modules import text_config
+from quantkit.modules import Module, layer_index, text_config
 from quantkit.verify.reading import read_tensor
 from quantkit.verify.subject import Subject
 
@@ -39,6 +39,7 @@ _MLP_INPUTS = {
     "gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "w1", "w3", "gate", "router",
     "shared_expert_gate", "dense_h_to_4h",
 }  # fmt: skip
+_FINAL_NORMS = {"norm", "final_layernorm", "final_layer_norm", "ln_f"}
 _OWN_INPUTS = {"q_a_layernorm": {"q_b_proj"}, "kv_a_layernorm": {"kv_b_proj"}}
 _ROW_PAIRS = (
     ("v_proj", "o_proj"), ("v_proj", "out_proj"), ("v_proj", "dense"), ("qkv_proj", "o_proj"),
@@ -95,9 +96,12 @@ def _fold(
     return NormFold(norm, consumers, factor, changed, int(impossible.sum()))
 
 
-def _consumers(norm: str, modules: Collection[str]) -> tuple[str, ...]:
+def _consumers(norm: str, modules: Mapping[str, Module]) -> tuple[str, ...]:
     """The linear modules that read a norm's output, by the names of Llama, GPT and OPT kin."""
     layer, _, leaf = norm.rpartition(".")
+    if layer_index(norm) is None:
+        heads = [name for name, module in modules.items() if module.kind == "head"]
+        return tuple(heads) if leaf in _FINAL_NORMS else ()
     inside = [m for m in modules if m.startswith(f"{layer}.")]
     norms = {m.rpartition(".")[2] for m in inside}
     if leaf in _OWN_INPUTS:

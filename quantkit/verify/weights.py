@@ -77,11 +77,15 @@ class Weights:
             if spec is not None:
                 result.findings += check_weight(module, weight, spec, source)
             if source is not None and not result.findings:
-                sums = compare(weight, source, columns=self.columns.get(module))
+                sums = self.compare(module, weight, source)
                 self._judge(result, sums, expert)
                 if keep_gain:
                     result.gain = sums.row_gain()
         return result
+
+    def compare(self, module: str, weight: QuantWeight, source: torch.Tensor) -> Sums:
+        """The sums of a layer against its source, folded as the layer's norm says."""
+        return compare(weight, source, columns=self.columns.get(module))
 
     def check_pair(
         self, first: str, second: str, gain: torch.Tensor
@@ -125,7 +129,7 @@ class Weights:
             source = self._source(other, None)
             if source is None or tuple(source.shape) != spec.shape:
                 continue
-            sums = compare(weight, source, columns=self.columns.get(module))
+            sums = self.compare(module, weight, source)
             if sums.sqnr_db >= floor_db(spec.scheme):
                 return other
         return None
