@@ -35,7 +35,7 @@ FAMILIES: dict[str, tuple[Any, set[str], int]] = {
         {"model.embed_tokens", "lm_head", "model.layers.0.block_sparse_moe.gate",
          "model.layers.1.block_sparse_moe.gate"}, 2 * (4 + 12)),
     "qwen3 moe": (
-        lambda: hf.Qwen3MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=32, head_dim=16,
+        lambda: hf.Qwen3MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=32,
                                   num_experts_per_tok=2),
         {"model.embed_tokens", "lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"},
         2 * (4 + 12)),
