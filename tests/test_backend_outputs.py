@@ -1,0 +1,223 @@
+"""Every library for real: each output verifies, says what made it, and is told when damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantkit.checkpoint import open_checkpoint
+from quantkit.verify import verify
+from tests.backends import LIBRARIES, make
+from tests.cli import quantkit
+from tests.helpers import cut_layers, edit_json
+
+NAMES = [(library, name) for library, methods in LIBRARIES.items() for name in methods]
+SIDECARS = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
+
+@pytest.fixture(scope="session")
+def two_layers(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cut_layers(demo_model, tmp_path_factory.mktemp("models") / "two", 2)
+
+
+@pytest.fixture(scope="session")
+def made(two_layers: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The output of a library, made with all its others on first use."""
+    outputs: dict[str, dict[str, Path]] = {}
+
+    def get(library: str, name: str) -> Path:
+        if library not in outputs:
+            if library == "msmodelslim":
+                created = quantkit("env", "create", "msmodelslim")
+                assert created.code == 0, created.err
+            outputs[library] = make(library, two_layers, tmp_path_factory.mktemp(library))
+        return outputs[library][name]
+
+    return get
+
+
+def bare_copy(out: Path, target: Path) -> Path:
+    shutil.copytree(out, target)
+    (target / "quantkit.json").unlink()
+    return target
+
+
+@pytest.mark.parametrize(("library", "name"), NAMES)
+def test_the_output_is_flat_and_verifies_without_its_provenance(
+    made: Callable[[str, str], Path], two_layers: Path, library: str, name: str, tmp_path: Path
+) -> None:
+    out = made(library, name)
+    files = {path.name for path in out.iterdir()}
+    assert all(path.is_file() for path in out.iterdir())
+    assert {"README.md", "quantkit.json", "quantkit.log"} <= files
+    if name == "autoround_gguf_q4_k_m":
+        assert len(files) == 4
+    else:
+        assert {"config.json", *SIDECARS} <= files
+    report = verify(bare_copy(out, tmp_path / "bare"), two_layers)
+    assert report.ok, report.errors
+    assert report.layers[0].sqnr_db > 0
+
+
+@pytest.mark.parametrize(("library", "name"), NAMES)
+def test_the_provenance_says_which_tokens_and_versions(
+    made: Callable[[str, str], Path], library: str, name: str
+) -> None:
+    note: dict[str, Any] = json.loads((made(library, name) / "quantkit.json").read_text())
+    method, _ = LIBRARIES[library][name]
+    assert note["method"] == method
+    assert note["versions"]["torch"]
+    calibration = note["calibration"]
+    if calibration is None:
+        return
+    assert calibration["tokens"] == calibration["samples"] * 128
+    assert calibration["modules"] > 0
+    few = "w4a4" in name
+    assert calibration["digest"] == _digest(made, "msmodelslim" if few else "gptqmodel", few)
+
+
+def _digest(made: Callable[[str, str], Path], library: str, few: bool) -> str:
+    """The digest that every library must have seen, as one of them recorded it."""
+    name = "msmodelslim_w4a4_dynamic" if few else "gptqmodel_w8a16"
+    note = json.loads((made(library, name) / "quantkit.json").read_text())
+    return str(note["calibration"]["digest"])
+
+
+def test_layers_that_do_not_fit_are_kept_or_given_a_group_that_does(
+    made: Callable[[str, str], Path],
+) -> None:
+    kept = json.loads((made("gptqmodel", "gptqmodel_w3a16") / "quantkit.json").read_text())["plan"]
+    assert set(kept["quantized"]) == {f"model.layers.{n}.mlp.down_proj" for n in (0, 1)}
+    assert any("does not divide 576" in why for why in kept["kept"].values())
+    fitted = json.loads((made("gptqmodel", "gptqmodel_w4a16") / "quantkit.json").read_text())
+    assert any("group size 64 instead of 128" in text for text in fitted["notes"])
+    tensors = open_checkpoint(made("gptqmodel", "gptqmodel_w4a16")).tensors
+    assert tensors["model.layers.0.mlp.down_proj.scales"].shape[0] == 1536 // 128
+    assert tensors["model.layers.0.mlp.up_proj.scales"].shape[0] == 576 // 64
+
+
+def test_what_the_library_did_otherwise_is_in_the_notes(
+    made: Callable[[str, str], Path],
+) -> None:
+    note = json.loads((made("autoround", "autoround_gguf_q4_k_m") / "quantkit.json").read_text())
+    assert any("q_proj to gguf:q5_0" in text for text in note["notes"])
+
+
+def test_the_gguf_file_has_the_tokenizer_of_its_source(
+    made: Callable[[str, str], Path], two_layers: Path
+) -> None:
+    from quantkit.formats.gguf_file import open_gguf
+
+    held = open_gguf(made("autoround", "autoround_gguf_q4_k_m"))
+    assert held.metadata["tokenizer.ggml.model"] == "gpt2"
+    config = json.loads((two_layers / "config.json").read_text())
+    assert held.metadata["tokenizer.ggml.eos_token_id"] == config["eos_token_id"]
+
+
+SCALES = ("weight_scale", "scales", "deq_scale")
+CODES = ("weight_packed", "qweight", "weight")
+
+
+def damage_first(out: Path, suffixes: tuple[str, ...], change: Callable[[bytes], bytes]) -> None:
+    """Change the bytes of the first tensor of a layer 0 module with one of these suffixes."""
+    checkpoint = open_checkpoint(out)
+    suffix = next(s for s in suffixes if any(n.endswith(f"proj.{s}") for n in checkpoint.tensors))
+    name = sorted(n for n in checkpoint.tensors if n.endswith(f"proj.{suffix}"))[0]
+    info = checkpoint.tensors[name]
+    with info.file.open("r+b") as handle:
+        handle.seek(info.start)
+        old = handle.read(info.bytes)
+        handle.seek(info.start)
+        handle.write(change(old))
+
+
+def reversed_bytes(old: bytes) -> bytes:
+    return old[::-1]
+
+
+def zeros(old: bytes) -> bytes:
+    return bytes(len(old))
+
+
+def wrong_bits(out: Path) -> None:
+    file = out / "quant_model_description.json"
+    if file.is_file():
+        edit_json(file, lambda d: d.update({_first(d): "FLOAT"}))
+        return
+
+    def change(value: Any) -> bool:
+        for key, inner in value.items() if isinstance(value, dict) else []:
+            if key in ("bits", "num_bits") and isinstance(inner, int):
+                value[key] = 8 if inner == 4 else 4
+                return True
+            if isinstance(inner, dict) and change(inner):
+                return True
+        return False
+
+    edit_json(out / "config.json", lambda c: change(c["quantization_config"]))
+
+
+def _first(described: dict[str, Any]) -> str:
+    return next(n for n, kind in described.items() if n.endswith("weight") and kind != "FLOAT")
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "scale": lambda out: damage_first(out, SCALES, zeros),
+    "codes": lambda out: damage_first(out, CODES, reversed_bytes),
+    "config": wrong_bits,
+    "sidecar": lambda out: (out / "tokenizer.json").unlink(),
+}
+"""One class of bytes each; ignore lists are damaged in test_verify_broken."""
+
+DAMAGED = [
+    ("llmcompressor", "llmcompressor_w4a16"),
+    ("llmcompressor", "llmcompressor_nvfp4"),
+    ("gptqmodel", "gptqmodel_w4a16"),
+    ("autoround", "autoround_w4a16"),
+    ("autoround", "autoround_awq"),
+    ("msmodelslim", "msmodelslim_w8a8"),
+    ("msmodelslim", "msmodelslim_w4a8_dynamic"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(("library", "name"), DAMAGED)
+def test_a_damaged_output_does_not_verify(
+    made: Callable[[str, str], Path],
+    two_layers: Path,
+    library: str,
+    name: str,
+    damage: str,
+    tmp_path: Path,
+) -> None:
+    broken = bare_copy(made(library, name), tmp_path / "broken")
+    DAMAGES[damage](broken)
+    assert not verify(broken, two_layers).ok
+
+
+def test_a_damaged_gguf_file_does_not_verify(
+    made: Callable[[str, str], Path], two_layers: Path, tmp_path: Path
+) -> None:
+    from quantkit.formats.gguf_file import open_gguf
+
+    good = made("autoround", "autoround_gguf_q4_k_m")
+    held = open_gguf(good)
+    name = held.file.name
+    raw = held.file.read_bytes()
+    stored = held.tensors["blk.0.ffn_down.weight"].raw.tobytes()
+    start = raw.index(stored[:4096])
+    changes = {
+        "codes": raw[:start] + stored[::-1] + raw[start + len(stored) :],
+        "truncated": raw[: len(raw) // 2],
+        "metadata": raw.replace(b"llama.block_count", b"llama.block_cownt"),
+        "magic": b"GGML" + raw[4:],
+    }
+    for number, (what, content) in enumerate(changes.items()):
+        broken = bare_copy(good, tmp_path / str(number))
+        (broken / name).write_bytes(content)
+        assert not verify(broken, two_layers).ok, what
