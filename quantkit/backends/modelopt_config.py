@@ -38,7 +38,7 @@ def quant_config(job: Job, model: torch.nn.Module) -> dict[str, Any]:
     """The config for `mtq.quantize` that quantizes exactly the modules of `job.layers`.
 
     The library's lists of names to leave alone are not used: the plan is the authority, so every
-    other module with a matrix is switched off by its exact name. Classes that it leaves alone
+    other module with a weight is switched off by its exact name. Classes that it leaves alone
     (batch norms, activations) stay off.
     """
     preset = copy.deepcopy(getattr(mtq, PRESETS[job.scheme["name"]]))
@@ -50,7 +50,7 @@ def quant_config(job: Job, model: torch.nn.Module) -> dict[str, Any]:
             entries.append({**entry, "cfg": _with_group(entry["cfg"], job)})
         elif entry.get("parent_class"):
             entries.append(entry)
-    off = set(job.keep) | set(_matrices(model)) - set(job.layers)
+    off = set(job.keep) | set(_weighted(model)) - set(job.layers)
     entries += [{"quantizer_name": f"{name}.*", "enable": False} for name in sorted(off)]
     config = {"quant_cfg": entries, "algorithm": algorithm}
     if job.kv_cache != "none":
@@ -127,10 +127,11 @@ def _method(algorithm: Any) -> str:
     return str(algorithm["method"] if isinstance(algorithm, dict) else algorithm)
 
 
-def _matrices(model: torch.nn.Module) -> Iterator[str]:
-    """Names of the modules that hold a parameter of two or more dimensions themselves."""
+def _weighted(model: torch.nn.Module) -> Iterator[str]:
+    """Names of the modules without children that hold a parameter (ModelOpt has quantized
+    LayerNorms too)."""
     for name, module in model.named_modules():
-        if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
+        if not any(module.children()) and any(True for _ in module.parameters(recurse=False)):
             yield name
 
 
