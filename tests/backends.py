@@ -19,7 +19,7 @@ LIBRARIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "llmcompressor_w8a8": ("llmcompressor_w8a8", ()),
         "llmcompressor_w4a16": (
             "llmcompressor_w4a16",
-            (*G64, "--set", "overrides=[{match: '*.k_proj', scheme: w8a16}]"),
+            (*G64, "--set", "overrides=[{match: '*.down_proj', scheme: w8a16}]"),
         ),
         "llmcompressor_w4a16_autoround": ("llmcompressor_w4a16_autoround", (*G64, *TUNED)),
         "llmcompressor_nvfp4": ("llmcompressor_nvfp4", ()),

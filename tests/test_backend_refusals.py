@@ -147,6 +147,7 @@ def test_a_killed_backend_leaves_nothing(
             break
     os.kill(_worker_of(run.pid), signal.SIGKILL)
     said = run.stderr.read()
+    run.stderr.close()
     assert run.wait() == 3
     assert f"was killed by SIGKILL in stage {stage}" in said
     assert not out.exists()

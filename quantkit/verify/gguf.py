@@ -55,7 +55,7 @@ _RELATIVE = 1e-5
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """A tensor of the source and what became of it."""
 
     name: str
@@ -192,7 +192,7 @@ def _compare(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Every tensor of the source against what is stored under llama.cpp's name of it."""
-    pairs, findings = _pairs(held, base)
+    pairs, findings = source_pairs(held, base)
     report.findings += findings
     quantized = {} if plan is None else plan.quantized
     for module in quantized:
@@ -214,7 +214,8 @@ def _compare(
     report.layers.sort(key=lambda layer: layer.sqnr_db)
 
 
-def _pairs(held: GgufFile, base: Checkpoint) -> tuple[list[_Pair], list[Finding]]:
+def source_pairs(held: GgufFile, base: Checkpoint) -> tuple[list[Pair], list[Finding]]:
+    """The tensors of the source with what is stored of each, and what is missing or misshapen."""
     import gguf
 
     kinds = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -236,7 +237,7 @@ def _pairs(held: GgufFile, base: Checkpoint) -> tuple[list[_Pair], list[Finding]
             said = f"{theirs} is {list(stored.shape)}, {name} is {list(tensor.shape)}"
             findings.append(error("gguf.shape", said, AGAIN, theirs))
         else:
-            pairs.append(_Pair(name, stored))
+            pairs.append(Pair(name, stored))
         used.add(theirs)
     for extra in sorted(held.tensors.keys() - used):
         said = f"{extra} has no counterpart in the source"
@@ -244,18 +245,15 @@ def _pairs(held: GgufFile, base: Checkpoint) -> tuple[list[_Pair], list[Finding]
     return pairs, findings
 
 
-def _value(report: VerifyReport, held: GgufFile, base: Checkpoint, pair: _Pair) -> list[Finding]:
+def _value(report: VerifyReport, held: GgufFile, base: Checkpoint, pair: Pair) -> list[Finding]:
     """One tensor's values; quantized ones are judged by their SQNR, others by equality."""
     import torch
 
-    source, values = base.tensor(pair.name).float(), pair.stored.values()
-    broken = _not_finite(pair.stored.name, values)
+    name, source = pair.stored.name, base.tensor(pair.name).float()
+    mine = source_values(held, pair)
+    broken = _not_finite(name, mine.numpy())
     if broken:
         return broken
-    mine = torch.from_numpy(values.copy())
-    name, heads = pair.stored.name, _heads(held, pair.name)
-    if heads:
-        mine = _unpermuted(mine, heads)
     if not pair.stored.quantized:
         if torch.allclose(mine, source, rtol=_RELATIVE, atol=0):
             return []
@@ -269,6 +267,15 @@ def _value(report: VerifyReport, held: GgufFile, base: Checkpoint, pair: _Pair) 
         return []
     said = f"{name} ({pair.stored.type}) is at {sqnr:.1f} dB of {pair.name}; the floor is {floor}"
     return [error("fidelity.below_floor", said, AGAIN, name)]
+
+
+def source_values(held: GgufFile, pair: Pair) -> torch.Tensor:
+    """The dequantized values of a stored tensor, float32, in the source's order of rows."""
+    import torch
+
+    values = torch.from_numpy(pair.stored.values().copy())
+    heads = _heads(held, pair.name)
+    return _unpermuted(values, heads) if heads else values
 
 
 def _heads(held: GgufFile, name: str) -> int:
