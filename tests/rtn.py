@@ -31,24 +31,26 @@ def rtn(
     layout: Layout = "compressed-tensors",
     keep: Collection[str] = (),
 ) -> Path:
-    """Quantize every linear layer of `source` but those in `keep`; sidecars are copied."""
+    """Quantize every linear layer and expert of `source` but those in `keep`, with sidecars."""
     checkpoint = open_checkpoint(source)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     modules = linear_modules(classify(shapes, checkpoint.config))
-    layers = {m.name: scheme for m in modules if m.kind == "linear" and m.name not in keep}
+    layers = {
+        m.name: scheme for m in modules if m.kind in ("linear", "experts") and m.name not in keep
+    }
     out.mkdir(parents=True)
     stream_quantize(
         checkpoint, layers, out, options=StreamOptions(layout=layout), shard_size=10**9
     )  # fmt: skip
     clear_state(out)
     packing = PACKINGS.get(layout) or compressed_tensors_config.packing_of(scheme)
-    specs = {
-        m.name: LayerSpec(scheme, packing, (m.shape[0], m.shape[1]))
-        for m in modules if m.name in layers
-    }  # fmt: skip
+    spec = LayerSpec(scheme, packing, (0, 0))
     ignore = [m.name for m in modules if m.name not in layers and m.kind != "embedding"]
     writer = {"gptq": gptq, "awq": awq}.get(layout, compressed_tensors_config)
-    config = {**checkpoint.config, "quantization_config": writer.quantization_config(specs, ignore)}
+    config = {
+        **checkpoint.config,
+        "quantization_config": writer.quantization_config(dict.fromkeys(layers, spec), ignore),
+    }
     (out / "config.json").write_text(json.dumps(config, indent=2))
     for path in checkpoint.sidecars():
         shutil.copy(path, out / path.name)
@@ -62,7 +64,7 @@ def tiny_moe(out: Path, *, extra_layer: bool = False) -> Path:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "qwen3_moe",
-        vocab_size=256, hidden_size=128, intermediate_size=256, moe_intermediate_size=64,
+        vocab_size=256, hidden_size=128, intermediate_size=256, moe_intermediate_size=96,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
         num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False, dtype="bfloat16",
     )  # fmt: skip
@@ -81,6 +83,46 @@ def tiny_moe(out: Path, *, extra_layer: bool = False) -> Path:
         config_file = out / "config.json"
         value = json.loads(config_file.read_text()) | {"num_nextn_predict_layers": 1}
         config_file.write_text(json.dumps(value))
+    return out
+
+
+def fuse_experts(source: Path, out: Path) -> Path:
+    """The same model with each layer's experts in two 3-D tensors, as Transformers 5 holds them."""
+    shutil.copytree(source, out)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in sorted({n.split(".experts.")[0] for n in tensors if ".experts." in n}):
+            stacks = {
+                leaf: torch.stack(
+                    [tensors.pop(f"{layer}.experts.{e}.{leaf}.weight") for e in range(4)]
+                )
+                for leaf in ("gate_proj", "up_proj", "down_proj")
+            }
+            both = torch.cat((stacks["gate_proj"], stacks["up_proj"]), 1)
+            tensors[f"{layer}.experts.gate_up_proj"] = both
+            tensors[f"{layer}.experts.down_proj"] = stacks["down_proj"]
+
+    edit_tensors(out, change)
+    return out
+
+
+def fp8_blocks(source: Path, out: Path, side: int = 64) -> Path:
+    """The model stored as DeepSeek stores its own: FP8 codes and `weight_scale_inv` a block."""
+    shutil.copytree(source, out)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith("_proj.weight")]:
+            weight = tensors[name].float()
+            rows, columns = weight.shape
+            blocks = weight.view(rows // side, side, columns // side, side)
+            scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+            codes = (blocks / scale).to(torch.float8_e4m3fn)
+            tensors[name] = codes.view(rows, columns)
+            tensors[f"{name}_scale_inv"] = scale[:, 0, :, 0]
+
+    edit_tensors(out, change)
+    stated = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [side, side]}
+    edit_json(out / "config.json", lambda config: config.update(quantization_config=stated))
     return out
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantkit.verify.findings import Finding, error, warning
-from quantkit.verify.subject import Subject
+from quantkit.verify.subject import FLOAT_DTYPES, Subject
 
-FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 _EXPORT_AGAIN = "export the checkpoint again; do not edit its config by hand"
 
 
@@ -31,11 +30,10 @@ def check_declared(subject: Subject) -> tuple[list[Finding], set[str]]:
 def _check_layer(subject: Subject, module: str) -> Iterator[Finding]:
     spec = subject.declaration.layers[module]
     parts, roles = subject.parts.get(module, {}), subject.expected[module]
-    weight = parts.get("weight")
-    if weight is not None and weight.dtype in FLOAT_DTYPES:
+    if subject.is_float(module):
         yield error(
             "declared.not_quantized",
-            f"{module} is declared {spec.scheme.name} and holds a {weight.dtype} weight",
+            f"{module} is declared {spec.scheme.name} and holds a {parts['weight'].dtype} weight",
             "name it in the ignore list, or quantize it; engines refuse or misread it as it is",
             module,
         )

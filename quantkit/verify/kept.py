@@ -10,20 +10,19 @@ from quantkit.verify.findings import Finding, error
 from quantkit.verify.folds import MIN_FOLDED_CHANNELS, NormFold
 from quantkit.verify.ledger import Ledger, row_blocks
 from quantkit.verify.reading import count_nonfinite, read_tensor
-from quantkit.verify.subject import Subject
+from quantkit.verify.subject import FLOAT_DTYPES, Subject
 from quantkit.verify.weights import LayerCheck
 
 if TYPE_CHECKING:
     import torch
 
-_FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 _BIAS_TOLERANCE = 0.02
 
 
 def check_finite(subject: Subject) -> Iterator[Finding]:
     """NaN and infinity in tensors that belong to no quantized layer."""
     for name, tensor in subject.checkpoint.tensors.items():
-        if name in subject.owned or tensor.dtype not in _FLOATS:
+        if name in subject.owned or tensor.dtype not in FLOAT_DTYPES:
             continue
         count = count_nonfinite(tensor)
         if count:
@@ -108,7 +107,7 @@ def _difference(mine: TensorInfo, theirs: TensorInfo) -> str:
     if mine.shape != theirs.shape:
         return f"its shape is {list(mine.shape)}, there {list(theirs.shape)}"
     dtypes = "" if mine.dtype == theirs.dtype else f" ({mine.dtype} here, {theirs.dtype} there)"
-    if mine.dtype not in _FLOATS or theirs.dtype not in _FLOATS:
+    if mine.dtype not in FLOAT_DTYPES or theirs.dtype not in FLOAT_DTYPES:
         return f"its bytes differ{dtypes}"
     count, largest = 0, 0.0
     for own, other in zip(row_blocks(mine), row_blocks(theirs), strict=False):

@@ -13,7 +13,7 @@ from quantkit.modules import is_tied
 from quantkit.verify.findings import Finding, error, info, warning
 from quantkit.verify.reading import PIECE, read_tensor, same_bytes
 from quantkit.verify.source import INVERSE_SCALE, Part, Source, short_name
-from quantkit.verify.subject import Subject
+from quantkit.verify.subject import FLOAT_DTYPES, Subject
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,6 @@ _BUFFERS = (
     "position_ids",
 )
 """Names that end so are buffers which newer Transformers versions compute instead of storing."""
-
-_WIDE = frozenset({"BF16", "F16", "F32", "F64"})
 
 
 @dataclass
@@ -172,7 +170,7 @@ def _is_cast(mine: TensorInfo, theirs: TensorInfo) -> bool:
     """Whether our values are the source's, rounded to another floating-point dtype."""
     import torch
 
-    different = mine.dtype != theirs.dtype and {mine.dtype, theirs.dtype} <= _WIDE
+    different = mine.dtype != theirs.dtype and {mine.dtype, theirs.dtype} <= FLOAT_DTYPES
     if not different or mine.shape != theirs.shape:
         return False
     for own, other in zip(row_blocks(mine), row_blocks(theirs), strict=True):

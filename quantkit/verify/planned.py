@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantkit.schemes import SCHEMES, NumberFormat, Scheme
-from quantkit.verify.declared import FLOAT_DTYPES
 from quantkit.verify.findings import Finding, PlannedLayers, error
-from quantkit.verify.subject import Subject
+from quantkit.verify.subject import FLOAT_DTYPES, Subject
 
 _HINT = "report this with the log; the library did not do what the recipe asked for"
 

@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 _FOLDING: dict[str, Folding] = {
     "modelopt": "never",
     "gptq": "never",
-    "auto_round": "never",
+    "auto-round": "never",
     "awq": "declared",
 }
 """Layouts whose methods fold, or do not; the others do not say."""

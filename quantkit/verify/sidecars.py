@@ -220,8 +220,8 @@ def _compare_config(mine: Mapping[str, Any], original: Mapping[str, Any]) -> Ite
         )
     removed = []
     for key, (new, old) in _differences(_without_aliases(mine), _without_aliases(original)).items():
-        leaf = key.rpartition(".")[2]
-        if leaf in FREE_CONFIG_KEYS or key == "tie_word_embeddings" or old is _ABSENT:
+        free = not FREE_CONFIG_KEYS.isdisjoint(key.split("."))
+        if free or key == "tie_word_embeddings" or old is _ABSENT:
             continue
         if new is _ABSENT:
             removed += [key] if old not in (None, False, [], {}) else []

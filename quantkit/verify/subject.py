@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, Format, TensorSpec
 from quantkit.formats.inventory import Parts
-from quantkit.modules import Module, classify
+from quantkit.modules import Module, classify, is_tied
+
+FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Subject:
             if spec.role != "bias" and suffix in self.parts.get(name, {})
         }
 
+    def is_float(self, module: str) -> bool:
+        """Whether a module's weight is stored in 16 bit (or wider), not as codes."""
+        weight = self.parts.get(module, {}).get("weight")
+        return weight is not None and weight.dtype in FLOAT_DTYPES
+
     def part(self, module: str, *roles: str) -> TensorInfo | None:
         """The first tensor of a declared layer that plays one of `roles`, or None."""
         for suffix, spec in self.expected.get(module, {}).items():
@@ -65,7 +72,20 @@ class Subject:
 
 
 def examine(checkpoint: Checkpoint, layout: Format) -> Subject:
-    """Read the declaration. Raises InputError (`format.*`) when it cannot be understood."""
+    """Read the declaration. Raises InputError (`format.*`) when it cannot be understood.
+
+    The written-out 16-bit head of a tied model is taken from the declared layers: engines load the
+    embedding in its place, so that no ignore list needs to name it.
+    """
     declaration = layout.declare(checkpoint)
     found = inventory.take(checkpoint, layout.quant_suffixes())
-    return Subject(checkpoint, layout, declaration, found.modules)
+    subject = Subject(checkpoint, layout, declaration, found.modules)
+    if not is_tied(checkpoint.config):
+        return subject
+    layers = {
+        name: spec
+        for name, spec in declaration.layers.items()
+        if not (name in subject.modules and subject.modules[name].kind == "head")
+        or not subject.is_float(name)
+    }
+    return replace(subject, declaration=replace(declaration, layers=layers))
