@@ -40,7 +40,7 @@ def stream(source: Path, out: Path, scheme: str, **more: Any) -> StreamResult:
     options = StreamOptions(**{name: more.pop(name) for name in names if name in more})
     out.mkdir(exist_ok=True)
     shutil.copy(source / "config.json", out)
-    arguments = {"shard_size": 10**9, "device": "cpu", "jobs": 2, **more}
+    arguments = {"shard_size": 10**9, "device": "cpu", "jobs": 1, **more}
     layers = plain_layers(checkpoint, scheme_named(scheme))
     return stream_quantize(checkpoint, layers, out, options=options, **arguments)
 

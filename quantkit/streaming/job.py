@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from quantkit.checkpoint import DTYPE_BITS, TensorInfo
@@ -111,16 +112,42 @@ class LayerError:
     signal: float
 
 
-@dataclass
-class ShardRecord:
-    """What a finished shard holds and came from: tensor digests, and the layers' errors."""
+@dataclass(frozen=True)
+class Order:
+    """A work for a worker process: `places` are the offsets of its outputs in `file`; `hashed` asks
+    for the digest of the source tensor."""
 
-    file: str
-    size: int
+    number: int
+    work: Work
+    file: Path
+    places: Mapping[str, int]
+    hashed: bool
+
+
+@dataclass
+class WorkRecord:
+    """What a finished work wrote and read: tensor digests, and the layers' errors."""
+
     digests: dict[str, str] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     layers: dict[str, LayerError] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def take(self, other: WorkRecord) -> None:
+        """Add another's."""
+        self.digests.update(other.digests)
+        self.source.update(other.source)
+        self.layers.update(other.layers)
+        self.notes += other.notes
+
+
+@dataclass
+class ShardRecord:
+    """A finished shard: its file's name and size in bytes, and what its works did together."""
+
+    file: str
+    size: int = 0
+    done: WorkRecord = field(default_factory=WorkRecord)
 
 
 @dataclass(frozen=True)

@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import BackendError, InputError
-from quantkit.streaming.execute import Finished, Progress
+from quantkit.streaming.crew import Progress, hands
+from quantkit.streaming.execute import Finished, run_tasks
 from quantkit.streaming.job import ShardRecord, ShardTask, StreamOptions
 
 RETRIES = 3
 WAIT = 0.5
 
 
-def run_tasks(
+def run_on_ray(
     tasks: Sequence[ShardTask],
     out: Path,
     options: StreamOptions,
-    *,
     jobs: int,
-    devices: Sequence[str],
-    progress: Progress | None = None,
-    finished: Finished | None = None,
+    device: str,
+    progress: Progress,
+    finished: Finished,
 ) -> None:
-    """As `execute.run_tasks`, with `jobs` threads a shard (at most what one node has).
+    """As `execute.run_tasks`, with `jobs` workers a shard (at most the cores of a node).
 
     Joins the cluster that RAY_ADDRESS names, or starts one on this machine. Raises InputError when
     ray is not installed, and BackendError when a shard's workers were lost RETRIES times over.
@@ -39,40 +39,35 @@ def run_tasks(
     if started_here:
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
     try:
-        cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-        threads = max(1, min(jobs, cores))
-        gpus = 1 if devices[0].startswith("cuda") else 0
-        remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)(_quantize_shard)
-        place = out.resolve()
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        workers = max(1, min(jobs, max(int(node.get("CPU", 0)) for node in nodes)))
+        gpus = int(device != "cpu" and any(node.get("GPU") for node in nodes))
+        remote = ray.remote(num_cpus=workers, num_gpus=gpus, max_retries=RETRIES)(_quantize_shard)
         running = {
-            remote.remote(task, place, options, threads, devices[0].partition(":")[0]): task
-            for task in tasks
+            remote.remote(task, out.resolve(), options, workers, device): task for task in tasks
         }
         done = 0
         while running:
             ready, _ = ray.wait(list(running), num_returns=1, timeout=WAIT)
             for reference in ready:
                 task = running.pop(reference)
-                record = _unwrap(_get(ray, reference, task))
-                if finished:
-                    finished(record)
+                finished(_unwrap(_get(ray, reference, task)))
                 done += task.read_bytes
-            if progress:
-                progress(done)
+            progress(done)
     finally:
         if started_here:
             ray.shutdown()
 
 
 def _quantize_shard(
-    task: ShardTask, out: Path, options: StreamOptions, threads: int, device: str
+    task: ShardTask, out: Path, options: StreamOptions, jobs: int, device: str
 ) -> ShardRecord | dict[str, Any]:
     """Runs on a node: the record, or what failed in a form that travels."""
-    from quantkit.streaming.execute import run_tasks as run_here
-
     records: list[ShardRecord] = []
     try:
-        run_here([task], out, options, jobs=threads, devices=[device], finished=records.append)
+        with hands(jobs, device, options) as crew:
+            crew.start()
+            run_tasks(crew, [task], out, {}, lambda _: None, records.append)
     except InputError as error:
         return {"message": error.message, "hint": error.hint, "code": error.code}
     except OSError as error:

@@ -1,69 +1,42 @@
-"""Which devices work, on how many threads, within how much memory."""
+"""How many worker processes to start, within how much memory."""
 
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Iterable
 
-import torch
-
 from quantkit.errors import InputError
-from quantkit.streaming.blocks import block_rows
-from quantkit.streaming.job import Layout, ShardTask, Work, entry_bytes
+from quantkit.streaming.cut import working_bytes
+from quantkit.streaming.job import Layout, ShardTask
 
-_BLOCK_COPIES = 40
-"""Bytes at work a weight of a block: its float32 copies, codes and scratch (measured)."""
+BASE_BYTES = 320_000_000
+"""This process, the process that forks the workers, and the libraries that all share."""
 
-_MOST_THREADS = 16
+WORKER_BYTES = 40_000_000
+"""What a worker adds before its first block."""
 
-
-def find_devices(wanted: str) -> list[str]:
-    """The torch devices to use: `auto` and `cuda` are all GPUs that there are."""
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if wanted in ("auto", "cuda") and gpus:
-        return gpus
-    return ["cpu" if wanted == "auto" else wanted]
+MOST_WORKERS = 32
 
 
-def thread_count(
-    tasks: Iterable[ShardTask],
-    layout: Layout,
-    devices: list[str],
-    jobs: int | None,
-    memory: int | None,
+def worker_count(
+    tasks: Iterable[ShardTask], layout: Layout, jobs: int | None, memory: int | None
 ) -> int:
-    """Threads to start: `jobs`, or fewer where they would pass `memory` bytes.
+    """Workers to start: `jobs` (None: one a core), or fewer where they would pass `memory` bytes.
 
     Raises InputError when not even one fits.
     """
-    count = jobs or min(os.cpu_count() or 1, _MOST_THREADS)
-    count = max(count, len(devices))
+    count = jobs or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     if memory is None:
         return count
-    works = [work for task in tasks for work in task.works]
-    each = max((_working_bytes(work, layout, devices[0]) for work in works), default=0)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    fitting = (memory - base) // max(each, 1)
+    each = WORKER_BYTES + max(
+        (working_bytes(work, layout) for task in tasks for work in task.works), default=0
+    )
+    fitting = (memory - BASE_BYTES) // each
     if fitting < 1:
         raise InputError(
-            f"--memory {memory / 1e6:.0f} MB is too little: {base / 1e6:.0f} MB are in use before "
-            f"the first tensor, and one thread needs {each / 1e6:.0f} MB.",
-            hint=f"--memory {(base + each) / 1e6 + 1:.0f}MB or more",
+            f"--memory {memory / 1e6:.0f}MB is too little: one worker needs "
+            f"{(BASE_BYTES + each) / 1e6:.0f} MB here, its libraries included.",
+            hint=f"--memory {(BASE_BYTES + each) / 1e6 + 1:.0f}MB or more",
             code="stream.memory",
         )
     return min(count, fitting)
-
-
-def _working_bytes(work: Work, layout: Layout, device: str) -> int:
-    """What a thread holds at most while it does this work."""
-    if not work.pieces:
-        return 4 << 20
-    part = work.pieces[0].source
-    needed = block_rows(part, work.pieces[0].scheme.weight, torch.device(device).type)
-    needed *= part.columns * _BLOCK_COPIES
-    if part.transposed:
-        needed += part.tensor.bytes // part.tensor.shape[0]
-    if layout != "compressed-tensors":
-        needed += sum(entry_bytes(*entry) for entry in work.outputs.values())
-    return needed

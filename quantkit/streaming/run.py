@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +12,24 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-from quantkit.checkpoint import INDEX_SUFFIX, Checkpoint
+from quantkit.checkpoint import INDEX_SUFFIX, Checkpoint, TensorInfo
 from quantkit.errors import InputError
 from quantkit.modules import fused_groups
 from quantkit.schemes import Scheme
-from quantkit.streaming.job import WRITING, ShardRecord, ShardTask, StreamOptions, StreamResult
+from quantkit.streaming.crew import Crew, hands
+from quantkit.streaming.execute import run_tasks
+from quantkit.streaming.hashing import HashAhead
+from quantkit.streaming.job import (
+    WRITING,
+    ShardRecord,
+    ShardTask,
+    Slice,
+    StreamOptions,
+    StreamResult,
+    WorkRecord,
+)
+from quantkit.streaming.ray_executor import run_on_ray
+from quantkit.streaming.resources import worker_count
 from quantkit.streaming.state import State, finished_shards, settings, source_identity
 from quantkit.streaming.tasks import plan_shards
 
@@ -39,57 +51,59 @@ def stream_quantize(
     """Write the shards and the index of `checkpoint`, quantized, into the directory `out`.
 
     `layers` gives modules of the source their schemes; all else is copied. `jobs` is the number of
-    threads (default: one a core), `memory` a limit in bytes that may lower it. `resume` goes on
-    where an earlier run into the same `out` stopped; what that needs stays in `out` until
+    worker processes (default: one a core), `memory` a limit in bytes that may lower it. `resume`
+    goes on where an earlier run into the same `out` stopped; what that needs stays in `out` until
     `clear_state`. `on_progress` gets the source bytes done, and in all.
 
-    Raises InputError (`stream.*`, `source.*`, `resume.*`, `output.no_space`).
+    Raises InputError (`stream.*`, `source.*`, `resume.*`, `output.no_space`), and BackendError when
+    a worker was lost.
     """
     seconds: dict[str, float] = {}
-    with _stage(seconds, "start"):
-        from quantkit.streaming.resources import find_devices, thread_count
     tasks = plan_shards(checkpoint, layers, options.layout, shard_size)
-    devices = find_devices(device)
-    threads = thread_count(tasks, options.layout, devices, jobs, memory)
+    count = worker_count(tasks, options.layout, jobs, memory)
     kept: dict[str, str] = {}
-    if options.on_nan == "keep16":
-        with _stage(seconds, "scan"):
-            kept = _nonfinite_layers(tasks, layers, threads, devices[0])
+    state = State(out)
+    with hands(1 if executor == "ray" else count, device, options) as crew:
+        with _stage(seconds, "start"), HashAhead(_sources(tasks)) as ahead:
+            crew.start()
+        if options.on_nan == "keep16":
+            with _stage(seconds, "scan"):
+                kept = _nonfinite_layers(crew, tasks, layers)
             layers = {name: scheme for name, scheme in layers.items() if name not in kept}
             tasks = plan_shards(checkpoint, layers, options.layout, shard_size)
-    job = {"settings": settings(layers, options, tasks), "source": source_identity(checkpoint)}
-    state = State(out)
-    with _stage(seconds, "check"):
-        records = finished_shards(state, job, checkpoint, tasks) if resume else {}
-    resumed = sorted(records)
-    if not records:
-        state.begin(job)
-    _remove_unfinished(out)
-    left = [task for task in tasks if task.file not in records]
-    total = sum(task.read_bytes for task in tasks)
-    begun = total - sum(task.read_bytes for task in left)
+        job = {"settings": settings(layers, options, tasks), "source": source_identity(checkpoint)}
+        with _stage(seconds, "check"):
+            records = finished_shards(state, job, checkpoint, tasks) if resume else {}
+        resumed = sorted(records)
+        if not records:
+            state.begin(job)
+        _remove_unfinished(out)
+        left = [task for task in tasks if task.file not in records]
+        total = sum(task.read_bytes for task in tasks)
+        before = total - sum(task.read_bytes for task in left)
 
-    def progress(done: int) -> None:
-        if on_progress:
-            on_progress(begun + done, total)
+        def progress(done: int) -> None:
+            if on_progress:
+                on_progress(before + done, total)
 
-    def finished(record: ShardRecord) -> None:
-        state.record(record)
-        records[record.file] = record
+        def finished(record: ShardRecord) -> None:
+            state.record(record)
+            records[record.file] = record
 
-    if executor == "ray":
-        from quantkit.streaming.ray_executor import run_tasks
-    else:
-        from quantkit.streaming.execute import run_tasks
-    with _stage(seconds, "stream"):
-        try:
-            run_tasks(left, out, options, jobs=threads, devices=devices, progress=progress,
-                      finished=finished)  # fmt: skip
-        except OSError as error:
-            raise _explained(error, out, [t for t in left if t.file not in records]) from error
+        with _stage(seconds, "stream"):
+            try:
+                if executor == "ray":
+                    run_on_ray(left, out, options, count, device, progress, finished)
+                else:
+                    run_tasks(crew, left, out, ahead.digests, progress, finished)
+            except OSError as error:
+                raise _explained(error, out, [t for t in left if t.file not in records]) from error
     _remove_unfinished(out)
     _write_index(tasks, out)
-    return _result([records[task.file] for task in tasks], kept, resumed, seconds)
+    done = WorkRecord()
+    for task in tasks:
+        done.take(records[task.file].done)
+    return _result(done, kept, resumed, seconds, crew.memory.peak)
 
 
 def clear_state(out: Path) -> None:
@@ -97,13 +111,23 @@ def clear_state(out: Path) -> None:
     State(out).clear()
 
 
+def _sources(tasks: Sequence[ShardTask]) -> Iterator[TensorInfo]:
+    return (work.tensor for task in tasks for work in task.works)
+
+
 def _nonfinite_layers(
-    tasks: Sequence[ShardTask], layers: Mapping[str, Scheme], threads: int, device: str
+    crew: Crew, tasks: Sequence[ShardTask], layers: Mapping[str, Scheme]
 ) -> dict[str, str]:
     """Layer → why it stays in 16 bit: it, or one that engines fuse with it, holds NaN."""
-    from quantkit.streaming.blocks import nonfinite_pieces
+    pieces = [piece for task in tasks for work in task.works for piece in work.pieces]
+    owner = {piece.source: piece.layer for piece in pieces}
+    bad: set[str] = set()
 
-    bad = nonfinite_pieces(tasks, threads, device)
+    def answered(part: Slice, finite: bool) -> None:
+        if not finite:
+            bad.add(owner[part])
+
+    crew.do(owner, answered)
     kept = dict.fromkeys(sorted(bad), "holds NaN or infinite values")
     for group in fused_groups(layers):
         culprit = next((name for name in group if name in bad), None)
@@ -114,23 +138,26 @@ def _nonfinite_layers(
 
 
 def _result(
-    records: Sequence[ShardRecord],
+    done: WorkRecord,
     kept: dict[str, str],
     resumed: list[str],
     seconds: dict[str, float],
+    peak_memory: int,
 ) -> StreamResult:
-    errors = {name: e for record in records for name, e in record.layers.items()}
-    relative = {name: sqrt(e.noise / e.signal) if e.signal else 0.0 for name, e in errors.items()}
+    relative = {
+        name: sqrt(error.noise / error.signal) if error.signal else 0.0
+        for name, error in done.layers.items()
+    }
     return StreamResult(
-        digests={name: d for record in records for name, d in record.digests.items()},
-        source_digests={name: d for record in records for name, d in record.source.items()},
+        digests=done.digests,
+        source_digests=done.source,
         relative_error=relative,
         sqnr_db={name: -20 * log10(r) if r else inf for name, r in relative.items()},
         kept=kept,
-        notes=[note for record in records for note in record.notes],
+        notes=done.notes,
         seconds=seconds,
         resumed=resumed,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory=peak_memory,
     )
 
 

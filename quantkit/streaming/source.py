@@ -14,9 +14,9 @@ import torch
 
 from quantkit.checkpoint import TensorInfo
 from quantkit.errors import InputError
+from quantkit.streaming.hashing import tensor_hash
 from quantkit.streaming.job import Slice
 from quantkit.streaming.rtn import decode_e4m3
-from quantkit.streaming.writer import tensor_hash
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -59,10 +59,10 @@ class Reader:
         os.close(self._file)
 
     def digests(self) -> dict[str, str]:
-        """Name → digest (`Checkpoint.digest`'s rule) of the tensor, which was read to its end, and
-        of its inverse scales."""
-        assert self._hash is not None
-        return {self.tensor.name: self._hash.hexdigest(), **self._digests}
+        """Name → digest (`Checkpoint.digest`'s rule) of the tensor, if it was `hashed`, and of its
+        inverse scales."""
+        own = {self.tensor.name: self._hash.hexdigest()} if self._hash else {}
+        return {**own, **self._digests}
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Bytes [start, stop) of the tensor, uint8 on the CPU. Raises InputError at a short end."""

@@ -21,7 +21,7 @@ from quantkit import __version__
 from quantkit.checkpoint import Checkpoint, read_header
 from quantkit.errors import InputError, QuantkitError
 from quantkit.schemes import Scheme
-from quantkit.streaming.job import LayerError, ShardRecord, ShardTask, StreamOptions
+from quantkit.streaming.job import LayerError, ShardRecord, ShardTask, StreamOptions, WorkRecord
 
 FOLDER = ".stream"
 STATE_VERSION = 1
@@ -75,8 +75,9 @@ class State:
         for file in sorted(self._folder.glob("*.safetensors.json")):
             data = _read(file)
             if data is not None:
-                layers = {k: LayerError(**v) for k, v in data.pop("layers").items()}
-                found[data["file"]] = ShardRecord(**data, layers=layers)
+                done = data["done"]
+                done["layers"] = {name: LayerError(**e) for name, e in done["layers"].items()}
+                found[data["file"]] = ShardRecord(data["file"], data["size"], WorkRecord(**done))
         return found
 
     def intact(self, shard: ShardRecord) -> bool:
@@ -85,7 +86,7 @@ class State:
             found = Checkpoint(self.out, {}, read_header(self.out / shard.file)).digests()
         except (OSError, QuantkitError):
             return False
-        return found == shard.digests
+        return found == shard.done.digests
 
     def clear(self) -> None:
         """Remove the folder: the output is complete."""
@@ -111,13 +112,14 @@ def finished_shards(
     records = {file: record for file, record in state.records().items() if file in wanted}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         intact = dict(zip(records, pool.map(state.intact, records.values()), strict=True))
-        names = [name for file, record in records.items() if intact[file] for name in record.source]
+        sound = [record for file, record in records.items() if intact[file]]
+        names = [name for record in sound for name in record.done.source]
         source = dict(zip(names, pool.map(checkpoint.digest, names), strict=True))
-    for file, record in records.items():
-        for name, digest in record.source.items():
-            if intact[file] and source[name] != digest:
+    for record in sound:
+        for name, digest in record.done.source.items():
+            if source[name] != digest:
                 raise _source_changed(checkpoint, checkpoint.tensors[name].file.name)
-    return {file: record for file, record in records.items() if intact[file]}
+    return {record.file: record for record in sound}
 
 
 def _same_settings(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:

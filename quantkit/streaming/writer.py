@@ -6,52 +6,42 @@ written and hashed in order, any number of tensors at a time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
 from pathlib import Path
+from secrets import token_hex
 
 from quantkit.checkpoint import DTYPE_BITS
-from quantkit.streaming.job import Outputs, entry_bytes
+from quantkit.streaming.hashing import tensor_hash
+from quantkit.streaming.job import WRITING, ShardTask, entry_bytes
 
 Buffer = bytes | bytearray | memoryview
 
 
-class ShardWriter:
-    """The file under `path`; complete when every tensor's sink is full."""
+class ShardFile:
+    """A file of its full size with its header, under a name of its own; `places` are the offsets
+    of its tensors."""
 
-    def __init__(self, path: Path, outputs: Outputs) -> None:
-        self.path = path
-        self._outputs = outputs
-        self._offsets: dict[str, int] = {}
+    def __init__(self, folder: Path, task: ShardTask) -> None:
+        outputs = task.outputs
+        self.path = folder / f"{task.file}.{token_hex(4)}{WRITING}"
+        self.places: dict[str, int] = {}
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         at = 0
         for name in sorted(outputs, key=lambda n: (-DTYPE_BITS[outputs[n][0]], n)):
             dtype, shape = outputs[name]
             end = at + entry_bytes(dtype, shape)
             entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
-            self._offsets[name] = at
+            self.places[name] = at
             at = end
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._data = 8 + len(text)
-        self.size = self._data + at
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            os.truncate(self._file, self.size)
-            write_all(self._file, struct.pack("<Q", len(text)) + text, 0)
-        except OSError:
-            self.close()
-            raise
-
-    def sink(self, name: str) -> Sink:
-        """Where the bytes of one tensor go."""
-        dtype, shape = self._outputs[name]
-        return Sink(self._file, self._data + self._offsets[name], dtype, shape)
-
-    def close(self) -> None:
-        os.close(self._file)
+        data = 8 + len(text)
+        self.places = {name: data + place for name, place in self.places.items()}
+        self.size = data + at
+        self.path.write_bytes(struct.pack("<Q", len(text)) + text)
+        os.truncate(self.path, self.size)
 
 
 class Sink:
@@ -73,11 +63,6 @@ class Sink:
         """The digest of the full tensor."""
         assert self._at == self._end, "fewer bytes than the header declares"
         return self._hash.hexdigest()
-
-
-def tensor_hash(dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
-    """A hash that has taken in what `Checkpoint.digest` puts before the bytes."""
-    return hashlib.sha256(f"{dtype}{list(shape)}".encode())
 
 
 def write_all(file: int, data: Buffer, offset: int) -> None:
