@@ -14,7 +14,7 @@ from quantkit.job import Reporter, Result
 from quantkit.plan import Plan
 from quantkit.request import Outcome, Request
 from quantkit.seal import CARD, PROVENANCE, provenance, seal, write_json
-from quantkit.verify import PlannedLayers, VerifyReport, verify
+from quantkit.verify import PlannedLayers, VerifyReport, Written, verify
 
 
 def finish(
@@ -26,10 +26,12 @@ def finish(
     calibration: Mapping[str, Any] | None,
     result: Result,
     ui: Reporter,
+    written: Written | None = None,
 ) -> Outcome:
     """Make what the library wrote into `partial` a checkpoint that stands on its own.
 
-    `fingerprint` is the source's. Raises CheckError when the result does not verify.
+    `fingerprint` is the source's; `written` is what a writer measured in its own pass.
+    Raises CheckError when the result does not verify.
     """
     notes = [*plan.notes, *result.notes]
     ui.stage("seal")
@@ -46,6 +48,7 @@ def finish(
             folds=plan.method.folding != "none",
         ),
         progress=lambda done, _total: ui.advance(done),
+        written=written,
     )
     if not report.ok:
         raise _not_verified(report, request.out)
@@ -57,7 +60,7 @@ def finish(
         source={"name": base or source.path.name, "fingerprint": fingerprint},
         calibration=dict(calibration) if calibration else None,
         result=result,
-        digests=held.digests(),
+        digests=dict(written.digests) if written else held.digests(),
         results=_results(plan, source, held, report),
         notes=notes,
     )

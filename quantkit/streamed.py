@@ -18,6 +18,7 @@ from quantkit.plan import Plan
 from quantkit.publish import check_space, staged
 from quantkit.request import Outcome, Request
 from quantkit.seal import write_json
+from quantkit.verify import Written
 
 if TYPE_CHECKING:
     from quantkit.streaming.job import Layout, ShardTask, StreamResult
@@ -66,6 +67,7 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
             None,
             _result(done),
             ui,
+            Written(done.digests, done.source_digests, done.sqnr_db),
         )
 
 

@@ -2,5 +2,6 @@
 
 from quantkit.verify.findings import Finding, LayerFidelity, PlannedLayers, VerifyReport
 from quantkit.verify.run import verify
+from quantkit.verify.written import Written
 
-__all__ = ["Finding", "LayerFidelity", "PlannedLayers", "VerifyReport", "verify"]
+__all__ = ["Finding", "LayerFidelity", "PlannedLayers", "VerifyReport", "Written", "verify"]

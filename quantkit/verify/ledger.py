@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from quantkit.verify.subject import FLOAT_DTYPES, Subject
 
 if TYPE_CHECKING:
     import torch
+
+Same = Callable[[TensorInfo, TensorInfo], bool]
 
 _BUFFERS = (
     "rotary_emb.inv_freq",
@@ -42,11 +44,11 @@ class Ledger:
     findings: list[Finding] = field(default_factory=list)
 
 
-def make_ledger(subject: Subject, source: Source) -> Ledger:
-    """Account for every tensor of both checkpoints; reads the kept ones, not the quantized."""
+def make_ledger(subject: Subject, source: Source, same: Same = same_bytes) -> Ledger:
+    """Account for every tensor of both checkpoints; `same` compares the kept ones."""
     ledger = Ledger()
     _quantized(ledger, subject, source)
-    matched = _kept(ledger, subject, source)
+    matched = _kept(ledger, subject, source, same)
     _added(ledger, subject, matched)
     return ledger
 
@@ -75,7 +77,7 @@ def _quantized(ledger: Ledger, subject: Subject, source: Source) -> None:
         )
 
 
-def _kept(ledger: Ledger, subject: Subject, source: Source) -> set[str]:
+def _kept(ledger: Ledger, subject: Subject, source: Source, same: Same) -> set[str]:
     """Compare what was not quantized; the names of ours that have a twin in the source."""
     ours = subject.checkpoint.tensors
     by_short = {short_name(name): name for name in ours}
@@ -95,11 +97,11 @@ def _kept(ledger: Ledger, subject: Subject, source: Source) -> set[str]:
         renamed += [] if own_name == name else [own_name]
         mine = ours[own_name]
         if name + INVERSE_SCALE in source.checkpoint.tensors:
-            same = _same_values(mine, source.values(theirs))
-            ledger.states[name] = "dequantized" if same else "altered"
-            if not same:
+            equal = _same_values(mine, source.values(theirs))
+            ledger.states[name] = "dequantized" if equal else "altered"
+            if not equal:
                 ledger.altered[own_name] = (mine, theirs)
-        elif same_bytes(mine, theirs):
+        elif same(mine, theirs):
             ledger.states[name] = "kept"
         elif _is_cast(mine, theirs):
             ledger.states[name] = "cast"

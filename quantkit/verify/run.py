@@ -27,6 +27,7 @@ from quantkit.verify.subject import Subject, examine
 if TYPE_CHECKING:
     from quantkit.verify.folds import Folding
     from quantkit.verify.source import Source
+    from quantkit.verify.written import Written
 
 Progress = Callable[[int, int], None]
 
@@ -46,12 +47,14 @@ def verify(
     source: Path | None = None,
     plan: PlannedLayers | None = None,
     progress: Progress | None = None,
+    written: Written | None = None,
 ) -> VerifyReport:
     """Check a finished checkpoint, alone, against its quantkit.json, and against its source.
 
     `plan` is what the recipe asked for (taken from quantkit.json when absent); `progress` gets
-    (layers done, layers in all). Whatever is wrong becomes a finding; only a path that does not
-    exist, or a source that cannot be read, raises InputError.
+    (layers done, layers in all). With `written`, which needs the source, the tensors' values are
+    not read again: their writer measured them. Whatever is wrong becomes a finding; only a path
+    that does not exist, or a source that cannot be read, raises InputError.
     """
     if gguf_in(path):
         return verify_gguf(path, source, plan, progress)
@@ -67,7 +70,7 @@ def verify(
             raise
         report.findings.append(from_exception(problem))
     else:
-        _check(report, subject, base, plan, progress)
+        _check(report, subject, base, plan, progress, written)
     report.seconds = time.monotonic() - start
     return report
 
@@ -78,12 +81,14 @@ def _check(
     base: Source | None,
     plan: PlannedLayers | None,
     progress: Progress | None,
+    written: Written | None,
 ) -> None:
     from quantkit.verify import activations, completeness, provenance, sidecars
     from quantkit.verify.declared import check_declared
     from quantkit.verify.kept import check_finite
     from quantkit.verify.planned import check_plan
     from quantkit.verify.structure import check_structure
+    from quantkit.verify.written import check_written
 
     checkpoint, findings = subject.checkpoint, report.findings
     report.format = subject.declaration.quant_method
@@ -99,10 +104,14 @@ def _check(
     if plan is not None:
         findings += check_plan(subject, plan)
     findings += sidecars.check_alone(checkpoint)
-    findings += check_finite(subject)
-    findings += activations.check_input_scales(subject, broken)
-    findings += activations.check_kv_cache(subject)
-    _check_weights(report, subject, broken, base, _folding(subject, plan), progress)
+    if written is not None and base is not None:
+        if not report.errors:  # what is declared wrongly cannot be looked up by layer
+            check_written(report, subject, base, written)
+    else:
+        findings += check_finite(subject)
+        findings += activations.check_input_scales(subject, broken)
+        findings += activations.check_kv_cache(subject)
+        _check_weights(report, subject, broken, base, _folding(subject, plan), progress)
     if base is not None:
         findings += sidecars.check_against(checkpoint, base.checkpoint)
     if seal is not None:
