@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -221,13 +222,14 @@ def test_a_read_only_place_is_refused(small_model: Path, tmp_path: Path) -> None
 
 
 def test_experts_are_refused_before_the_long_job(tmp_path: Path) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import AutoModelForCausalLM, MixtralConfig
 
+    make: Any = AutoModelForCausalLM.from_config
     config = MixtralConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, vocab_size=128,
     )  # fmt: skip
-    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "moe")
+    make(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "moe")
     refused(quantkit("quantize", tmp_path / "moe", *FP8, "--out", tmp_path / "out"), 1, "4 experts")
     request = Request(str(tmp_path / "moe"), load_recipe("modelopt_fp8"), tmp_path / "out")
     _, plan = preflight(request)
