@@ -3,16 +3,21 @@
 Run as a child process, `artifacts.py LIBRARY SOURCE OUT`: the libraries patch Transformers and are
 slow to import, so each is started once and makes all of its checkpoints: OUT/NAME is what the
 library saves, OUT/NAME.reference.safetensors the weights it dequantizes to itself (float32, by
-module name). Where a library leaves no such function for a layout, the file holds what its
-fake-quantized model computed with.
+module name). ModelOpt has no function that reads its exported int4, so for int4_awq the file holds
+the weights as they were just before rounding.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +26,79 @@ from safetensors.torch import load_file, save_file
 
 Weights = dict[str, torch.Tensor]
 
+VOCABULARY = 4096
+PACKAGES = {
+    "autoround": "auto-round",
+    "gptqmodel": "gptqmodel",
+    "llmcompressor": "llmcompressor",
+    "modelopt": "nvidia-modelopt",
+}
+REFERENCED = ("model.layers.1.", "model.layers.0.mlp.down_proj")
+"""Modules whose dequantized weights are kept."""
 
-def make(library: str, source: Path, out: Path) -> Path:
-    """Run this file for one library; the output directory. Raises with the child's log."""
-    out.mkdir(parents=True, exist_ok=True)
+
+def artifacts(library: str, small_model: Path) -> Path:
+    """The directory of a library's checkpoints, made once and kept under QUANTKIT_CACHE.
+
+    The key is this file, the library's version and the model; a lock lets several test processes
+    wait for the one that makes them. Raises with the child's log when the library fails.
+    """
+    package = PACKAGES[library]
+    key = hashlib.sha256(Path(__file__).read_bytes())
+    key.update(f"{package}=={version(package)}".encode())
+    key.update((small_model / "model.safetensors").read_bytes())
+    root = Path(os.environ["QUANTKIT_CACHE"]).absolute() / "artifacts"
+    out = root / f"{library}-{key.hexdigest()[:16]}"
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f"{library}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.is_dir():
+            _make(library, small_model, out)
+    return out
+
+
+def _make(library: str, small_model: Path, out: Path) -> None:
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    source = partial / "source"
+    source.mkdir(parents=True)
+    _cut_vocabulary(small_model, source)
     environment = {
         **os.environ,
         "TOKENIZERS_PARALLELISM": "false",
         "GPTQMODEL_CPU_WORKERS": "2",
         "HF_HUB_OFFLINE": "1",
         "TORCHDYNAMO_DISABLE": "1",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
     }
     child = subprocess.run(
-        [sys.executable, __file__, library, str(source), str(out)],
+        [sys.executable, __file__, library, str(source), str(partial)],
         env=environment,
-        cwd=out,
+        cwd=partial,
         capture_output=True,
         text=True,
         check=False,
     )
     if child.returncode:
+        shutil.rmtree(partial)
         raise RuntimeError(f"{library} failed:\n{child.stdout[-4000:]}\n{child.stderr[-8000:]}")
-    return out
+    partial.rename(out)
+
+
+def _cut_vocabulary(source: Path, target: Path) -> None:
+    """Copy a model with the first `VOCABULARY` rows of its tied embedding: files of 20 MB."""
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (target / path.name).write_bytes(path.read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "vocab_size": VOCABULARY}))
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:VOCABULARY].clone()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
 def token_ids(samples: int = 4, length: int = 64) -> torch.Tensor:
     """Seeded token ids: enough to set activation ranges."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, 49000, (samples, length), generator=generator)
+    return torch.randint(3, VOCABULARY, (samples, length), generator=generator)
 
 
 def load(source: Path) -> Any:
@@ -59,13 +108,15 @@ def load(source: Path) -> Any:
 
 
 def save_reference(out: Path, weights: Weights) -> None:
-    contiguous = {name: value.detach().float().contiguous() for name, value in weights.items()}
+    contiguous = {
+        name: value.detach().float().contiguous()
+        for name, value in weights.items()
+        if name.startswith(REFERENCED)
+    }
     save_file(contiguous, out.with_name(f"{out.name}.reference.safetensors"))
 
 
 def llmcompressor(source: Path, out: Path) -> None:
-    import json
-
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.mx_utils import decompress_mx_scale
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
@@ -143,7 +194,6 @@ def llmcompressor(source: Path, out: Path) -> None:
             compressor = BaseCompressor.get_value_from_registry(str(scheme.format.value))
             weights[module] = compressor.decompress(state, scheme)["weight"]
         save_reference(out / name, weights)
-        print(name, json.dumps(sorted(tensors)[:3]), flush=True)
 
 
 def gptqmodel(source: Path, out: Path) -> None:
@@ -179,13 +229,11 @@ def gptqmodel(source: Path, out: Path) -> None:
             if hasattr(module, "qweight")
         }
         save_reference(out / name, weights)
-        print(name, len(weights), flush=True)
 
 
 def autoround(source: Path, out: Path) -> None:
-    import shutil
-
     from auto_round import AutoRound
+    from auto_round.export.export_to_awq.utils import dequantize_gemm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -204,15 +252,25 @@ def autoround(source: Path, out: Path) -> None:
         model.quantize_and_save(str(out / f"{name}.made"), format=layout)
         made = next((out / f"{name}.made").rglob("config.json")).parent
         shutil.move(made, out / name)
+        shutil.rmtree(out / f"{name}.made", ignore_errors=True)
+        weights: Weights = {}
+        if name == "awq":
+            tensors = load_file(out / name / "model.safetensors")
+            for tensor in tensors:
+                module_name = tensor.removesuffix(".qweight")
+                if module_name != tensor:
+                    parts = [tensors[f"{module_name}.{s}"] for s in ("qweight", "qzeros", "scales")]
+                    parts[2] = parts[2].float()
+                    weights[module_name] = dequantize_gemm(*parts, bits=4, group_size=64).T
+            save_reference(out / name, weights)
+            continue
         loaded = AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32)
-        weights = {}
         with torch.no_grad():
             for module_name, module in loaded.named_modules():
                 if hasattr(module, "qweight") or hasattr(module, "weight_packed"):
                     width = getattr(module, "in_features", None) or module.infeatures
                     weights[module_name] = module(torch.eye(width)).T
         save_reference(out / name, weights)
-        print(name, len(weights), flush=True)
 
 
 def modelopt(source: Path, out: Path) -> None:
@@ -231,14 +289,38 @@ def modelopt(source: Path, out: Path) -> None:
         packed: torch.Tensor = export_weight(weight, *rest)
         return packed
 
+    def decode(name: str, module: str, tensors: Weights) -> torch.Tensor:
+        data, scale = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"]
+        shape = torch.Size((data.shape[0], data.shape[1] * (1 + (data.dtype == torch.uint8))))
+        f32 = torch.float32
+        plain: torch.Tensor
+        if name == "fp8_pb_wo":
+            blocks = {-1: 64, -2: 64}
+            fp8 = FP8QTensor(shape, f32, data)
+            plain = fp8.dequantize(f32, scale=scale.squeeze(), block_sizes=blocks)
+        elif name == "fp8_pc_pt":
+            plain = FP8QTensor(shape, f32, data).dequantize(f32, scale=scale[:, None])
+        elif name == "mxfp8":
+            plain = MXFP8QTensor(shape, f32, data).dequantize(f32, scale=scale)
+        elif data.dtype == torch.uint8:
+            plain = NVFP4QTensor(shape, f32, data).dequantize(
+                f32,
+                scale=scale,
+                double_scale=tensors[f"{module}.weight_scale_2"],
+                block_sizes={-1: 16},
+            )
+        else:
+            kind = "int8_sq" if data.dtype == torch.int8 else "fp8"
+            plain = from_quantized_weight(data, scale, kind, f32)
+        return plain
+
     exporter.to_quantized_weight = remember
     fp8_kv = mtq.update_quant_cfg_with_kv_cache_quant(
         copy.deepcopy(mtq.FP8_DEFAULT_CFG), mtq.FP8_KV_CFG["quant_cfg"]
     )
-    attention = [e for e in mtq.FP8_DEFAULT_CFG["quant_cfg"] if "lm_head" not in str(e)][1:3]
     attention = [
-        {**e, "quantizer_name": f"*self_attn{e['quantizer_name'].replace('*', '*')}"}
-        for e in attention
+        {**entry, "quantizer_name": f"*self_attn{entry['quantizer_name']}"}
+        for entry in mtq.FP8_DEFAULT_CFG["quant_cfg"][1:3]
     ]
     mixed = copy.deepcopy(mtq.NVFP4_MLP_ONLY_CFG)
     mixed["quant_cfg"][1:1] = attention
@@ -267,41 +349,12 @@ def modelopt(source: Path, out: Path) -> None:
         exporter.export_hf_checkpoint(model, export_dir=out / name)
         tensors = load_file(out / name / "model.safetensors")
         weights = {}
-        for tensor in tensors:
-            module = tensor.removesuffix(".weight_scale")
-            if module == tensor:
-                continue
-            data, scale = tensors[f"{module}.weight"], tensors[tensor]
-            shape = torch.Size((data.shape[0], data.shape[1] * (1 + (data.dtype == torch.uint8))))
-            f32 = torch.float32
-            if name == "int4_awq":
-                continue
-            if name == "fp8_pb_wo":
-                blocks = {-1: 64, -2: 64}
-                grid = scale.squeeze()
-                plain = FP8QTensor(shape, f32, data).dequantize(f32, scale=grid, block_sizes=blocks)
-            elif name == "mxfp8":
-                plain = MXFP8QTensor(shape, f32, data).dequantize(f32, scale=scale)
-            elif data.dtype == torch.uint8:
-                plain = NVFP4QTensor(shape, f32, data).dequantize(
-                    f32,
-                    scale=scale,
-                    double_scale=tensors[f"{module}.weight_scale_2"],
-                    block_sizes={-1: 16},
-                )
-            elif name == "fp8_pc_pt":
-                plain = FP8QTensor(shape, f32, data).dequantize(f32, scale=scale[:, None])
-            else:
-                kind = "int8_sq" if data.dtype == torch.int8 else "fp8"
-                plain = from_quantized_weight(data, scale, kind, f32)
+        for module in [n for n, m in model.named_modules() if hasattr(m, "weight_scale")]:
+            plain = rounded.pop(0) if name == "int4_awq" else decode(name, module, tensors)
             smoothing = tensors.get(f"{module}.pre_quant_scale")
             weights[module] = plain if smoothing is None else plain * smoothing.float()
-        if name == "int4_awq":
-            linears = [n for n, m in model.named_modules() if hasattr(m, "weight_scale")]
-            assert len(linears) == len(rounded), (len(linears), len(rounded))
-            weights = dict(zip(linears, rounded, strict=True))
+        assert name != "int4_awq" or not rounded
         save_reference(out / name, weights)
-        print(name, len(weights), flush=True)
 
 
 MAKERS: dict[str, Callable[[Path, Path], None]] = {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.artifacts import artifacts
 from tests.cli import METHODS, QUICK, quantkit
 from tests.helpers import cut_layers
 
@@ -44,3 +46,14 @@ def outputs(
         assert run.document["verify"]["ok"]
         made[method] = (out, state)
     return made
+
+
+@pytest.fixture(scope="session")
+def artifact(small_model: Path) -> Callable[[str], Path]:
+    """ "LIBRARY/NAME" → a checkpoint that the library itself wrote (see `tests.artifacts`)."""
+
+    def get(name: str) -> Path:
+        library, _, checkpoint = name.partition("/")
+        return artifacts(library, small_model) / checkpoint
+
+    return get

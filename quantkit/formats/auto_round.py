@@ -85,7 +85,7 @@ def declare(checkpoint: Checkpoint) -> Declaration:
         m for m in inventory.linears(found, checkpoint.config, unpacked) if len(m.shape) == 2
     ]
     layers, ignored, undeclared = inventory.sort_modules(modules, ignored_by, target)
-    names = {*found.prefixes, *inventory.tied_names(checkpoint.config)}
+    names = {*found.holders, *inventory.tied_names(checkpoint.config)}
     absent = [entry for entry in extra if not _is_regex(entry) and entry not in names]
     kept = {entry for entry in absent if int(extra[entry].get("bits", 4)) >= 16}
     problems = [

@@ -75,7 +75,7 @@ def declare(checkpoint: Checkpoint) -> Declaration:
         m for m in inventory.linears(found, checkpoint.config, unpacked) if len(m.shape) == 2
     ]
     layers, ignored, undeclared = inventory.sort_modules(modules, ignored_by, target)
-    names = [*found.prefixes, *inventory.tied_names(checkpoint.config)]
+    names = [*found.holders, *inventory.tied_names(checkpoint.config)]
     return Declaration(
         quant_method=NAME,
         layers=layers,

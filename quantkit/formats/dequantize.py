@@ -30,7 +30,7 @@ E2M1_VALUES = (
 )
 """FP4 E2M1: code (sign, two exponent bits, one mantissa bit) → value."""
 
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 18
 
 
 def decode_e8m0(codes: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def effective_scale(weight: QuantWeight) -> torch.Tensor:
 def dequantize(weight: QuantWeight) -> torch.Tensor:
     """The weight as float32 [out, in], by the formula of `QuantWeight`.
 
-    Works in blocks of rows, so that no temporary is larger than about 4 MiB.
+    Works in blocks of rows that fit the cache: no temporary is larger than about 1 MiB.
     """
     import torch
 
@@ -73,32 +73,41 @@ def dequantize(weight: QuantWeight) -> torch.Tensor:
     step = max(1, _BLOCK_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
-        codes = weight.q[block]
-        values = table[codes.int()] if weight.format.element == "fp4_e2m1" else codes.float()
+        values = result[block]
+        if weight.format.element == "fp4_e2m1":
+            codes = weight.q[block].reshape(-1).int()
+            torch.index_select(table, 0, codes, out=values.view(-1))
+        else:
+            values.copy_(weight.q[block])
         if weight.zero_point is not None:
-            values = values - _expand(weight.zero_point, weight, block)
-        values = values * _expand(scale, weight, block)
+            cells, grid = _align(values, weight.zero_point, weight, block)
+            cells.sub_(grid)
+        cells, grid = _align(values, scale, weight, block)
+        cells.mul_(grid)
         if weight.input_multiplier is not None:
-            values = values * weight.input_multiplier
-        result[block] = values
+            values.mul_(weight.input_multiplier)
     return result
 
 
-def _expand(grid: torch.Tensor, weight: QuantWeight, rows: slice) -> torch.Tensor:
-    """The rows `rows` of a grid of scales, broadcastable to the rows of the weight."""
+def _align(
+    values: torch.Tensor, grid: torch.Tensor, weight: QuantWeight, rows: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A view of `values`, the weight's rows `rows`, and the part of `grid` to broadcast with it."""
     import torch
 
     number: NumberFormat = weight.format
-    columns = weight.q.shape[1]
+    columns = values.shape[1]
     if number.granularity == "block":
         assert number.block
         height, width = number.block
         picked = torch.arange(rows.start, rows.stop, device=grid.device) // height
-        return grid[picked].repeat_interleave(width, dim=1)[:, :columns]
-    picked_rows = grid[rows] if grid.shape[0] > 1 else grid
+        return values, grid[picked].repeat_interleave(width, dim=1)[:, :columns]
+    part = grid[rows] if grid.shape[0] > 1 else grid
     if weight.g_idx is not None:
-        return picked_rows[:, weight.g_idx.long()]
-    if number.granularity == "group":
-        assert number.group_size
-        return picked_rows.repeat_interleave(number.group_size, dim=1)[:, :columns]
-    return picked_rows
+        return values, part.index_select(1, weight.g_idx)
+    if number.granularity != "group":
+        return values, part
+    assert number.group_size
+    if columns % number.group_size:
+        return values, part.repeat_interleave(number.group_size, dim=1)[:, :columns]
+    return values.view(len(values), -1, number.group_size), part.unsqueeze(-1)

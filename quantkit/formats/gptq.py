@@ -96,7 +96,7 @@ def declare(checkpoint: Checkpoint) -> Declaration:
         m for m in inventory.linears(found, checkpoint.config, unpacked) if len(m.shape) == 2
     ]
     layers, ignored, undeclared = inventory.sort_modules(modules, ignored_by, target)
-    used = {rule_of(name) for name in found.prefixes}
+    used = {rule_of(name) for name in found.holders}
     return Declaration(
         quant_method=NAME,
         layers=layers,

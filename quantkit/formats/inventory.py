@@ -25,10 +25,10 @@ Parts = Mapping[str, "TensorInfo"]
 
 @dataclass(frozen=True)
 class Inventory:
-    """`modules`: name → suffix → header; `prefixes`: every module and parent of a module."""
+    """`modules`: name → suffix → header; `holders`: every module that holds a tensor."""
 
     modules: Mapping[str, Parts]
-    prefixes: frozenset[str]
+    holders: frozenset[str]
 
     def fused(self, module: str) -> bool:
         """Whether the module is a fused 3-D expert tensor."""
@@ -43,15 +43,13 @@ def take(checkpoint: Checkpoint, suffixes: frozenset[str]) -> Inventory:
     `module_suffix` (ModelOpt). KV-cache scales belong to no module.
     """
     modules: dict[str, dict[str, TensorInfo]] = {}
-    prefixes: set[str] = set()
+    holders = set()
     for name, info in checkpoint.tensors.items():
         module, suffix = _split(name, len(info.shape), suffixes)
         if suffix and not is_kv_cache_tensor(name):
             modules.setdefault(module, {})[suffix] = info
-        while module and module not in prefixes:
-            prefixes.add(module)
-            module = module.rpartition(".")[0]
-    return Inventory(modules, frozenset(prefixes))
+        holders.add(module)
+    return Inventory(modules, frozenset(holders))
 
 
 def tensor_name(module: str, suffix: str, spec: LayerSpec) -> str:
@@ -196,9 +194,9 @@ class Matcher:
         return self.patterns[found[0]].entry if found else None
 
     def unmatched(self, inventory: Inventory, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Entries that name no module (nor parent) of the checkpoint nor its tied head."""
+        """Entries that name no module of the checkpoint nor its tied head."""
         left = {pattern.entry: None for pattern in self.patterns}
-        for name in {*inventory.prefixes, *tied_names(config)}:
+        for name in {*inventory.holders, *tied_names(config)}:
             for index in self.indices(name):
                 left.pop(self.patterns[index].entry, None)
         return tuple(left)

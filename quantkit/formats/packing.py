@@ -47,7 +47,7 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
         shifts = torch.arange(0, 24, 3, dtype=torch.int32, device=codes.device)
         triples = (octets << shifts).sum(-1, dtype=torch.int32)
         stream = triples.unsqueeze(-1).view(torch.uint8)[..., :3].flatten(-2)
-    words = stream.contiguous().view(torch.int32)
+    words = _view_rows(stream, torch.int32)
     return words[..., : words_for(columns, bits)].contiguous()
 
 
@@ -58,7 +58,7 @@ def unpack_words(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
     if bits == 3:
         words = pad(words, (0, -words.shape[-1] % 3))
-    stream = words.contiguous().view(torch.uint8)
+    stream = _view_rows(words, torch.uint8)
     if bits == 8:
         codes = stream
     elif bits == 4:
@@ -97,6 +97,11 @@ def unpack_awq(words: torch.Tensor) -> torch.Tensor:
     inverse = [AWQ_ORDER.index(i) for i in range(8)]
     codes = unpack_words(words, 4, words.shape[-1] * 8)
     return _split(codes, 8)[..., inverse].flatten(-2)
+
+
+def _view_rows(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bytes of each row as another dtype; rows of one element have strides of their own."""
+    return tensor.reshape(-1).view(dtype).reshape(*tensor.shape[:-1], -1)
 
 
 def _split(tensor: torch.Tensor, size: int) -> torch.Tensor:
