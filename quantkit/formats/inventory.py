@@ -176,6 +176,11 @@ class Matcher:
 
     def indices(self, name: str) -> list[int]:
         """Positions of every entry that names `name`."""
+        return sorted(
+            self._looked_up(name) + [index for index, regex in self.regex if regex.match(name)]
+        )
+
+    def _looked_up(self, name: str) -> list[int]:
         found = [self.exact[name]] if name in self.exact else []
         if self.path:
             parts = name.split(".")
@@ -185,8 +190,7 @@ class Matcher:
         if self.prefix:
             starts = (name[:end] for end in range(len(name) + 1))
             found += [self.prefix[start] for start in starts if start in self.prefix]
-        found += [index for index, regex in self.regex if regex.match(name)]
-        return sorted(found)
+        return found
 
     def entry(self, name: str) -> str | None:
         """The first entry that names `name`."""
@@ -195,11 +199,12 @@ class Matcher:
 
     def unmatched(self, inventory: Inventory, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Entries that name no module of the checkpoint nor its tied head."""
-        left = {pattern.entry: None for pattern in self.patterns}
-        for name in {*inventory.holders, *tied_names(config)}:
-            for index in self.indices(name):
-                left.pop(self.patterns[index].entry, None)
-        return tuple(left)
+        names = {*inventory.holders, *tied_names(config)}
+        used = {index for name in names for index in self._looked_up(name)}
+        used |= {i for i, regex in self.regex if any(regex.match(name) for name in names)}
+        entries = {self.patterns[index].entry for index in used}
+        left = (pattern.entry for pattern in self.patterns)
+        return tuple(dict.fromkeys(entry for entry in left if entry not in entries))
 
 
 def glob_pattern(entry: str) -> Pattern:

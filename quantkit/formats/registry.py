@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantkit.errors import InputError
-from quantkit.formats import ascend, auto_round, awq, compressed_tensors, gptq, modelopt
+from quantkit.formats import ascend, auto_round, awq, compressed_tensors, gptq, inventory, modelopt
 from quantkit.formats.base import Format, WritableFormat
 from quantkit.formats.compressed_tensors_config import packing_of
 from quantkit.schemes import Scheme
@@ -89,6 +89,7 @@ def is_quantized(checkpoint: Checkpoint) -> str | None:
         suffix = name.rpartition(".")[2]
         if suffix in _QUANTIZED_SUFFIXES:
             return f"tensor {name}"
-        if len(info.shape) >= 2 and info.dtype in _QUANTIZED_DTYPES:
+        is_weight = suffix == "weight" or suffix in inventory.FUSED_LEAVES
+        if is_weight and info.dtype in _QUANTIZED_DTYPES:
             return f"{_QUANTIZED_DTYPES[info.dtype]} tensor {name}"
     return None
