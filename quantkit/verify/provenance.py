@@ -110,6 +110,8 @@ def _plan(document: Mapping[str, Any]) -> PlannedLayers | None:
     plan = document.get("plan")
     if plan is None:
         return None
+    if not isinstance(plan, dict):
+        raise ValueError("plan is no object")
     quantized, kept = plan.get("quantized"), plan.get("kept")
     if not isinstance(quantized, dict) or not isinstance(kept, dict | list):
         raise ValueError("plan is malformed")

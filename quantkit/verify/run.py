@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from quantkit.verify.source import Source
     from quantkit.verify.written import Written
 
+_MALFORMED = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError,
+)  # fmt: skip
+"""What reading settings of the wrong types raises: a config is untrusted input."""
+
 Progress = Callable[[int, int], None]
 
 _FOLDING: dict[str, Folding] = {
@@ -69,6 +74,14 @@ def verify(
         if problem.code == "checkpoint.missing":
             raise
         report.findings.append(from_exception(problem))
+    except _MALFORMED as problem:
+        report.findings.append(
+            error(
+                "format.malformed",
+                f"the quantization settings of {path} cannot be understood: {problem!r}",
+                "export the checkpoint again; its config was edited or is of an unknown version",
+            )
+        )
     else:
         _check(report, subject, base, plan, progress, written)
     report.seconds = time.monotonic() - start

@@ -265,12 +265,12 @@ def _completed(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config with the defaults of its model class, None when Transformers has no such class."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    plain = {k: v for k, v in config.items() if k not in FREE_CONFIG_KEYS}
     try:
         kind = CONFIG_MAPPING[str(config.get("model_type"))]
-    except KeyError:
+        completed: dict[str, Any] = kind.from_dict(plain).to_dict()
+    except Exception:  # no such class, or values that its own validation refuses
         return None
-    plain = {k: v for k, v in config.items() if k not in FREE_CONFIG_KEYS}
-    completed: dict[str, Any] = kind.from_dict(plain).to_dict()
     return {k: v for k, v in completed.items() if k not in FREE_CONFIG_KEYS}
 
 
@@ -280,7 +280,8 @@ def _without_aliases(config: Mapping[str, Any]) -> dict[str, Any]:
         key: _without_aliases(value) if isinstance(value, dict) and "rope" not in key else value
         for key, value in config.items()
     }
-    rope = dict(plain.get("rope_parameters") or {})
+    stated = plain.get("rope_parameters")
+    rope = dict(stated) if isinstance(stated, dict) else {}
     scaling = plain.pop("rope_scaling", None)
     if "rope_theta" in plain or isinstance(scaling, dict):
         rope = {**(scaling or {}), **rope}

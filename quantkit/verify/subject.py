@@ -80,12 +80,13 @@ def examine(checkpoint: Checkpoint, layout: Format) -> Subject:
     declaration = layout.declare(checkpoint)
     found = inventory.take(checkpoint, layout.quant_suffixes())
     subject = Subject(checkpoint, layout, declaration, found.modules)
-    if not is_tied(checkpoint.config):
-        return subject
-    layers = {
-        name: spec
-        for name, spec in declaration.layers.items()
-        if not (name in subject.modules and subject.modules[name].kind == "head")
-        or not subject.is_float(name)
-    }
-    return replace(subject, declaration=replace(declaration, layers=layers))
+    if is_tied(checkpoint.config):
+        layers = {
+            name: spec
+            for name, spec in declaration.layers.items()
+            if not (name in subject.modules and subject.modules[name].kind == "head")
+            or not subject.is_float(name)
+        }
+        subject = replace(subject, declaration=replace(declaration, layers=layers))
+    assert subject.expected.keys() == subject.declaration.layers.keys()
+    return subject
