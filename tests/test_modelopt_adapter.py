@@ -260,7 +260,7 @@ def test_the_same_job_gives_the_same_bytes(
     first, second = (folder / name / "model.safetensors" for name in ("fp8", "again"))
     assert first.read_bytes() == second.read_bytes()
     names = [event[1] for event in report.events if event[0] == "stage"]
-    assert names == ["import", "load", "calibrate", "save state", "export"]
+    assert names == ["import", "load", "quantize", "calibrate", "save state", "export"]
     assert [e for e in report.events if e[0] == "advance"] == [("advance", 1), ("advance", 2)]
     assert ("stage", "calibrate", 2) in report.events
     assert {"torch", "transformers", "nvidia-modelopt"} <= set(result.versions)

@@ -48,8 +48,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
 def _quantize(model: torch.nn.Module, job: Job, report: Reporter, result: Result) -> None:
     config = quant_config(job, model)
     calibration = Calibration(job, report) if job.tokens else None
-    if calibration is None:
-        report.stage("quantize")
+    report.stage("quantize")
     mtq.quantize(model, config, calibration.run if calibration else None)
     check_followed(job, set(quantized_layers(model)))
     calibrated = check_calibrated(config, model)
