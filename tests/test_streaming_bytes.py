@@ -22,6 +22,7 @@ from compressed_tensors.quantization.utils import (
 from quantkit.checkpoint import open_checkpoint
 from quantkit.streaming.encode import declared, encoder
 from quantkit.streaming.rtn import (
+    E4M3_UNIT,
     Clip,
     NonFiniteError,
     absolute_maximum,
@@ -157,4 +158,5 @@ def test_nonfinite_weights_are_refused(name: str, value: float) -> None:
 def test_e4m3_codes_decode_exactly() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     finite = codes[~codes.isnan()]
-    assert torch.equal(decode_e4m3(finite).view(torch.int32), finite.float().view(torch.int32))
+    decoded = decode_e4m3(finite) * E4M3_UNIT
+    assert torch.equal(decoded.view(torch.int32), finite.float().view(torch.int32))

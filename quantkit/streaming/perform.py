@@ -72,7 +72,7 @@ class Performer:
             except NonFiniteError as error:
                 raise self._nonfinite_error(work) from error
             record.source = reader.digests()
-        record.digests = {name: sink.digest() for name, sink in sinks.items()}
+            record.digests = {name: sink.close() for name, sink in sinks.items()}
         return record
 
     def _is_finite(self, part: Slice) -> bool:

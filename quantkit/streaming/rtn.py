@@ -154,7 +154,8 @@ def _quantize_cells(
         codes, rounded = _round_e2m1(scaled)
     else:
         codes = scaled.to(torch.float8_e4m3fn)
-        rounded = decode_e4m3(codes)
+        del scaled
+        rounded, scale = decode_e4m3(codes), scale * E4M3_UNIT
     return Rows(codes, stored, None, *_measure(values, rounded, scale))
 
 
@@ -279,10 +280,14 @@ def _round_e2m1(scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, rounded.copysign_(scaled)
 
 
+E4M3_UNIT = 2.0**8
+
+
 def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
-    """float8_e4m3fn without NaN → float32, by moving the bits (torch's own cast is 10 × slower)."""
-    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(4).bitwise_and_(-0x7810)
-    return bits.view(torch.bfloat16).float().mul_(2.0**120)
+    """float8_e4m3fn without NaN → float32 in units of E4M3_UNIT: the bits, moved into a float16
+    whose exponent has another bias (torch's own cast is 10 × slower)."""
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001)
+    return bits.view(torch.float16).float()
 
 
 def _amax(cells: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
@@ -300,8 +305,8 @@ def _amax(cells: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
 
 
 def _in_dtype(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 values rounded to what `dtype` holds."""
-    return values if dtype == torch.float32 else values.to(dtype).float()
+    """float32 values rounded, in place, to what `dtype` holds."""
+    return values if dtype == torch.float32 else values.copy_(values.to(dtype))
 
 
 def _nonzero(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -311,7 +316,7 @@ def _nonzero(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _measure(
     values: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor
 ) -> tuple[float, float]:
-    """Sum of squared errors and of squared values."""
-    error = torch.addcmul(values, rounded, scale, value=-1).view(-1)
+    """Sum of squared errors and of squared values; `rounded` is overwritten."""
+    error = torch.addcmul(values, rounded, scale, value=-1, out=rounded).view(-1)
     flat = values.view(-1)
     return float(torch.dot(error, error)), float(torch.dot(flat, flat))

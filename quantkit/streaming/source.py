@@ -16,7 +16,7 @@ from quantkit.checkpoint import TensorInfo
 from quantkit.errors import InputError
 from quantkit.streaming.hashing import tensor_hash
 from quantkit.streaming.job import Slice
-from quantkit.streaming.rtn import decode_e4m3
+from quantkit.streaming.rtn import E4M3_UNIT, decode_e4m3
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -115,7 +115,7 @@ class Reader:
                 self._digests = reader.digests()
         rows = torch.arange(first, first + codes.shape[0], device=self.device) // block[0]
         scales = self._scales[rows].repeat_interleave(block[1], 1)[:, : codes.shape[1]]
-        values = decode_e4m3(codes).mul_(scales)
+        values = decode_e4m3(codes).mul_(E4M3_UNIT).mul_(scales)
         return values.masked_fill_(codes.isnan(), torch.nan).to(torch.bfloat16)
 
 

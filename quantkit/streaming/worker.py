@@ -6,6 +6,7 @@ none outlives the run that it works for.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import traceback
@@ -23,6 +24,7 @@ REPORT_SECONDS = 0.05
 def main(device: str, descriptors: list[int]) -> None:
     """Fork a worker for every socket, and wait for them."""
     torch.set_num_threads(1)
+    gc.freeze()
     for index, descriptor in enumerate(descriptors):
         if os.fork() == 0:
             for other in descriptors:

@@ -18,6 +18,8 @@ from quantkit.streaming.job import WRITING, ShardTask, entry_bytes
 
 Buffer = bytes | bytearray | memoryview
 
+HELD_BYTES = 1 << 16
+
 
 class ShardFile:
     """A file of its full size with its header, under a name of its own; `places` are the offsets
@@ -51,18 +53,32 @@ class Sink:
         self._file, self._at = file, offset
         self._end = offset + entry_bytes(dtype, shape)
         self._hash = tensor_hash(dtype, shape)
+        self._held = bytearray()
 
     def write(self, data: Buffer) -> None:
+        """Take the next bytes; few at a time are held back until there are more."""
         view = memoryview(data).cast("B")
+        if len(self._held) + len(view) < HELD_BYTES:
+            self._held += view
+            return
+        self._flush()
+        self._put(view)
+
+    def close(self) -> str:
+        """Write what was held back; the digest of the tensor, which must be complete."""
+        self._flush()
+        assert self._at == self._end, "fewer bytes than the header declares"
+        return self._hash.hexdigest()
+
+    def _flush(self) -> None:
+        self._put(memoryview(self._held))
+        self._held = bytearray()
+
+    def _put(self, view: memoryview) -> None:
         assert self._at + len(view) <= self._end, "more bytes than the header declares"
         self._hash.update(view)
         write_all(self._file, view, self._at)
         self._at += len(view)
-
-    def digest(self) -> str:
-        """The digest of the full tensor."""
-        assert self._at == self._end, "fewer bytes than the header declares"
-        return self._hash.hexdigest()
 
 
 def write_all(file: int, data: Buffer, offset: int) -> None:
