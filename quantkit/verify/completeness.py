@@ -6,8 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from quantkit.modules import is_tied, layer_index, text_config
-from quantkit.verify.findings import Finding, error
+from quantkit.checkpoint import Checkpoint
+from quantkit.modules import classify, is_tied, layer_index, text_config
+from quantkit.verify.findings import Finding, error, warning
 from quantkit.verify.reading import same_bytes
 from quantkit.verify.subject import Subject
 
@@ -20,15 +21,18 @@ _OUTPUT_IS_HIDDEN = {"o_proj", "down_proj", "w2"}
 _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_layers")
 
 
-def check_completeness(subject: Subject) -> list[Finding]:
-    """Findings on missing layers, modules, embeddings and heads, and on impossible shapes."""
+def check_completeness(subject: Subject, source: Checkpoint | None) -> list[Finding]:
+    """Findings on missing layers, modules, embeddings and heads, and on impossible shapes.
+
+    Multi-token-prediction layers that a known source lacks too are worth a warning only.
+    """
     text = text_config(subject.checkpoint.config)
     layers = _by_layer(subject, text)
     return [
         *_check_layers(layers, text),
         *_check_peers(layers, text),
         *_check_ends(subject, text),
-        *_check_mtp(subject, text),
+        *_check_mtp(subject, text, source),
         *_check_shapes(subject, text),
     ]
 
@@ -162,16 +166,24 @@ def _check_tied_head(
             )
 
 
-def _check_mtp(subject: Subject, text: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_mtp(
+    subject: Subject, text: Mapping[str, Any], source: Checkpoint | None
+) -> Iterator[Finding]:
     promised = next((text[k] for k in _MTP_COUNTS if isinstance(text.get(k), int)), 0)
     found = [m for m in subject.modules.values() if m.kind == "mtp"]
     if promised and not found:
-        yield error(
+        lacking = source is not None and not _has_mtp(source)
+        yield (warning if lacking else error)(
             "complete.no_mtp",
             f"config.json promises {promised} multi-token-prediction layers; the checkpoint has "
             "none, and speculative decoding with it fails",
             "copy them from the source in 16 bit, or set their number in config.json to 0",
         )
+
+
+def _has_mtp(source: Checkpoint) -> bool:
+    shapes = {name: info.shape for name, info in source.tensors.items()}
+    return any(module.kind == "mtp" for module in classify(shapes, source.config))
 
 
 def _check_shapes(subject: Subject, text: Mapping[str, Any]) -> Iterator[Finding]:

@@ -109,7 +109,7 @@ def _check(
     findings += _check_something_is_quantized(subject)
     declared, broken = check_declared(subject)
     findings += declared
-    findings += completeness.check_completeness(subject)
+    findings += completeness.check_completeness(subject, base.checkpoint if base else None)
     findings += check_structure(subject, broken)
     seal, malformed = provenance.read_seal(checkpoint)
     findings += malformed
