@@ -150,16 +150,13 @@ def wrong_bits(out: Path) -> None:
         edit_json(file, lambda d: d.update({_first(d): "FLOAT"}))
         return
 
-    def change(value: Any) -> bool:
-        for key, inner in value.items() if isinstance(value, dict) else []:
-            if key in ("bits", "num_bits") and isinstance(inner, int):
-                value[key] = 8 if inner == 4 else 4
-                return True
-            if isinstance(inner, dict) and change(inner):
-                return True
-        return False
+    def change(config: dict[str, Any]) -> None:
+        declared = config["quantization_config"]
+        groups = declared.get("config_groups")
+        place, key = (groups["group_0"]["weights"], "num_bits") if groups else (declared, "bits")
+        place[key] = 8 if place[key] == 4 else 4
 
-    edit_json(out / "config.json", lambda c: change(c["quantization_config"]))
+    edit_json(out / "config.json", change)
 
 
 def _first(described: dict[str, Any]) -> str:
@@ -172,7 +169,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "config": wrong_bits,
     "sidecar": lambda out: (out / "tokenizer.json").unlink(),
 }
-"""One class of bytes each; ignore lists are damaged in test_verify_broken."""
+"""One class of bytes each."""
 
 DAMAGED = [
     ("llmcompressor", "llmcompressor_w4a16"),
@@ -197,6 +194,26 @@ def test_a_damaged_output_does_not_verify(
 ) -> None:
     broken = bare_copy(made(library, name), tmp_path / "broken")
     DAMAGES[damage](broken)
+    assert not verify(broken, two_layers).ok
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "key"),
+    [
+        ("llmcompressor", "llmcompressor_nvfp4a16", "ignore"),
+        ("gptqmodel", "gptqmodel_w3a16", "dynamic"),
+    ],
+)
+def test_a_lost_ignore_list_is_told(
+    made: Callable[[str, str], Path],
+    two_layers: Path,
+    library: str,
+    name: str,
+    key: str,
+    tmp_path: Path,
+) -> None:
+    broken = bare_copy(made(library, name), tmp_path / "broken")
+    edit_json(broken / "config.json", lambda c: c["quantization_config"].pop(key))
     assert not verify(broken, two_layers).ok
 
 
