@@ -12,6 +12,7 @@ from tests.artifacts import artifacts
 from tests.cli import METHODS, QUICK, quantkit
 from tests.helpers import cut_layers
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads starve the other processes
 os.environ.setdefault("QUANTKIT_CACHE", str(Path(__file__).parent.parent / ".cache"))
 
 
