@@ -13,7 +13,7 @@ import pytest
 from quantkit.checkpoint import open_checkpoint
 from quantkit.verify import verify
 from tests.backends import LIBRARIES, make
-from tests.cli import quantkit
+from tests.cli import Run, quantkit
 from tests.helpers import cut_layers, edit_json
 
 NAMES = [(library, name) for library, methods in LIBRARIES.items() for name in methods]
@@ -28,15 +28,18 @@ def two_layers(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def made(two_layers: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """The output of a library, made with all its others on first use."""
-    outputs: dict[str, dict[str, Path]] = {}
+    runs: dict[str, dict[str, Run]] = {}
+    roots: dict[str, Path] = {}
 
     def get(library: str, name: str) -> Path:
-        if library not in outputs:
+        if library not in runs:
             if library == "msmodelslim":
                 created = quantkit("env", "create", "msmodelslim")
                 assert created.code == 0, created.err
-            outputs[library] = make(library, two_layers, tmp_path_factory.mktemp(library))
-        return outputs[library][name]
+            roots[library] = tmp_path_factory.mktemp(library)
+            runs[library] = make(library, two_layers, roots[library])
+        assert runs[library][name].code == 0, runs[library][name].err
+        return roots[library] / name
 
     return get
 

@@ -49,7 +49,7 @@ _FROM_CONFIG = {
 _PERMUTED = ("llama",)
 _PLAIN = (*_PERMUTED, "qwen2", "qwen3", "mistral3", "phi3", "olmo2")
 """Architectures whose other weights are stored as the source has them."""
-_FLOORS = {"8": 16.0, "6": 16.0, "5": 12.0, "4": 9.0, "3": 6.5, "2": 1.0}
+_FLOORS = {"8": 16.0, "6": 16.0, "5": 12.0, "4": 9.0, "3": 6.5, "2": 0.0}
 """First digit of a type's name → SQNR in dB under which a tensor counts as broken."""
 _RELATIVE = 1e-5
 
@@ -266,7 +266,7 @@ def _value(report: VerifyReport, held: GgufFile, base: Checkpoint, pair: Pair) -
     if sqnr >= floor:
         return []
     said = f"{name} ({pair.stored.type}) is at {sqnr:.1f} dB of {pair.name}; the floor is {floor}"
-    return [error("fidelity.below_floor", said, AGAIN, name)]
+    return [error("sqnr.below_floor", said, AGAIN, name)]
 
 
 def source_values(held: GgufFile, pair: Pair) -> torch.Tensor:
