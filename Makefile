@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/quantkit demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
