@@ -126,6 +126,33 @@ def fp8_blocks(source: Path, out: Path, side: int = 64) -> Path:
     return out
 
 
+def ascend_w4a8(source: Path, out: Path) -> Path:
+    """A dense model as msModelSlim 26.1 writes W4A8_DYNAMIC: offsets and `scale_bias` are zero."""
+    shutil.copytree(source, out)
+    types: dict[str, str] = {}
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            module, kind = name.removesuffix(".weight"), "FLOAT"
+            if name.endswith("_proj.weight"):
+                kind, weight = "W4A8_DYNAMIC", tensors[name].float()
+                scale = weight.abs().amax(1, keepdim=True) / 7
+                codes = (weight / scale).round().to(torch.int8)
+                tensors[name] = (codes[0::2] & 15) | (codes[1::2] << 4)
+                tensors[f"{module}.weight_scale"] = scale
+                tensors[f"{module}.weight_offset"] = torch.zeros_like(scale)
+                tensors[f"{module}.scale_bias"] = torch.zeros_like(scale)
+            parts = ("weight", "weight_scale", "weight_offset", "scale_bias")
+            types.update(
+                {f"{module}.{part}": kind for part in parts if f"{module}.{part}" in tensors}
+            )
+
+    edit_tensors(out, change)
+    types |= {"version": "1.0.0", "model_quant_type": "W4A8_DYNAMIC"}
+    (out / "quant_model_description.json").write_text(json.dumps(types))
+    return out
+
+
 def folded(source: Path, out: Path) -> Path:
     """The same function of the same model, with scales folded as AWQ does it.
 

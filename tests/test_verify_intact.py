@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from quantkit.errors import InputError
 from quantkit.schemes import SCHEMES
 from quantkit.verify import VerifyReport, verify
+from tests.damage import DOWN, patch
 from tests.helpers import edit_json, edit_tensors
-from tests.rtn import fp8_blocks, fuse_experts, rtn, tiny_moe
+from tests.rtn import ascend_w4a8, fp8_blocks, fuse_experts, rtn, tiny_moe
 
 LIBRARIES = {
     "modelopt": ("fp8_kv", "fp8_pc_pt", "fp8_pb_wo", "int8_sq", "int4_awq", "mxfp8"),
@@ -138,6 +139,19 @@ def test_several_shards_with_an_index(copy: Path, small_model: Path) -> None:
     weight_map = {name: file for file, part in shards.items() for name in part}
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert verify(copy, small_model).ok
+
+
+def test_the_zeros_of_an_ascend_checkpoint_are_legal(small_model: Path, tmp_path: Path) -> None:
+    out = ascend_w4a8(small_model, tmp_path / "out")
+    report = verify(out, small_model)
+    assert report.ok, report.errors
+    assert report.format == "ascend"
+    assert min(layer.sqnr_db for layer in report.layers) > 12
+    patch(out, f"{DOWN}.scale_bias", lambda t: t + float("inf"))
+    assert verify(out).codes() == {"scale.nonfinite"}
+    patch(out, f"{DOWN}.scale_bias", torch.zeros_like)
+    patch(out, f"{DOWN}.weight_scale", torch.zeros_like)
+    assert verify(out).codes() == {"scale.zero"}
 
 
 @pytest.mark.filterwarnings("ignore")

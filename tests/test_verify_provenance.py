@@ -15,7 +15,7 @@ from quantkit.checkpoint import open_checkpoint
 from quantkit.schemes import SCHEMES, Scheme
 from quantkit.seal import file_digests
 from quantkit.verify import PlannedLayers, VerifyReport, verify
-from tests.broken import patch
+from tests.damage import patch
 from tests.helpers import edit_json, edit_tensors
 from tests.rtn import rtn
 

@@ -11,8 +11,8 @@ import pytest
 
 from quantkit.schemes import SCHEMES
 from quantkit.verify import verify
-from tests.broken import DOWN, patch
 from tests.cli import quantkit
+from tests.damage import DOWN, patch
 from tests.rtn import rtn
 
 PEAK = """
