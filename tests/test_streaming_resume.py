@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from quantkit.checkpoint import open_checkpoint
-from quantkit.errors import InputError
+from quantkit.errors import BackendError, InputError
 from quantkit.streaming.run import clear_state
 from tests.streaming import stream, write_model
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 CHILD = (
     "import sys; from pathlib import Path; from tests.streaming import stream\n"
     "source, out, scheme = sys.argv[1:4]\n"
-    "stream(Path(source), Path(out), scheme, resume='resume' in sys.argv)\n"
+    "stream(Path(source), Path(out), scheme, resume='resume' in sys.argv, jobs=2)\n"
     "print('done')"
 )
 
@@ -54,29 +55,49 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+def killed(process: subprocess.Popen[str], out: Path, delay: float) -> str:
+    """Kill a child once it writes; its workers must follow it. What it had printed."""
+    stale = set(out.glob("*.writing"))
+    while process.poll() is None and not set(out.glob("*.writing")) - stale:
+        time.sleep(0.005)
+    time.sleep(delay)
+    workers = []
+    with suppress(psutil.NoSuchProcess):
+        workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    told, _ = process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    return told
+
+
 def test_kills_at_random_moments_resume_to_the_same_bytes(model: Path, tmp_path: Path) -> None:
     stream(model, tmp_path / "whole", "nvfp4a16")
     expected = files_of(tmp_path / "whole")
     chance = random.Random(4)
     out = tmp_path / "out"
-    kills = 0
-    for _ in range(40):
-        process = child(model, out, "resume")
-        # the start takes seconds; the shards are written in the moments after the first byte
-        while process.poll() is None and not (out.exists() and list(out.glob("*.writing"))):
-            time.sleep(0.005)
-        time.sleep(chance.random() * 0.2)
-        process.send_signal(signal.SIGKILL)
-        text, _ = process.communicate()
-        if "done" in text:
-            break
-        kills += 1
-        if kills == 4:
-            finished = stream(model, out, "nvfp4a16", resume=True)
-            assert finished.digests == open_checkpoint(out).digests()
-            break
-    assert kills >= 1
+    done = [killed(child(model, out, "resume"), out, chance.random() * 0.1) for _ in range(3)]
+    assert not all(done)
+    result = stream(model, out, "nvfp4a16", resume=True, jobs=2)
+    assert result.digests == open_checkpoint(out).digests()
     assert files_of(out) == expected
+
+
+def test_a_lost_worker_is_an_error_that_can_be_resumed(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def strike(_done: int, _total: int) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if process.children() == [] and list(out.glob("*.safetensors")):
+                    process.kill()
+
+    with pytest.raises(BackendError, match="killed") as caught:
+        stream(model, out, "nvfp4a16", jobs=2, on_progress=strike)
+    assert caught.value.code == "stream.worker_lost"
+    assert "--resume" in caught.value.hint
+    assert not list(out.glob("*.writing"))
+    assert stream(model, out, "nvfp4a16", resume=True).resumed
 
 
 def interrupted(model: Path, out: Path, scheme: str = "nvfp4a16") -> set[str]:
@@ -181,7 +202,7 @@ def test_other_settings_are_refused(other: dict[str, Any], model: Path, tmp_path
 
 
 FULL = """
-import sys; from pathlib import Path; from quantkit.errors import InputError
+import sys; from pathlib import Path; from quantkit.errors import BackendError, InputError
 from tests.streaming import stream
 try:
     stream(Path(sys.argv[1]), Path(sys.argv[2]), "w8a8_dynamic", jobs=1)
