@@ -5,8 +5,10 @@ with 16-bit activations on held-out text. Methods that take minutes run on a cop
 which the table says; there perplexity is compared with that copy's own. With --against, each 4-bit
 method is also run by a plain script of its library, in turn, and the tensors of both must be equal.
 
-    python benchmarks/methods.py [--samples 32] [--length 256] [--only NAME …] > docs/methods.md
-    python benchmarks/methods.py --against [--rounds 3] [--layers 8]
+    python benchmarks/methods.py [--samples 32] [--length 256] [--only NAME …] [--layers N]
+    python benchmarks/methods.py --against [--rounds 3] [--layers N]
+
+With --layers every method runs on a copy cut to N layers. Both print a table in Markdown.
 """
 
 import argparse
@@ -147,7 +149,7 @@ class Judge:
         return first, second, float(torch.stack(divergence).mean())
 
 
-def table(chosen: argparse.Namespace, models: dict[int, Path]) -> None:
+def table(chosen: argparse.Namespace, base: Path, folder: Path) -> None:
     sets = [f"calibration.samples={chosen.samples}", f"calibration.sequence_length={chosen.length}"]
     print(f"Calibration: {chosen.samples} × {chosen.length} tokens; at most {TUNING} tuning steps.")
     print(f"Held-out text: {WINDOWS} × {WINDOW} tokens; activations in 16 bit.\n")
@@ -155,7 +157,7 @@ def table(chosen: argparse.Namespace, models: dict[int, Path]) -> None:
         "| method | layers | MB | bits a weight | perplexity (base) | KL | library s | command s "
         "| peak MiB |\n|---|---|---|---|---|---|---|---|---|"
     )
-    judges: dict[int, Judge] = {}
+    models, judges = {0: base}, {}
     for row in method_rows():
         name = row["method"]
         if chosen.only and name not in chosen.only:
@@ -163,8 +165,12 @@ def table(chosen: argparse.Namespace, models: dict[int, Path]) -> None:
         if not row["available"]:
             print(f"| {name} | {row['reason']} | | | | | | | |", flush=True)
             continue
-        layers = CUT if name in SLOW else 0
-        judge = judges.setdefault(layers, Judge(models[layers]))
+        layers = chosen.layers or (CUT if name in SLOW else 0)
+        if layers not in models:
+            models[layers] = cut_layers(base, folder / f"cut{layers}", layers)
+        if layers not in judges:
+            judges[layers] = Judge(models[layers])
+        judge = judges[layers]
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "out")
             try:
@@ -183,14 +189,14 @@ def table(chosen: argparse.Namespace, models: dict[int, Path]) -> None:
         )
 
 
-def against(chosen: argparse.Namespace, model: Path) -> None:
+def against(chosen: argparse.Namespace, layers: int, model: Path) -> None:
     """The library stage beside a plain script, median of the rounds, in turn."""
     overrides: dict[str, object] = {"samples": chosen.samples, "sequence_length": chosen.length}
     tokens = build_tokens(load_calibration("default", overrides), model)
     sets = [f"calibration.{key}={value}" for key, value in overrides.items()]
     settings = json.dumps({"batch_size": 8, "group_size": 64, "iters": TUNING})
     print(
-        f"{chosen.layers} layers, {chosen.samples} × {chosen.length} tokens, median of "
+        f"{layers} layers, {chosen.samples} × {chosen.length} tokens, median of "
         f"{chosen.rounds}.\n\n| method | plain s | library s | ratio | plain MiB | peak MiB "
         "| ratio | command s | tensors |\n|---|---|---|---|---|---|---|---|---|"
     )
@@ -242,16 +248,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=CUT)
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--against", action="store_true")
     parser.add_argument("--only", nargs="*")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        base = demo_model()
         if chosen.against:
-            against(chosen, cut_layers(base, Path(folder, "cut"), chosen.layers))
+            layers = chosen.layers or CUT
+            against(chosen, layers, cut_layers(demo_model(), Path(folder, "cut"), layers))
         else:
-            table(chosen, {0: base, CUT: cut_layers(base, Path(folder, "cut"), CUT)})
+            table(chosen, demo_model(), Path(folder))
 
 
 if __name__ == "__main__":
