@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from quantkit.checkpoint import TensorInfo
 from quantkit.errors import QuantkitError
 from quantkit.schemes import Scheme
 
@@ -71,6 +72,22 @@ class LayerFidelity:
     scheme: str
     sqnr_db: float
     floor_db: float
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the writer's own pass measured.
+
+    digests, source_digests: by tensor, as `Checkpoint.digest`. sqnr_db: by layer of the source.
+    """
+
+    digests: Mapping[str, str]
+    source_digests: Mapping[str, str]
+    sqnr_db: Mapping[str, float]
+
+    def same(self, ours: TensorInfo, theirs: TensorInfo) -> bool:
+        """Whether a kept tensor has the source's dtype, shape and bytes."""
+        return self.digests[ours.name] == self.source_digests[theirs.name]
 
 
 @dataclass

@@ -17,6 +17,7 @@ from quantkit.verify.findings import (
     Finding,
     PlannedLayers,
     VerifyReport,
+    Written,
     error,
     from_exception,
     info,
@@ -27,7 +28,6 @@ from quantkit.verify.subject import Subject, examine
 if TYPE_CHECKING:
     from quantkit.verify.folds import Folding
     from quantkit.verify.source import Source
-    from quantkit.verify.written import Written
 
 _MALFORMED = (
     ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError,

@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
 
-from quantkit.checkpoint import TensorInfo
-from quantkit.verify.findings import LayerFidelity, VerifyReport, error
+from quantkit.verify.findings import LayerFidelity, VerifyReport, Written, error
 from quantkit.verify.judge import floor_db
 from quantkit.verify.kept import settle_altered
 from quantkit.verify.ledger import Ledger, make_ledger
 from quantkit.verify.source import Source
 from quantkit.verify.subject import Subject
-
-
-@dataclass(frozen=True)
-class Written:
-    """What the writer's own pass measured.
-
-    digests, source_digests: by tensor, as `Checkpoint.digest`. sqnr_db: by layer of the source.
-    """
-
-    digests: Mapping[str, str]
-    source_digests: Mapping[str, str]
-    sqnr_db: Mapping[str, float]
-
-    def same(self, ours: TensorInfo, theirs: TensorInfo) -> bool:
-        """Whether a kept tensor has the source's dtype, shape and bytes."""
-        return self.digests[ours.name] == self.source_digests[theirs.name]
 
 
 def check_written(report: VerifyReport, subject: Subject, source: Source, written: Written) -> None:
