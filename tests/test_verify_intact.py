@@ -189,3 +189,17 @@ def test_an_unquantized_model_is_no_checkpoint_to_verify(small_model: Path) -> N
 def test_a_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         verify(tmp_path / "none")
+
+
+def test_what_the_source_lacks_too_is_no_loss(
+    copy: Path, small_model: Path, tmp_path: Path
+) -> None:
+    pruned = tmp_path / "pruned"
+    shutil.copytree(small_model, pruned)
+    lost = "model.layers.1.post_attention_layernorm.weight"
+    for directory in (copy, pruned):
+        edit_json(directory / "config.json", lambda c: c.update(num_nextn_predict_layers=1))
+        edit_tensors(directory, lambda t: t.pop(lost))
+    assert verify(copy).codes() == {"complete.no_mtp", "complete.missing_module"}
+    assert verify(copy, pruned).ok
+    assert "ledger.missing" in verify(copy, small_model).codes()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from quantkit.checkpoint import Checkpoint
-from quantkit.modules import classify, is_tied, layer_index, text_config
-from quantkit.verify.findings import Finding, error, warning
+from quantkit.modules import is_tied, layer_index, text_config
+from quantkit.verify.findings import Finding, error
 from quantkit.verify.reading import same_bytes
-from quantkit.verify.subject import Subject
+from quantkit.verify.subject import Subject, as_subject
 
 _COPY_AGAIN = "export the checkpoint again, and verify it with --source MODEL"
 _INPUT_IS_HIDDEN = {
@@ -24,15 +25,24 @@ _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_lay
 def check_completeness(subject: Subject, source: Checkpoint | None) -> list[Finding]:
     """Findings on missing layers, modules, embeddings and heads, and on impossible shapes.
 
-    Multi-token-prediction layers that a known source lacks too are worth a warning only.
+    What a known source lacks too (its promised multi-token-prediction layers, parts that were
+    pruned) is worth a warning only.
     """
+    found = _check(subject)
+    if source is None or not found:
+        return found
+    before = {(f.code, f.where) for f in _check(as_subject(source, subject.layout))}
+    return [replace(f, severity="warning") if (f.code, f.where) in before else f for f in found]
+
+
+def _check(subject: Subject) -> list[Finding]:
     text = text_config(subject.checkpoint.config)
     layers = _by_layer(subject, text)
     return [
         *_check_layers(layers, text),
         *_check_peers(layers, text),
         *_check_ends(subject, text),
-        *_check_mtp(subject, text, source),
+        *_check_mtp(subject, text),
         *_check_shapes(subject, text),
     ]
 
@@ -166,24 +176,16 @@ def _check_tied_head(
             )
 
 
-def _check_mtp(
-    subject: Subject, text: Mapping[str, Any], source: Checkpoint | None
-) -> Iterator[Finding]:
+def _check_mtp(subject: Subject, text: Mapping[str, Any]) -> Iterator[Finding]:
     promised = next((text[k] for k in _MTP_COUNTS if isinstance(text.get(k), int)), 0)
     found = [m for m in subject.modules.values() if m.kind == "mtp"]
     if promised and not found:
-        lacking = source is not None and not _has_mtp(source)
-        yield (warning if lacking else error)(
+        yield error(
             "complete.no_mtp",
             f"config.json promises {promised} multi-token-prediction layers; the checkpoint has "
             "none, and speculative decoding with it fails",
             "copy them from the source in 16 bit, or set their number in config.json to 0",
         )
-
-
-def _has_mtp(source: Checkpoint) -> bool:
-    shapes = {name: info.shape for name, info in source.tensors.items()}
-    return any(module.kind == "mtp" for module in classify(shapes, source.config))
 
 
 def _check_shapes(subject: Subject, text: Mapping[str, Any]) -> Iterator[Finding]:

@@ -71,6 +71,12 @@ class Subject:
         return None
 
 
+def as_subject(source: Checkpoint, layout: Format) -> Subject:
+    """A 16-bit checkpoint in the same form: nothing is declared quantized."""
+    found = inventory.take(source, layout.quant_suffixes())
+    return Subject(source, layout, Declaration("none", {}), found.modules)
+
+
 def examine(checkpoint: Checkpoint, layout: Format) -> Subject:
     """Read the declaration. Raises InputError (`format.*`) when it cannot be understood.
 
