@@ -2,8 +2,9 @@
 
     python benchmarks/streaming_kills.py WORKDIR [--kills 50] [--method rtn_nvfp4a16] [--size 0.3]
 
-Every kill is SIGKILL to the command at a random moment of the time that a whole run takes. The run
-after it is `--resume` and may be killed too; one that finishes is compared, and the next begins anew.
+Every kill is SIGKILL to the command at a random moment of the time that a whole run takes. The
+run after it is `--resume` and may be killed too; one that finishes is compared with an undisturbed
+run, and the next begins anew.
 """
 
 import argparse

@@ -54,9 +54,10 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
             on_progress=lambda read, _total: ui.advance(read),
         )
         plan = _without(plan, done.kept)
-        write_json(
-            partial / "config.json", {"quantization_config": quantization_config(source, plan)}
-        )
+        layers = _written_layers(source, plan)
+        config = quantization_config(source, plan, layers)
+        write_json(partial / "config.json", {"quantization_config": config})
+        plan = replace(plan, layers={name: spec.scheme for name, spec in layers.items()})
         clear_state(partial)
         return finish(
             partial,
@@ -83,27 +84,33 @@ def _tasks(source: Checkpoint, plan: Plan) -> list[ShardTask]:
     return plan_shards(source, plan.layers, layout, plan.recipe.shard_bytes())
 
 
-def quantization_config(source: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """What config.json says of the streamed layers, in the layout that the recipe chose.
-
-    Fused expert tensors are named as the layers that they become. A tied output head has no tensor
-    but is a module of the engines, so it is always among those left in 16 bit.
-    """
+def _written_layers(source: Checkpoint, plan: Plan) -> dict[str, LayerSpec]:
+    """The streamed layers; a fused expert tensor became a layer an expert, with names of theirs."""
     layout = plan.method.layout
     works = (work for task in _tasks(source, plan) for work in task.works)
     pieces = (piece for work in works for piece in work.pieces)
-    layers = {
+    return {
         piece.module: LayerSpec(
             piece.scheme, packing(piece.scheme, layout), (piece.source.rows, piece.source.columns)
         )
         for piece in pieces
     }
+
+
+def quantization_config(
+    source: Checkpoint, plan: Plan, layers: Mapping[str, LayerSpec]
+) -> dict[str, Any]:
+    """What config.json says of the streamed layers, in the layout that the recipe chose.
+
+    A tied output head has no tensor but is a module of the engines, so it is always among those
+    left in 16 bit.
+    """
     shapes = {name: info.shape for name, info in source.tensors.items()}
     modules = linear_modules(classify(shapes, source.config))
     kept = [m.name for m in modules if m.name in plan.kept and m.kind != "embedding"]
     heads = [m.name for m in modules if m.kind == "head"]
     ignore = kept if heads else [*kept, "lm_head"]
-    return writer_named(layout).quantization_config(layers, ignore)
+    return writer_named(plan.method.layout).quantization_config(layers, ignore)
 
 
 def _without(plan: Plan, kept: Mapping[str, str]) -> Plan:

@@ -7,7 +7,7 @@ from collections import Counter
 from quantkit.verify.findings import LayerFidelity, VerifyReport, Written, error
 from quantkit.verify.judge import floor_db
 from quantkit.verify.kept import settle_altered
-from quantkit.verify.ledger import Ledger, make_ledger
+from quantkit.verify.ledger import make_ledger
 from quantkit.verify.source import Source
 from quantkit.verify.subject import Subject
 
@@ -18,7 +18,7 @@ def check_written(report: VerifyReport, subject: Subject, source: Source, writte
     report.findings += [*ledger.findings, *settle_altered(ledger, [], {})]
     report.ledger = Counter(ledger.states.values())
     for module, spec in subject.declaration.layers.items():
-        sqnr = written.sqnr_db[_source_layer(ledger, module)]
+        sqnr = written.sqnr_db[module]
         floor = floor_db(spec.scheme)
         report.layers.append(LayerFidelity(module, spec.scheme.name, round(sqnr, 2), floor))
         if not sqnr >= floor:
@@ -32,8 +32,3 @@ def check_written(report: VerifyReport, subject: Subject, source: Source, writte
                 )
             )
     report.layers.sort(key=lambda layer: layer.sqnr_db)
-
-
-def _source_layer(ledger: Ledger, module: str) -> str:
-    parts = ledger.parts[module, None]
-    return parts[0].info.name.removesuffix(".weight")
