@@ -59,6 +59,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 SLOW = {
     "autoround_w2a16", "autoround_w3a16", "autoround_w4a16", "autoround_w8a16",
+    "autoround_gguf_q4_k_m",
     "llmcompressor_w8a8", "llmcompressor_w4a16_autoround", "modelopt_int4_awq",
     "modelopt_w4a8_awq", "msmodelslim_w4a4_dynamic",
 }  # fmt: skip
@@ -179,12 +180,12 @@ def table(chosen: argparse.Namespace, base: Path, folder: Path) -> None:
             except RuntimeError as error:
                 print(f"| {name} | {error} | | | | | | | |", flush=True)
                 continue
-            base, mine, divergence = judge.judge(out)
+            plain_model, quantized, divergence = judge.judge(out)
         results, peak = note["results"], note["peak_rss_bytes"] / 2**20
         print(
             f"| {name} | {layers or 'all'} | {results['weight_bytes'] / 1e6:.0f} "
-            f"| {results['bits_per_weight']:.2f} | {mine:.2f} ({base:.2f}) | {divergence:.4f} "
-            f"| {library_seconds(note):.1f} | {wall:.1f} | {peak:.0f} |",
+            f"| {results['bits_per_weight']:.2f} | {quantized:.2f} ({plain_model:.2f}) "
+            f"| {divergence:.4f} | {library_seconds(note):.1f} | {wall:.1f} | {peak:.0f} |",
             flush=True,
         )
 
