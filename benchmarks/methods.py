@@ -172,8 +172,8 @@ def table(chosen: argparse.Namespace, base: Path, folder: Path) -> None:
         if layers not in judges:
             judges[layers] = Judge(models[layers])
         judge = judges[layers]
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder, "out")
+        with tempfile.TemporaryDirectory() as work:
+            out = Path(work, "out")
             try:
                 more = sets if row["needs"] and "calibration" in row["needs"] else []
                 wall, note = quantize(models[layers], name, out, [*more, *SETTINGS.get(name, ())])
