@@ -68,7 +68,7 @@ LIBRARIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "msmodelslim_w4a8_dynamic": ("msmodelslim_w4a8_dynamic", ()),
         "msmodelslim_w4a4_dynamic": (
             "msmodelslim_w4a4_dynamic",
-            (*TUNED, "--set", "targets=['model.layers.0.mlp.*']"),
+            (*TUNED, "--set", "calibration.samples=3"),
         ),
     },
 }  # fmt: skip

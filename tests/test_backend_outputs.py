@@ -80,6 +80,8 @@ def test_the_provenance_says_which_tokens_and_versions(
         return
     assert calibration["tokens"] == calibration["samples"] * 128
     assert calibration["modules"] > 0
+    if calibration["samples"] != 8:
+        return
     other = json.loads((made("gptqmodel", "gptqmodel_w8a16") / "quantkit.json").read_text())
     assert calibration["digest"] == other["calibration"]["digest"]
 

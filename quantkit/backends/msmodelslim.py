@@ -7,6 +7,8 @@ questions on stdin and tokenizes text itself. The token ids of the job are hande
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,9 @@ from quantkit.backends.common import check_followed, folded, logs_as_notes, norm
 from quantkit.backends.witness import Tokens, Witness
 from quantkit.job import Job, JobInputError, Reporter, Result
 
+_PATH = re.compile(r"[\w/.-]+", re.ASCII)
+"""Paths that the library writes to; it refuses any other character."""
+_BLOCK = re.compile(r".*?\blayers\.\d+\b")
 DESCRIPTION = "quant_model_description.json"
 _ACTIVATIONS: dict[str | None, dict[str, Any]] = {
     None: {"scope": "per_tensor", "dtype": "float", "symmetric": True, "method": "none"},
@@ -58,9 +63,12 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         service = ModelslimV1QuantService(
             ModelslimV1QuantServiceConfig(), _NoText(), ContextFactory(enable_debug=False)
         )
+        out = Path(job.out) if _PATH.fullmatch(job.out) else Path(work, "out")
         practice = PracticeConfig.model_validate(_practice(job))
         with witness.watch(model, "quantize"):
-            service.quantize(practice.extract_quant_config(), adapter, Path(job.out), _device(job))
+            service.quantize(practice.extract_quant_config(), adapter, out, _device(job))
+        if out != Path(job.out):
+            shutil.copytree(out, job.out, dirs_exist_ok=True)
         result.folds = folded(before, norms(model))
     quantized = _quantized(Path(job.out))
     check_followed(job, quantized)
@@ -116,11 +124,25 @@ def _steps(job: Job) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
         layers = {"qconfig": {"act": activation, "weight": weight}, "include": names, "exclude": []}
         if activation["dtype"] == "int4":
+            _check_blocks(job)
             weight["method"] = "autoround"
             iters = job.options.get("iters", _TUNING_ITERS)
             yield {"type": "autoround_quant", "iters": iters, "strategies": [layers]}
         else:
             yield {"type": "linear_quant", **layers}
+
+
+def _check_blocks(job: Job) -> None:
+    """Refuse what the tuning step would stop at: a decoder block without a layer to tune."""
+    tuned = {found.group() for name in job.layers if (found := _BLOCK.match(name))}
+    others = {found.group() for name in job.keep if (found := _BLOCK.match(name))} - tuned
+    if others:
+        raise JobInputError(
+            f"msModelSlim tunes every decoder block, and {len(others)} have no layer to quantize: "
+            f"{', '.join(sorted(others)[:3])}.",
+            hint="name a layer of every block in the recipe's targets",
+            code="msmodelslim.empty_block",
+        )
 
 
 def _named_practice(name: str) -> dict[str, Any]:
