@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint import is_sidecar
 from quantkit.modules import layer_index
+
+
+@contextmanager
+def alone(what: str) -> Iterator[None]:
+    """Keep tests of several test processes apart whose effect the whole machine sees."""
+    with Path(tempfile.gettempdir(), f"quantkit-test-{what}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def cut_layers(source: Path, target: Path, layers: int) -> Path:

@@ -17,6 +17,7 @@ from quantkit import process
 from quantkit.errors import BackendError, InputError
 from quantkit.job import Job, Result, Unit
 from quantkit.process import oom_kills, run_worker
+from tests.helpers import alone
 
 ADAPTERS = Path(__file__).parent / "adapters"
 
@@ -182,7 +183,8 @@ def test_an_allocation_that_fails_is_out_of_memory(tmp_path: Path, adapter: str)
 def test_the_kernels_out_of_memory_killer_is_recognised(tmp_path: Path) -> None:
     group = memory_group(128 << 20)
     try:
-        error = failure(tmp_path, "limited", options={"cgroup": str(group)})
+        with alone("out-of-memory"):
+            error = failure(tmp_path, "limited", options={"cgroup": str(group)})
     finally:
         group.rmdir()
     assert error.code == "worker.out_of_memory"

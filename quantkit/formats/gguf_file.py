@@ -44,7 +44,9 @@ class GgufTensor:
         import numpy as np
 
         kind = gguf.GGMLQuantizationType[self.type]
-        return np.asarray(gguf.quants.dequantize(self.raw, kind)).reshape(self.shape)
+        with np.errstate(over="ignore", invalid="ignore"):  # damaged scales may be infinite
+            values = gguf.quants.dequantize(self.raw, kind)
+        return np.asarray(values).reshape(self.shape)
 
 
 @dataclass(frozen=True)
