@@ -1,0 +1,61 @@
+"""The key-value cache of one batch: allocated once, written in place."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVCache:
+    """Keys and values of every layer, [batch, heads, capacity, head_dim]; `length` are filled.
+
+    Grows by doubling when a forward pass does not fit, so that a caller need not know the length.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more positions."""
+        needed = self.length + count
+        if needed > self.capacity:
+            size = max(needed, 2 * self.capacity)
+            self.keys = [self._grown(tensor, size) for tensor in self.keys]
+            self.values = [self._grown(tensor, size) for tensor in self.values]
+
+    def extend(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write [batch, heads, n, head_dim] after the filled part; views of all keys and values.
+
+        `length` stays: `advance` moves it once every layer is written.
+        """
+        end = self.length + keys.shape[2]
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def advance(self, count: int) -> None:
+        """`count` positions were written in every layer."""
+        self.length += count
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """Positions filled (Transformers' name for `length`)."""
+        return self.length
+
+    def _grown(self, tensor: torch.Tensor, capacity: int) -> torch.Tensor:
+        batch, heads, _, head_dim = tensor.shape
+        larger = tensor.new_empty(batch, heads, capacity, head_dim)
+        larger[:, :, : self.length] = tensor[:, :, : self.length]
+        return larger

@@ -1,0 +1,90 @@
+"""Token by token: one prefill, then decoding with a static cache; greedy or sampled, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.errors import InputError
+
+Forward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""New ids [batch, n] and the mask of all positions so far → logits of the last one."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is taken: the most likely, or drawn from the `temperature`d rest.
+
+    `top_k` and `top_p` leave the k most likely tokens, and the fewest that hold probability p.
+    """
+
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sample and (self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0):
+            raise InputError(
+                f"Cannot sample with temperature {self.temperature:g}, top_k {self.top_k} and "
+                f"top_p {self.top_p:g}.",
+                hint="temperature > 0, top_k >= 0, 0 < top_p <= 1",
+                code="runtime.sampling",
+            )
+
+
+def generate(
+    forward: Forward,
+    ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    new_tokens: int,
+    stop: Sequence[int],
+    padding: int,
+    sampling: Sampling,
+) -> torch.Tensor:
+    """Continue prompts ids [batch, n], padded on the left; [batch, n + at most new_tokens].
+
+    A sequence ends with the first of the `stop` tokens and is then filled with `padding`.
+    """
+    pick = _picker(sampling, ids.device)
+    stops = torch.tensor(list(stop), device=ids.device, dtype=ids.dtype)
+    running = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
+    result = [ids]
+    step = ids
+    for index in range(new_tokens):
+        chosen = pick(forward(step, attention_mask)[:, -1])
+        chosen = torch.where(running, chosen, padding)
+        step = chosen.unsqueeze(1)
+        result.append(step)
+        if stops.numel():
+            running &= ~torch.isin(chosen, stops)
+            if index + 1 < new_tokens and not bool(running.any()):
+                break
+        if attention_mask is not None:
+            attention_mask = torch.cat((attention_mask, attention_mask.new_ones(step.shape)), 1)
+    return torch.cat(result, dim=1)
+
+
+def _picker(sampling: Sampling, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Logits [batch, vocabulary] → the next ids [batch]."""
+    if not sampling.sample:
+        return lambda logits: logits.argmax(-1)
+    generator = torch.Generator(device=device).manual_seed(sampling.seed)
+
+    def pick(logits: torch.Tensor) -> torch.Tensor:
+        scores = logits.float() / sampling.temperature
+        if 0 < sampling.top_k < scores.shape[-1]:
+            least = scores.topk(sampling.top_k).values[:, -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        if sampling.top_p < 1:
+            ordered, order = scores.sort(descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            cut = (before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p)
+            scores = scores.masked_fill(cut, -torch.inf)
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
+
+    return pick

@@ -1,0 +1,134 @@
+"""INT4 weights with 16-bit activations on a CPU: torch's packed product for few rows.
+
+`_weight_int4pack_mm_for_cpu` decodes as it multiplies, once for every row of the input: the best
+there is for one, slower than expanding the weight from some dozens on. Layout of its weight
+(ATen `native/cpu/int4mm_kernel.cpp`): blocks of rows, of which the first half is in low nibbles
+and the second in high ones, [out / block, in, block / 2]; the block depends on the CPU.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from quantkit.formats.base import QuantWeight
+from quantkit.runtime.layer import Layer
+
+NAME = "int4_cpu"
+FEW_ROWS = 48
+"""Inputs of up to so many rows take the packed product."""
+
+_GROUPS = (256, 128, 64, 32)
+_BLOCKS = (64, 32)
+_ALIGNMENT = 64
+_PACKED_ROWS = 512
+_EXPANDED_COLUMNS = 256
+
+
+class Packed(NamedTuple):
+    """`weight` as torch packs it, rows padded to 64; `scale_zero` [in / group, padded out, 2]."""
+
+    weight: torch.Tensor
+    scale_zero: torch.Tensor
+    group: int
+    shape: tuple[int, int]
+
+
+def unavailable(device: torch.device) -> str | None:
+    """See `Kernel.unavailable`."""
+    if device.type != "cpu":
+        return "runs on a CPU"
+    return None if _block() else "this torch packs int4 weights in an order that is not known here"
+
+
+def rejects(layer: Layer) -> str | None:
+    """See `Kernel.rejects`."""
+    weight = layer.scheme.weight
+    if weight.element != "int4" or layer.scheme.input is not None:
+        return "computes INT4 weights with 16-bit activations"
+    if layer.dtype != torch.bfloat16:
+        return f"computes in bfloat16, not {str(layer.dtype).removeprefix('torch.')}"
+    if _group(weight.group_size, layer.shape[1]) is None:
+        size = weight.group_size or layer.shape[1]
+        return f"needs groups of a multiple of 32 columns that divide the input, not {size}"
+    return None
+
+
+def prepare(weight: QuantWeight, layer: Layer) -> Packed:
+    """See `Kernel.prepare`."""
+    rows, columns = weight.q.shape
+    group = _group(weight.format.group_size, columns)
+    assert group
+    padding = -rows % _ALIGNMENT
+    pieces = []
+    for start in range(0, rows, _PACKED_ROWS):
+        codes = weight.q[start : start + _PACKED_ROWS].int() + 8
+        if start + _PACKED_ROWS >= rows and padding:
+            codes = torch.nn.functional.pad(codes, (0, 0, 0, padding))
+        pieces.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+    scale = _on_groups(weight.scale, columns // group)
+    zero = torch.zeros_like(scale)
+    if weight.zero_point is not None:
+        zero = -_on_groups(weight.zero_point, columns // group) * scale
+    pair = torch.stack((scale, zero), -1).transpose(0, 1)
+    pair = torch.nn.functional.pad(pair, (0, 0, 0, padding))
+    return Packed(torch.cat(pieces), pair.to(layer.dtype).contiguous(), group, (rows, columns))
+
+
+def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """See `Kernel.apply`."""
+    if x.shape[0] > FEW_ROWS:
+        return _expanded(x, packed)
+    result: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        x.contiguous(), packed.weight, packed.group, packed.scale_zero
+    )
+    return result[:, : packed.shape[0]].contiguous()
+
+
+def _expanded(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """The product with the weight decoded, some columns of the output at a time."""
+    rows, columns = packed.shape
+    result = x.new_empty(x.shape[0], packed.scale_zero.shape[1])
+    scale, zero = packed.scale_zero.unbind(-1)
+    zero = torch.addcmul(zero, scale, scale.new_full((), -8.0))
+    for start in range(0, result.shape[1], _EXPANDED_COLUMNS):
+        part = slice(start, min(start + _EXPANDED_COLUMNS, result.shape[1]))
+        codes = _decode(packed.weight[part], _block()).to(x.dtype)
+        cells = codes.view(-1, packed.group, codes.shape[1])
+        weight = torch.addcmul(zero[:, None, part], cells, scale[:, None, part])
+        torch.mm(x, weight.view(columns, -1), out=result[:, part])
+    return result[:, :rows].contiguous()
+
+
+def _decode(packed: torch.Tensor, block: int) -> torch.Tensor:
+    """Rows of torch's packed codes [out, in / 2], a multiple of the block → codes [in, out]."""
+    pairs = packed.reshape(packed.shape[0] // block, -1, block // 2).transpose(0, 1)
+    codes = torch.stack((pairs & 15, pairs >> 4), dim=2)
+    return codes.flatten(1)
+
+
+@cache
+def _block() -> int:
+    """How many rows torch packs together on this CPU; 0 when its order is none of those known."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (_ALIGNMENT, 32), generator=generator, dtype=torch.int32)
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    except (RuntimeError, AttributeError):
+        return 0
+    fits = (b for b in _BLOCKS if torch.equal(_decode(packed, b), codes.T.to(torch.uint8)))
+    return next(fits, 0)
+
+
+def _group(size: int | None, columns: int) -> int | None:
+    """The widest group that torch takes and that divides the weight's own (None: a channel)."""
+    if columns % (size or columns):
+        return None
+    return next((g for g in _GROUPS if (size or columns) % g == 0), None)
+
+
+def _on_groups(grid: torch.Tensor, groups: int) -> torch.Tensor:
+    """A grid [out, n] repeated to [out, groups]."""
+    return grid.repeat_interleave(groups // grid.shape[1], dim=1)

@@ -1,0 +1,91 @@
+"""The ordered list of kernels, and the choice of one for a layer with every refusal's reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quantkit.errors import InputError
+from quantkit.runtime.kernels import (
+    dequantized,
+    int4_cpu,
+    int8_cpu,
+    int8_weight_cpu,
+    reference,
+)
+from quantkit.runtime.kernels.base import Kernel
+from quantkit.runtime.layer import Layer
+
+KERNELS: tuple[Kernel, ...] = (
+    int8_cpu,
+    int4_cpu,
+    int8_weight_cpu,
+    reference,
+    dequantized,
+)
+"""In order of preference; the first that fits is taken, `reference` fits always."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel of a layer, and why each one before it was not taken.
+
+    `weights_only` says that the scheme quantizes activations and the kernel does not.
+    """
+
+    kernel: Kernel
+    refused: Mapping[str, str] = field(default_factory=dict)
+    weights_only: bool = False
+
+
+def names() -> list[str]:
+    """Every kernel's name, in order."""
+    return [kernel.NAME for kernel in KERNELS]
+
+
+def choose(layer: Layer, device: torch.device, allowed: Sequence[str] = ()) -> Choice:
+    """The first kernel that fits, of those in `allowed` and in its order (empty: all, ours).
+
+    Raises InputError (`kernel.refused`) with all reasons when none of `allowed` fits.
+    """
+    refused: dict[str, str] = {}
+    for kernel in _candidates(allowed):
+        reason = kernel.unavailable(device) or kernel.rejects(layer)
+        if reason is None:
+            weights_only = kernel.NAME == dequantized.NAME and layer.quantizes_input
+            return Choice(kernel, refused, weights_only)
+        refused[kernel.NAME] = reason
+    listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    raise InputError(
+        f"No kernel asked for can run {layer.name} ({layer.scheme.name}) on {device}: {listed}.",
+        hint="leave the choice to --kernel auto, or see quantkit kernels DIR",
+        code="kernel.refused",
+    )
+
+
+def _candidates(allowed: Sequence[str]) -> tuple[Kernel, ...]:
+    if not allowed:
+        return KERNELS
+    known = {kernel.NAME: kernel for kernel in KERNELS}
+    unknown = [name for name in allowed if name not in known]
+    if unknown:
+        raise InputError(
+            f"There is no kernel {unknown[0]!r}; known are {', '.join(known)}.",
+            hint="quantkit kernels",
+            code="kernel.unknown",
+        )
+    return tuple(known[name] for name in allowed)
+
+
+def packed_bytes(packed: Any) -> int:
+    """Bytes of the tensors that a kernel keeps for a layer."""
+    total = 0
+    for value in vars(packed).values() if hasattr(packed, "__dict__") else packed:
+        if isinstance(value, torch.Tensor):
+            total += value.numel() * value.element_size()
+        elif hasattr(value, "__dict__"):
+            total += packed_bytes(value)
+    return total

@@ -1,0 +1,77 @@
+"""The linear layers of a loaded model: 16-bit, quantized, and several joined into one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from quantkit.formats.base import QuantWeight
+from quantkit.runtime.kernels.select import Choice
+from quantkit.runtime.layer import Layer
+
+
+class PlainLinear(nn.Module):
+    """A 16-bit linear layer, weight [out, in]."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class QuantLinear(nn.Module):
+    """A quantized linear layer, computed by one kernel.
+
+    `order` is the order in which an act-order weight takes its input columns.
+    """
+
+    order: torch.Tensor | None
+    multiplier: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def __init__(
+        self, layer: Layer, choice: Choice, weight: QuantWeight, order: torch.Tensor | None
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.choice = choice
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("multiplier", _cast(weight.input_multiplier, layer.dtype))
+        self.register_buffer("bias", _cast(weight.bias, layer.dtype))
+        self.packed: Any = choice.kernel.prepare(
+            replace(weight, bias=None, input_multiplier=None), layer
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if self.multiplier is not None:
+            rows = rows * self.multiplier
+        if self.order is not None:
+            rows = rows.index_select(1, self.order)
+        result = self.choice.kernel.apply(rows, self.packed)
+        if self.bias is not None:
+            result += self.bias
+        return result.view(*x.shape[:-1], result.shape[-1])
+
+
+class JoinedLinear(nn.Module):
+    """Layers of one input whose outputs are laid side by side."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(dtype)

@@ -1,0 +1,128 @@
+"""What `load` returns: a module that looks like a Transformers causal language model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from quantkit.errors import InputError
+from quantkit.runtime.cache import KVCache
+from quantkit.runtime.decoder import Decoder
+from quantkit.runtime.generation import Sampling, generate
+from quantkit.runtime.layers import LayerRecord
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class Runtime(nn.Module):
+    """A loaded model: `forward` and `generate` as Transformers has them, and how it computes.
+
+    layers: for every quantized module of the checkpoint its scheme and kernel, and why not an
+        earlier one.
+    layout: the on-disk layout that it was read from, None for 16 bit.
+    stop_tokens: what ends a generation unless named there (of generation_config.json).
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        network: Decoder,
+        layers: list[LayerRecord],
+        layout: str | None,
+        stop_tokens: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.network = network
+        self.layers = layers
+        self.layout = layout
+        self.stop_tokens = list(stop_tokens)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.embed.dtype
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether some layer's activations should be quantized and are not."""
+        return any(layer.weights_only for layer in self.layers)
+
+    def kernels(self) -> dict[str, int]:
+        """Kernel → how many modules it computes."""
+        return dict(Counter(layer.kernel for layer in self.layers))
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithPast:
+        """Logits [batch, n or logits_to_keep, vocabulary] of input_ids [batch, n].
+
+        `attention_mask` [batch, cached + n] is 0 on padding. With `use_cache` the result holds a
+        cache to pass on as `past_key_values`.
+        """
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = self.network.new_cache(input_ids.shape[0], input_ids.shape[1])
+        logits = self.network(input_ids, attention_mask, cache, logits_to_keep)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        max_new_tokens: int = 128,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+    ) -> torch.Tensor:
+        """Prompts [batch, n], padded on the left, with what follows them [batch, n + new].
+
+        Ends with a stop token of each sequence, the rest being padding. Raises InputError for
+        prompts padded on the right.
+        """
+        stop = self.stop_tokens if eos_token_id is None else eos_token_id
+        stops = [stop] if isinstance(stop, int) else list(stop)
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise InputError(
+                "A prompt of the batch ends in padding.",
+                hint="pad on the left: tokenizer.padding_side = 'left'",
+                code="runtime.right_padding",
+            )
+        cache = self.network.new_cache(input_ids.shape[0], input_ids.shape[1] + max_new_tokens)
+        padding = self.config.pad_token_id if pad_token_id is None else pad_token_id
+        if padding is None:
+            padding = stops[0] if stops else 0
+        return generate(
+            lambda ids, mask: self.network(ids, mask, cache, 1),
+            input_ids,
+            attention_mask,
+            new_tokens=max_new_tokens,
+            stop=stops,
+            padding=padding,
+            sampling=Sampling(do_sample, temperature, top_k, top_p, seed),
+        )

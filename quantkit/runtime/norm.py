@@ -1,0 +1,32 @@
+"""RMS normalisation; on a CPU in blocks of rows that stay in the cache."""
+
+from __future__ import annotations
+
+import torch
+
+_BLOCK_ELEMENTS = 1 << 17
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x²) + eps) × weight over the last dimension; the mean is float32.
+
+    torch's own `rms_norm` of 16-bit numbers takes several times as long on a CPU.
+    """
+    width = x.shape[-1]
+    if x.device.type != "cpu" or x.dtype == torch.float32:
+        return torch.nn.functional.rms_norm(x, (width,), weight, eps)
+    rows = x.reshape(-1, width)
+    step = max(1, _BLOCK_ELEMENTS // width)
+    if rows.shape[0] <= step:
+        return _normalised(rows, weight, eps).view(x.shape)
+    result = torch.empty_like(rows)
+    for start in range(0, rows.shape[0], step):
+        block = slice(start, start + step)
+        result[block] = _normalised(rows[block], weight, eps)
+    return result.view(x.shape)
+
+
+def _normalised(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+    factor = length.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
+    return rows.float().mul_(factor).to(rows.dtype).mul_(weight)

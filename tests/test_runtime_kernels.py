@@ -1,0 +1,261 @@
+"""Every kernel against the scheme's own arithmetic in float64, on ragged shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantkit.errors import InputError
+from quantkit.formats.base import QuantWeight
+from quantkit.formats.dequantize import dequantize
+from quantkit.runtime.activations import round_groups
+from quantkit.runtime.kernels import int4_cpu, int8_cpu
+from quantkit.runtime.kernels.base import Kernel
+from quantkit.runtime.kernels.select import KERNELS, choose, names
+from quantkit.runtime.layer import Layer, centred, contiguous_groups, describe
+from quantkit.schemes import SCHEMES, NumberFormat, Scheme
+
+CPU = torch.device("cpu")
+ROWS = (1, 3, 300)
+"""One row, few, and more than one block of every kernel."""
+
+INT8_ASYMMETRIC = replace(SCHEMES["w8a16"].weight, symmetric=False)
+W4A16 = SCHEMES["w4a16"]
+FP8_BLOCK_64 = SCHEMES["fp8_block_weight_only"].with_weight(block=(64, 64))
+SHAPES: dict[str, tuple[Scheme, tuple[int, int]]] = {
+    "fp8": (SCHEMES["fp8"], (77, 99)),
+    "fp8_dynamic": (SCHEMES["fp8_dynamic"], (33, 51)),
+    "fp8_block": (SCHEMES["fp8_block"], (200, 300)),
+    "fp8_block_weight_only": (FP8_BLOCK_64, (97, 70)),
+    "w8a8": (SCHEMES["w8a8"], (93, 75)),
+    "w8a8_dynamic": (SCHEMES["w8a8_dynamic"], (1, 35)),
+    "w8a8_one_scale": (replace(SCHEMES["w8a8"], weight=NumberFormat("int8", "tensor")), (65, 30)),
+    "w8a16": (SCHEMES["w8a16"], (93, 75)),
+    "w8a16_asymmetric": (Scheme("w8a16", INT8_ASYMMETRIC), (17, 19)),
+    "w8a16_groups": (W4A16.with_weight(element="int8", group_size=32), (31, 96)),
+    "w4a16": (W4A16.with_weight(group_size=32), (93, 96)),
+    "w4a16_wide": (W4A16.with_weight(group_size=192), (70, 384)),
+    "w4a16_asymmetric": (W4A16.with_weight(group_size=64, symmetric=False), (600, 192)),
+    "w4a16_asymmetric_signed": (W4A16.with_weight(group_size=64, symmetric=False), (75, 192)),
+    "w4a16_ragged": (W4A16.with_weight(group_size=64), (5, 100)),
+    "w4a16_channel": (W4A16.with_weight(granularity="channel", group_size=None), (9, 64)),
+    "w3a16": (SCHEMES["w3a16"].with_weight(group_size=32), (21, 96)),
+    "w2a16": (SCHEMES["w2a16"].with_weight(group_size=32, symmetric=False), (21, 96)),
+    "w3a16_asymmetric": (SCHEMES["w3a16"].with_weight(group_size=32, symmetric=False), (22, 96)),
+    "w4a8_dynamic": (SCHEMES["w4a8_dynamic"], (33, 50)),
+    "w4a4_dynamic": (SCHEMES["w4a4_dynamic"], (33, 50)),
+    "w4a8_awq": (SCHEMES["w4a8_awq"].with_weight(group_size=32), (33, 64)),
+    "nvfp4": (SCHEMES["nvfp4"], (35, 80)),
+    "nvfp4a16": (SCHEMES["nvfp4a16"], (35, 80)),
+    "mxfp4": (SCHEMES["mxfp4"], (35, 96)),
+    "mxfp4a16": (SCHEMES["mxfp4a16"], (35, 96)),
+    "mxfp8": (SCHEMES["mxfp8"], (35, 96)),
+}  # fmt: skip
+
+
+def random_weight(scheme: Scheme, shape: tuple[int, int]) -> QuantWeight:
+    """Codes, scales and zero points over the whole range of a scheme."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    number, grid = scheme.weight, scheme.weight.scale_shape(shape)
+    scale = torch.rand(grid, generator=generator) * 0.02 + 0.001
+    zero = None
+    if number.is_int:
+        unsigned = torch.randint(0, 1 << number.bits, shape, generator=generator)
+        q = unsigned.to(torch.uint8)
+        zero = torch.full(grid, float(1 << (number.bits - 1)))
+        if not number.symmetric:
+            zero = torch.randint(0, 1 << number.bits, grid, generator=generator).float()
+        if shape[0] % 2:  # the signed spelling, as compressed-tensors has it
+            half = 1 << (number.bits - 1)
+            q, zero = (unsigned - half).to(torch.int8), zero - half
+    elif number.element == "fp8_e4m3":
+        q = (torch.randn(shape, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    else:
+        q = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8)
+    if number.scale == "e8m0":
+        scale = torch.exp2(torch.randint(-9, -3, grid, generator=generator).float())
+    elif number.scale == "e4m3":
+        scale = (scale * 1000).to(torch.float8_e4m3fn).float()
+    static = scheme.input is not None and (not scheme.input.dynamic or scheme.input.scale == "e4m3")
+    return QuantWeight(
+        format=number,
+        q=q,
+        scale=scale,
+        zero_point=zero,
+        global_scale=torch.tensor(3e-3).double() if number.scale == "e4m3" else None,
+        input_scale=torch.tensor([2e-2]) if static else None,
+    )
+
+
+def nearest_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """By search over the eight magnitudes; a tie goes to the even code."""
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    distance = (values.abs().unsqueeze(-1) - magnitudes).abs()
+    least = distance.min(-1, keepdim=True).values
+    codes = torch.arange(8)
+    best = torch.where(distance == least, codes % 2 * 8 + codes, 99).argmin(-1)
+    return magnitudes[best] * values.sign()
+
+
+def quantized_input(x: torch.Tensor, scheme: Scheme, weight: QuantWeight) -> torch.Tensor:
+    """What the scheme makes of x, written from its definition, float64."""
+    number, values = scheme.input, x.double()
+    if number is None:
+        return values
+    static = None if weight.input_scale is None else weight.input_scale.double()
+    top = {"fp8_e4m3": 448.0, "int8": 127.0, "int4": 7.0, "fp4_e2m1": 6.0}[number.element]
+    if number.granularity == "group":
+        assert number.group_size
+        padded = torch.nn.functional.pad(values, (0, -x.shape[1] % number.group_size))
+        cells = padded.view(x.shape[0], -1, number.group_size)
+    else:
+        cells = values.unsqueeze(1)
+    largest = cells.abs().amax(-1, keepdim=True)
+    outer = 1.0
+    if number.scale == "e4m3":
+        assert static is not None
+        outer = float(static)
+        scale = (largest / top / outer).float().to(torch.float8_e4m3fn).double()
+        scale[scale == 0] = torch.inf
+    elif number.scale == "e8m0" and top == 6:
+        whole = torch.exp2(torch.floor(torch.log2(largest)))
+        scale = torch.where(largest / whole >= 1.75, whole * 2, whole) / 4
+    elif number.scale == "e8m0":
+        scale = torch.exp2(torch.ceil(torch.log2(largest / top)))
+    elif static is not None:
+        scale = static.reshape(1, 1, 1)
+    else:
+        scale = largest / top
+    scaled = cells / scale / outer
+    if number.element == "fp4_e2m1":
+        codes = nearest_e2m1(scaled.clamp(-top, top))
+    elif number.element == "fp8_e4m3":
+        codes = scaled.float().clamp(-top, top).to(torch.float8_e4m3fn).double()
+    else:
+        codes = scaled.round().clamp(-top - 1, top)
+    finite = torch.where(scale.isinf(), 0, scale)
+    return (codes * finite * outer).flatten(1)[:, : x.shape[1]]
+
+
+def layer_of(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Layer, QuantWeight]:
+    scheme, shape = SHAPES[name]
+    weight = centred(random_weight(scheme, shape))
+    return describe(name, scheme, weight, dtype), weight
+
+
+FITTING = [
+    pytest.param(kernel, name, id=f"{kernel.NAME}-{name}")
+    for kernel in KERNELS
+    for name in SHAPES
+    if kernel.rejects(layer_of(name)[0]) is None
+]
+
+
+@pytest.mark.parametrize(("kernel", "name"), FITTING)
+def test_kernel_computes_the_scheme(kernel: Kernel, name: str) -> None:
+    reason = kernel.unavailable(CPU)
+    if reason is not None:
+        pytest.skip(f"{kernel.NAME}: {reason}")
+    layer, prepared = layer_of(name)
+    weight = random_weight(*SHAPES[name])
+    packed = kernel.prepare(prepared, layer)
+    for rows in ROWS:
+        generator = torch.Generator().manual_seed(rows)
+        x = torch.randn(rows, layer.shape[1], generator=generator).bfloat16()
+        weights_only = kernel.NAME == "dequantized"
+        values = x.double() if weights_only else quantized_input(x, layer.scheme, weight)
+        wanted = values @ dequantize(weight).double().T
+        found = kernel.apply(x, packed)
+        assert found.dtype == torch.bfloat16
+        assert found.is_contiguous()
+        error = (found.double() - wanted).norm() / wanted.norm()
+        coarse = layer.scheme.input is not None and layer.scheme.input.bits == 4
+        limit = 2e-2 if coarse else 6e-3  # one code that a tie rounds the other way
+        assert error < limit, f"{rows} rows: relative error {error:.4f}"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_reference_is_exact_in_float32(name: str) -> None:
+    layer, prepared = layer_of(name, torch.float32)
+    weight = random_weight(*SHAPES[name])
+    kernel = choose(layer, CPU, ["reference"]).kernel
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(7, layer.shape[1], generator=generator)
+    wanted = quantized_input(x, layer.scheme, weight) @ dequantize(weight).double().T
+    found = kernel.apply(x, kernel.prepare(prepared, layer))
+    error = (found.double() - wanted).norm() / wanted.norm()
+    assert error < 1e-5, f"relative error {error:.2e}"
+
+
+def test_static_int8_input_with_a_zero_point() -> None:
+    scheme = SCHEMES["w8a8"]
+    weight = replace(random_weight(scheme, (40, 72)), input_zero_point=torch.tensor([-13.0]))
+    assert weight.input_scale is not None
+    assert weight.input_zero_point is not None
+    layer = describe("x", scheme, centred(weight), torch.bfloat16)
+    x = torch.randn(5, 72, generator=torch.Generator().manual_seed(2)).bfloat16()
+    codes = (x.double() / weight.input_scale.double()).round() + weight.input_zero_point.double()
+    values = (codes.clamp(-128, 127) - weight.input_zero_point) * weight.input_scale.double()
+    wanted = values @ dequantize(weight).double().T
+    for name in ("int8_cpu", "reference"):
+        kernel = choose(layer, CPU, [name]).kernel
+        found = kernel.apply(x, kernel.prepare(centred(weight), layer)).double()
+        assert (found - wanted).norm() / wanted.norm() < 6e-3, name
+
+
+def test_act_order_is_undone_by_ordering_the_input() -> None:
+    scheme, shape = SHAPES["w4a16_asymmetric"]
+    groups = torch.arange(shape[1]) // 64
+    mixed = groups[torch.randperm(shape[1], generator=torch.Generator().manual_seed(3))].int()
+    weight = replace(random_weight(scheme, shape), g_idx=mixed)
+    regular, order = contiguous_groups("x", weight)
+    assert order is not None
+    x = torch.randn(4, shape[1])
+    assert torch.allclose(x[:, order] @ dequantize(regular).T, x @ dequantize(weight).T, atol=1e-4)
+    with pytest.raises(InputError) as caught:
+        contiguous_groups("layer", replace(weight, g_idx=torch.zeros(shape[1], dtype=torch.int32)))
+    assert caught.value.code == "runtime.group_index"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nvfp4_groups_are_exact_in_bfloat16(seed: int) -> None:
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed - 2)
+    number, scale = SCHEMES["nvfp4"].input, torch.tensor(1e-3)
+    assert number is not None
+    exact = round_groups(x, number, scale)
+    assert torch.equal(exact.bfloat16().float(), exact)
+
+
+def test_a_choice_names_every_reason() -> None:
+    layer = describe("l", SCHEMES["fp8"], random_weight(SCHEMES["fp8"], (8, 8)), torch.bfloat16)
+    choice = choose(layer, CPU)
+    assert choice.kernel.NAME == "reference"
+    assert list(choice.refused) == names()[: names().index("reference")]
+    with pytest.raises(InputError) as caught:
+        choose(layer, CPU, ["int4_cpu", "int8_cpu"])
+    assert caught.value.code == "kernel.refused"
+    assert "int4_cpu: computes INT4" in caught.value.message
+    assert "int8_cpu: computes INT8" in caught.value.message
+    with pytest.raises(InputError) as caught:
+        choose(layer, CPU, ["cutlas"])
+    assert caught.value.code == "kernel.unknown"
+
+
+def test_the_dequantized_kernel_is_taken_only_when_asked_for() -> None:
+    for name in SHAPES:
+        layer, _ = layer_of(name)
+        assert choose(layer, CPU).kernel.NAME != "dequantized"
+        forced = choose(layer, CPU, ["dequantized"])
+        assert forced.weights_only == (layer.scheme.input is not None)
+
+
+def test_cpu_kernels_are_the_first_choice_where_they_fit() -> None:
+    wanted = {"w8a8": "int8_cpu", "w8a16": "int8_weight_cpu", "w4a16": "int4_cpu"}
+    for name, kernel in wanted.items():
+        choice = choose(layer_of(name)[0], CPU)
+        if int8_cpu.inexact() is None and int4_cpu.unavailable(CPU) is None:
+            assert kernel == choice.kernel.NAME
+        else:
+            assert kernel in choice.refused
