@@ -12,6 +12,7 @@ from quantkit.errors import InputError
 from quantkit.runtime.build import Progress, build_decoder
 from quantkit.runtime.decoder import unsupported
 from quantkit.runtime.fuse import Fuse
+from quantkit.runtime.hosted import build_hosted
 from quantkit.runtime.layers import LayerMaker
 from quantkit.runtime.model import Runtime
 from quantkit.runtime.source import Source, open_source
@@ -46,14 +47,8 @@ def load(
         [] if kernel == "auto" else [kernel],
         fuse,
     )
-    reason = unsupported(config)
-    if reason is not None:
-        raise InputError(
-            f"The runtime does not compute {checkpoint.path}: {reason}.",
-            hint="quantkit validate --engine transformers",
-            code="runtime.architecture",
-        )
-    network = build_decoder(config, maker, progress)
+    build = build_hosted if unsupported(config) else build_decoder
+    network = build(config, maker, progress)
     _check_all_used(source)
     return Runtime(config, network, maker.records, source.layout, _stop_tokens(source, config))
 

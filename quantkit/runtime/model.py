@@ -13,6 +13,7 @@ from quantkit.errors import InputError
 from quantkit.runtime.cache import KVCache
 from quantkit.runtime.decoder import Decoder
 from quantkit.runtime.generation import Sampling, generate
+from quantkit.runtime.hosted import HostedNetwork
 from quantkit.runtime.layers import LayerRecord
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Runtime(nn.Module):
     def __init__(
         self,
         config: Any,
-        network: Decoder,
+        network: Decoder | HostedNetwork,
         layers: list[LayerRecord],
         layout: str | None,
         stop_tokens: Sequence[int],
@@ -43,6 +44,11 @@ class Runtime(nn.Module):
         self.layout = layout
         self.stop_tokens = list(stop_tokens)
         self.eval()
+
+    @property
+    def lean(self) -> bool:
+        """Whether our own decoder computes it, and not Transformers' modules."""
+        return isinstance(self.network, Decoder)
 
     @property
     def device(self) -> torch.device:

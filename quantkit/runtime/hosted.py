@@ -1,0 +1,153 @@
+"""Networks that the lean decoder does not know: Transformers' own modules, filled tensor by tensor.
+
+The module is built without memory (meta device); its linear layers are replaced, its parameters
+read one at a time, and the buffers that no file holds (rotary frequencies) are computed by the
+model's own initialisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.errors import InputError
+from quantkit.modules import fused_groups, is_tied
+from quantkit.runtime.build import Progress
+from quantkit.runtime.layers import LayerMaker
+from quantkit.runtime.linear import PlainLinear
+
+
+class HostedNetwork(nn.Module):
+    """A Transformers causal language model behind the lean decoder's interface."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.embed: torch.Tensor = model.get_input_embeddings().weight
+
+    def new_cache(self, batch: int, capacity: int) -> Any:  # noqa: ARG002
+        """An empty Transformers cache, which grows by itself."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: Any = None,
+        keep: int = 0,
+    ) -> torch.Tensor:
+        """See `Decoder.forward`."""
+        result = self.model(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=keep,
+        )
+        logits: torch.Tensor = result.logits
+        return logits
+
+
+def build_hosted(config: Any, maker: LayerMaker, progress: Progress | None = None) -> HostedNetwork:
+    """Transformers' model of a config, with the checkpoint's layers in it; raises InputError."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=maker.dtype)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise InputError(
+            f"Transformers has no causal language model for {maker.source.checkpoint.path}: "
+            f"{str(error).splitlines()[0]}",
+            hint="only models that continue text can be run",
+            code="runtime.architecture",
+        ) from error
+    _refuse_experts(model, maker)
+    _compute_buffers(model, maker.device)
+    _replace_linears(model, maker, progress)
+    _fill_parameters(model, maker)
+    return HostedNetwork(model.eval())
+
+
+def _refuse_experts(model: Any, maker: LayerMaker) -> None:
+    for name, weight in model.named_parameters():
+        if weight.dim() == 3 and "expert" in name:
+            raise InputError(
+                f"{maker.source.checkpoint.path} is a mixture of experts ({name}), which the "
+                "runtime does not compute.",
+                hint="quantkit validate --engine vllm",
+                code="runtime.architecture",
+            )
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Give every buffer that is in no file its value; one that stays unset is an error."""
+    owners = {}
+    for name, buffer in model.named_non_persistent_buffers():
+        owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        unset = torch.nan if buffer.is_floating_point() else 0
+        owner.register_buffer(
+            leaf, torch.full(buffer.shape, unset, dtype=buffer.dtype, device=device), False
+        )
+        owners[name] = owner
+    for owner in dict.fromkeys(owners.values()):
+        model._init_weights(owner)
+    for name, owner in owners.items():
+        value = owner.get_buffer(name.rpartition(".")[2])
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(
+                f"Transformers does not say how the buffer {name} is computed.",
+                hint="upgrade transformers",
+                code="runtime.architecture",
+            )
+
+
+def _replace_linears(model: Any, maker: LayerMaker, progress: Progress | None) -> None:
+    head = model.get_output_embeddings()
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    groups = {members[0]: members for members in fused_groups(linears)}
+    grouped = {name for members in groups.values() for name in members[1:]}
+    names = [name for name in linears if name not in grouped]
+    for index, name in enumerate(names):
+        members = list(groups.get(name, (name,)))
+        shapes = [(linears[m].out_features, linears[m].in_features) for m in members]
+        has_bias = linears[name].bias is not None
+        made = maker.separate(members, shapes, has_bias)
+        for member, module in zip(members, made, strict=True):
+            model.set_submodule(member, module)
+        if progress is not None:
+            progress(index + 1, len(names))
+
+
+def _fill_parameters(model: Any, maker: LayerMaker) -> None:
+    """Embeddings, norms and whatever else is still on the meta device; then the output head."""
+    source = maker.source
+    head = model.get_output_embeddings()
+    head_name = next((n for n, module in model.named_modules() if module is head), None)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, value in state.items():
+        if not value.is_meta or name.rpartition(".")[0] == head_name:
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        tensor = source.plain(name, tuple(value.shape), value.dtype).to(maker.device)
+        if isinstance(value, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(owner, name.rpartition(".")[2], tensor)
+    if head_name is None:
+        return
+    embedding = model.get_input_embeddings().weight
+    if head_name in source.layers or not is_tied(source.checkpoint.config):
+        shape = (head.out_features, head.in_features)
+        made: nn.Module = maker.linear(head_name, shape, head.bias is not None)
+    else:
+        source.used.add(f"{head_name}.weight")
+        made = PlainLinear(embedding, None)
+    model.set_submodule(head_name, made)
