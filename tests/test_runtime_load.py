@@ -324,6 +324,10 @@ def quantized(source: Path, out: Path, name: str) -> Path:
     return write_model(out, [tensors], config)
 
 
+SCRATCH = 16 << 20
+"""Bytes of threads, allocator and packing that do not grow with the model; this one is tiny."""
+
+
 @pytest.mark.parametrize("scheme", ["", "fp8_dynamic", "w8a8_dynamic", "w4a16"])
 def test_memory_is_the_stored_size_and_one_tensor(
     random_llama: Path, tmp_path: Path, scheme: str
@@ -335,4 +339,4 @@ def test_memory_is_the_stored_size_and_one_tensor(
         [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < (checkpoint.weight_bytes + largest) * 1.1
+    assert int(done.stdout) < (checkpoint.weight_bytes + largest) * 1.1 + SCRATCH
