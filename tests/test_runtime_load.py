@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.calibration.heldout import held_out_texts
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
-from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import InputError
-from quantkit.formats import compressed_tensors
-from quantkit.formats.base import LayerSpec
-from quantkit.formats.compressed_tensors_config import packing_of
 from quantkit.formats.dequantize import dequantize
 from quantkit.runtime import load
 from quantkit.schemes import SCHEMES
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors
-from tests.streaming import plain_layers, tensors_of, write_model
+from tests.streaming import tensors_of
 from tests.test_formats_artifacts import CASES, opened, read_layer
-from tests.test_runtime_kernels import random_weight
 
 Artifact = Callable[[str], Path]
 
@@ -267,76 +258,3 @@ def test_a_run_without_quantized_activations_says_so(artifact: Artifact) -> None
     model = load(artifact("llmcompressor/w8a8"), kernel="dequantized")
     assert model.weights_only
     assert model.kernels() == {"dequantized": len(CASES["llmcompressor/w8a8"][1])}
-
-
-MEASURE = """
-import ctypes, gc, sys
-from pathlib import Path
-from quantkit.runtime import load
-
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-load(sys.argv[1])  # imports, and the kernels' first calls
-gc.collect()
-ctypes.CDLL(None).malloc_trim(0)
-Path("/proc/self/clear_refs").write_text("5")
-before = status("VmRSS")
-model = load(sys.argv[1])
-print(status("VmHWM") - before)
-"""
-
-
-@pytest.fixture(scope="module")
-def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers large enough that one process's own noise does not count: 64 million weights."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=16384, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4,
-        num_attention_heads=16, num_key_value_heads=8, dtype="bfloat16",
-        architectures=["LlamaForCausalLM"], tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    tensors = {
-        name: torch.rand(weight.shape, dtype=torch.bfloat16) - 0.5
-        for name, weight in model.named_parameters()
-    }
-    return write_model(tmp_path_factory.mktemp("llama") / "bf16", [tensors], config.to_dict())
-
-
-def quantized(source: Path, out: Path, name: str) -> Path:
-    """A copy of a model whose linear layers hold random codes of a scheme."""
-    tensors, layers = tensors_of(source), {}
-    for module, scheme in plain_layers(open_checkpoint(source), SCHEMES[name]).items():
-        rows, columns = tensors.pop(f"{module}.weight").shape
-        spec = LayerSpec(scheme, packing_of(scheme), (rows, columns))
-        weight = replace(random_weight(scheme, (rows, columns)), zero_point=None)
-        if scheme.weight.is_int:
-            weight = replace(weight, q=weight.q.view(torch.int8) >> (8 - scheme.weight.bits))
-        written = compressed_tensors.write(weight, spec, torch.bfloat16)
-        tensors.update({f"{module}.{suffix}": t for suffix, t in written.items()})
-        layers[module] = spec
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = compressed_tensors.quantization_config(layers, ["lm_head"])
-    return write_model(out, [tensors], config)
-
-
-SCRATCH = 16 << 20
-"""Bytes of threads, allocator and packing that do not grow with the model; this one is tiny."""
-
-
-@pytest.mark.parametrize("scheme", ["", "fp8_dynamic", "w8a8_dynamic", "w4a16"])
-def test_memory_is_the_stored_size_and_one_tensor(
-    random_llama: Path, tmp_path: Path, scheme: str
-) -> None:
-    path = quantized(random_llama, tmp_path / "quantized", scheme) if scheme else random_llama
-    checkpoint = open_checkpoint(path)
-    largest = max(info.bytes for info in checkpoint.tensors.values())
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < (checkpoint.weight_bytes + largest) * 1.1 + SCRATCH
