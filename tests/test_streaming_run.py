@@ -58,7 +58,8 @@ def test_what_is_written_is_what_the_result_says(
         }
         error = weight - dequantize(compressed_tensors.read(parts, spec))
         measured = float(error.norm() / weight.norm())
-        assert result.relative_error[name] == pytest.approx(measured, rel=1e-3)
+        sampled = scheme in ("fp8_dynamic", "fp8_block")
+        assert result.relative_error[name] == pytest.approx(measured, rel=0.03 if sampled else 1e-3)
         assert result.sqnr_db[name] > scheme_named(scheme).sqnr_floor_db
     kept = [name for name in source.tensors if name.removesuffix(".weight") not in layers]
     assert kept

@@ -106,7 +106,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class LayerError:
-    """Sums over a layer's weights: squared errors and squares."""
+    """Sums over a layer's weights: squared errors and squares (see `rtn.Rows`)."""
 
     noise: float
     signal: float
@@ -155,7 +155,8 @@ class StreamResult:
     """What was written.
 
     digests: every output tensor by `Checkpoint.digest`'s rule; source_digests: every source tensor.
-    relative_error, sqnr_db: by quantized layer, ‖W − Wq‖ / ‖W‖ and 20 log10 of its inverse.
+    relative_error, sqnr_db: by quantized layer, ‖W − Wq‖ / ‖W‖ and 20 log10 of its inverse; for FP8
+        with a scale a row or block over a quarter of the columns.
     kept: module → reason, for layers that `on_nan` left in 16 bit.
     seconds: by stage; resumed: files that an earlier run had finished; peak_memory: resident bytes.
     """

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ Clip = Literal["none", "mse"]
 
 FP8_MAX = 448.0
 FP4_MAX = 6.0
-BLOCK_COLUMNS = 1024
+BLOCK_COLUMNS = 2048
 _CLIP_FACTORS = (1.07, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6)
 
 
@@ -38,7 +39,8 @@ class Rows:
     scale: on the format's grid, in the dtype that is stored: the weight's, float8_e4m3fn (NVFP4) or
         uint8 (MX exponents, biased by 127).
     zero_point: int8 on the same grid for asymmetric integers.
-    noise, signal: sum of squared errors, and of squared weights.
+    noise, signal: sum of squared errors, and of squared weights; for FP8 with a scale a row or
+        block over a quarter of the columns, which tells the ratio to 0.2 dB.
     """
 
     codes: torch.Tensor
@@ -46,6 +48,18 @@ class Rows:
     zero_point: torch.Tensor | None
     noise: float
     signal: float
+
+    def shaped(self, rows: int) -> Rows:
+        """With codes, scales and zero points as matrices of `rows` rows (of blocks, for scales)."""
+        tall = min(rows, self.scale.shape[0])
+        point = self.zero_point
+        return Rows(
+            self.codes.view(rows, -1),
+            self.scale.view(tall, -1),
+            None if point is None else point.view(tall, -1),
+            self.noise,
+            self.signal,
+        )
 
 
 def quantize_rows(
@@ -61,35 +75,26 @@ def quantize_rows(
     scalar of `nvfp4_global_scale`. Raises NonFiniteError.
     """
     if number.granularity == "block":
-        return _in_columns(weight, number)
-    rows, columns = weight.shape
-    width = number.group_size if number.granularity == "group" else columns
-    assert width
-    cells = weight.view(rows, columns // width, width)
-    result = _quantize_cells(cells, (-1,), number, clip, global_scale)
-    return Rows(
-        result.codes.view(rows, columns),
-        result.scale.view(rows, -1),
-        None if result.zero_point is None else result.zero_point.view(rows, -1),
-        result.noise,
-        result.signal,
-    )
+        result = _in_columns(weight, number)
+    else:
+        rows, columns = weight.shape
+        width = number.group_size if number.granularity == "group" else columns
+        assert width
+        cells = weight.view(rows, columns // width, width)
+        result = _quantize_cells(cells, (-1,), number, clip, global_scale)
+    return result.shaped(weight.shape[0])
 
 
 def absolute_maximum(weight: torch.Tensor) -> float:
     """The largest magnitude. Raises NonFiniteError."""
-    return float(_amax(weight.view(1, -1), (-1,)))
+    return float(_finite_amax(weight.view(1, -1), (-1,)))
 
 
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite; true for what is not a 16- or 32-bit float."""
     if values.dtype not in _LAYOUT or not values.numel():
         return True
-    try:
-        absolute_maximum(values)
-    except NonFiniteError:
-        return False
-    return True
+    return isfinite(float(_amax(values.reshape(1, -1), (-1,))))
 
 
 def nvfp4_global_scale(amax: float, dtype: torch.dtype) -> torch.Tensor:
@@ -133,88 +138,81 @@ def _quantize_cells(
     """Quantize with one scale for all elements along `dims`."""
     if number.is_int:
         return _integers(cells, dims, number, clip)
-    largest = _amax(cells, dims)
-    values = cells.float()
-    top = FP4_MAX if number.element == "fp4_e2m1" else FP8_MAX
+    largest = _finite_amax(cells, dims)
+    four_bits = number.element == "fp4_e2m1"
+    top = FP4_MAX if four_bits else FP8_MAX
     if number.scale == "e4m3":
         assert global_scale is not None
-        stored = _e4m3_scale(_in_dtype(largest / top, cells.dtype), global_scale)
+        stored = _e4m3_scale(largest / top, global_scale)
         scale = stored.float() / global_scale
-        scaled = values / scale
     elif number.scale == "e8m0":
-        scale = _power_of_two(largest.to(cells.dtype), 2 if top == FP4_MAX else 8)
-        stored = (127 + scale.log2()).to(torch.uint8)
-        scaled = _in_dtype(values / scale, cells.dtype)
+        scale = _power_of_two(largest, 2 if four_bits else 8)
+        stored = (127 + scale.float().log2()).to(torch.uint8)
     else:
-        scale = _nonzero(_in_dtype(largest / top, cells.dtype), cells.dtype)
-        stored = scale.to(cells.dtype)
-        scaled = _in_dtype(values / scale, cells.dtype)
-    scaled.clamp_(-top, top)
-    if number.element == "fp4_e2m1":
-        codes, rounded = _round_e2m1(scaled)
-    else:
-        codes = scaled.to(torch.float8_e4m3fn)
-        del scaled
-        rounded, scale = decode_e4m3(codes), scale * E4M3_UNIT
-    return Rows(codes, stored, None, *_measure(values, rounded, scale))
+        stored = scale = _nonzero(largest / top)
+    scaled = cells / scale
+    if four_bits:
+        codes, rounded = _round_e2m1(scaled.float().clamp_(-top, top))
+        return Rows(codes, stored, None, *_measure(cells, rounded, scale))
+    if float(scale.min()) < torch.finfo(cells.dtype).tiny or number.scale == "e8m0":
+        scaled.clamp_(-top, top)  # elsewhere no quotient rounds to more than the maximum
+    codes = scaled.to(torch.float8_e4m3fn)
+    del scaled
+    seen = cells.shape[-1] // (4 if number.scale == "float" else 1)
+    rounded = decode_e4m3(codes[..., :seen])
+    return Rows(codes, stored, None, *_measure(cells[..., :seen], rounded, scale, E4M3_UNIT))
 
 
 def _integers(cells: torch.Tensor, dims: tuple[int, ...], number: NumberFormat, clip: Clip) -> Rows:
-    values, dtype = cells.float(), cells.dtype
-    if number.symmetric:
-        grid = _symmetric_grid(_amax(cells, dims), dtype, number.bits)
-    else:
-        _amax(cells, dims)
-        grid = _asymmetric_grid(values, dims, dtype, number.bits)
+    grid = (_symmetric_grid if number.symmetric else _asymmetric_grid)(cells, dims, number.bits)
     scale, zero = grid(1.0)
     if clip == "mse":
-        scale, zero = _least_noise(values, dims, dtype, number.bits, grid)
-    levels = _levels(values, dtype, scale, zero, number.bits)
+        scale, zero = _least_noise(cells, dims, number.bits, grid)
+    levels = _levels(cells, scale, zero, number.bits)
     codes = levels.to(torch.int8)
     rounded = levels if zero is None else levels.sub_(zero)
     point = None if zero is None else zero.to(torch.int8)
-    return Rows(codes, scale.to(dtype), point, *_measure(values, rounded, scale))
+    return Rows(codes, scale, point, *_measure(cells, rounded, scale))
 
 
 Grid = Callable[[float], tuple[torch.Tensor, torch.Tensor | None]]
-"""Clipping factor (1: none) → scales and zero points, float32 values that their dtypes hold."""
+"""Clipping factor (1: none) → scales and zero points, both in the weight's dtype."""
 
 
-def _symmetric_grid(largest: torch.Tensor, dtype: torch.dtype, bits: int) -> Grid:
-    half = (2.0**bits - 1) / 2
+def _symmetric_grid(cells: torch.Tensor, dims: tuple[int, ...], bits: int) -> Grid:
+    largest, half = _finite_amax(cells, dims), (2.0**bits - 1) / 2
 
     def grid(factor: float) -> tuple[torch.Tensor, None]:
-        return _nonzero(_in_dtype(largest * factor / half, dtype), dtype), None
+        return _nonzero(largest * factor / half), None
 
     return grid
 
 
-def _asymmetric_grid(
-    values: torch.Tensor, dims: tuple[int, ...], dtype: torch.dtype, bits: int
-) -> Grid:
-    lowest = values.amin(dims, keepdim=True).clamp_(max=0)
-    highest = values.amax(dims, keepdim=True).clamp_(min=0)
+def _asymmetric_grid(cells: torch.Tensor, dims: tuple[int, ...], bits: int) -> Grid:
+    _finite_amax(cells, dims)
+    lowest = cells.amin(dims, keepdim=True).clamp_(max=0)
+    highest = cells.amax(dims, keepdim=True).clamp_(min=0)
     least, most = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
 
     def grid(factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-        low, high = _in_dtype(lowest * factor, dtype), _in_dtype(highest * factor, dtype)
-        scale = _in_dtype(_in_dtype(high - low, dtype) / (2.0**bits - 1), dtype)
-        zero = _in_dtype(least - _in_dtype(low / scale, dtype), dtype)
-        zero = zero.nan_to_num_(0.0).clamp_(least, most).round_()
-        return _nonzero(scale, dtype), zero
+        low, high = lowest * factor, highest * factor
+        scale = (high - low) / (2.0**bits - 1)
+        zero = (least - low / scale).nan_to_num_(0.0).clamp_(least, most).round_()
+        return _nonzero(scale), zero
 
     return grid
 
 
 def _least_noise(
-    values: torch.Tensor, dims: tuple[int, ...], dtype: torch.dtype, bits: int, grid: Grid
+    cells: torch.Tensor, dims: tuple[int, ...], bits: int, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The grid of each cell with the least squared error, over the clipping factors."""
+    values = cells.float()
     least = torch.full((), torch.inf, device=values.device)
     scale, zero = grid(1.0)
     for factor in _CLIP_FACTORS:
         new_scale, new_zero = grid(factor)
-        levels = _levels(values, dtype, new_scale, new_zero, bits)
+        levels = _levels(cells, new_scale, new_zero, bits)
         rounded = levels if new_zero is None else levels.sub_(new_zero)
         noise = rounded.mul_(new_scale).sub_(values).square_().sum(dims, keepdim=True)
         better = noise < least
@@ -226,16 +224,13 @@ def _least_noise(
 
 
 def _levels(
-    values: torch.Tensor,
-    dtype: torch.dtype,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bits: int,
+    cells: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    scaled = _in_dtype(values / scale, dtype)
+    """Codes as float32; the quotient is rounded to the weight's dtype, and so is its sum."""
+    scaled = cells / scale
     if zero is not None:
-        scaled = _in_dtype(scaled.add_(zero), dtype)
-    return scaled.clamp_(-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1).round_()
+        scaled += zero
+    return scaled.float().clamp_(-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1).round_()
 
 
 def _e4m3_scale(local: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
@@ -246,13 +241,12 @@ def _e4m3_scale(local: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor
 def _power_of_two(largest: torch.Tensor, offset: int) -> torch.Tensor:
     """The MX scale in the weight's dtype: the power of two at or under `largest`, rounded up from
     a mantissa of 1.75, divided by 2**offset."""
-    dtype = largest.dtype
-    mantissa, bias, view = _LAYOUT[dtype]
-    raised = largest.view(view).to(torch.int64) + (1 << (mantissa - 2))
-    exponent = raised >> mantissa
+    mantissa, bias, view = _LAYOUT[largest.dtype]
+    exponent = (largest.view(view).to(torch.int32) + (1 << (mantissa - 2))) >> mantissa
     biased = torch.where(exponent == 0, 0, exponent - bias + 127 - offset).clamp_(0, 255)
-    scale = torch.ldexp(torch.ones_like(biased, dtype=torch.float64), biased - 127).to(dtype)
-    return torch.where(scale == 0, 1.0, scale).float()
+    bits = torch.where(biased == 0, 1 << 22, biased << 23)
+    scale = bits.to(torch.int32).view(torch.float32).to(largest.dtype)
+    return torch.where(scale == 0, 1.0, scale)
 
 
 _LAYOUT: dict[torch.dtype, tuple[int, int, torch.dtype]] = {
@@ -291,32 +285,33 @@ def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _amax(cells: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    """The largest magnitude along `dims` (kept), float32; raises NonFiniteError."""
+    """The largest magnitude along `dims` (kept), NaN or infinity where there is one."""
     if cells.dtype == torch.float32:
-        largest = cells.abs().amax(dims, keepdim=True)
-    else:
-        size = cells.view(torch.int16).bitwise_and(0x7FFF)
-        for dim in dims:
-            size = size.amax(dim, keepdim=True)
-        largest = size.view(cells.dtype).float()
-    if not bool(largest.isfinite().all()):
+        return cells.abs().amax(dims, keepdim=True)
+    size = cells.view(torch.int16).bitwise_and(0x7FFF)
+    for dim in dims:
+        size = size.amax(dim, keepdim=True)
+    return size.view(cells.dtype)
+
+
+def _finite_amax(cells: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """As `_amax`. Raises NonFiniteError."""
+    largest = _amax(cells, dims)
+    if not isfinite(float(largest.max())):
         raise NonFiniteError
     return largest
 
 
-def _in_dtype(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 values rounded, in place, to what `dtype` holds."""
-    return values if dtype == torch.float32 else values.copy_(values.to(dtype))
-
-
-def _nonzero(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+def _nonzero(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
 
 
 def _measure(
-    values: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor
+    cells: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor, unit: float = 1.0
 ) -> tuple[float, float]:
-    """Sum of squared errors and of squared values; `rounded` is overwritten."""
-    error = torch.addcmul(values, rounded, scale, value=-1, out=rounded).view(-1)
-    flat = values.view(-1)
+    """Sum of squared errors of `rounded` × `scale` × `unit`, and of squared weights; `rounded` is
+    overwritten."""
+    values = cells.float()
+    torch.addcmul(values, rounded, scale.float() * unit, value=-1, out=rounded)
+    error, flat = rounded.reshape(-1), values.reshape(-1)
     return float(torch.dot(error, error)), float(torch.dot(flat, flat))

@@ -43,6 +43,7 @@ class Reader:
         self.device = device
         self._file = os.open(tensor.file, os.O_RDONLY)
         self._hash = tensor_hash(tensor.dtype, tensor.shape) if hashed else None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self._scales: torch.Tensor | None = None
         self._matrix: tuple[int, torch.Tensor] | None = None
         self._digests: dict[str, str] = {}
@@ -65,9 +66,14 @@ class Reader:
         return {**own, **self._digests}
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Bytes [start, stop) of the tensor, uint8 on the CPU. Raises InputError at a short end."""
-        pinned = self.device.type == "cuda"
-        data = torch.empty(stop - start, dtype=torch.uint8, pin_memory=pinned)
+        """Bytes [start, stop) of the tensor, uint8 on the CPU, good until the next read.
+
+        Raises InputError at a short end.
+        """
+        if len(self._buffer) < stop - start:
+            pinned = self.device.type == "cuda"
+            self._buffer = torch.empty(stop - start, dtype=torch.uint8, pin_memory=pinned)
+        data = self._buffer[: stop - start]
         view = data.numpy().data
         _read_into(self._file, view, self.tensor, start)
         if self._hash is not None:
