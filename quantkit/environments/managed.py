@@ -28,8 +28,9 @@ _CHECK = """
 import importlib, importlib.metadata as metadata, sys
 for pin in sys.argv[2:]:
     name, _, wanted = pin.partition("==")
-    try: found = metadata.version(name).partition("+")[0]
+    try: found = metadata.version(name)
     except metadata.PackageNotFoundError: found = "missing"
+    if "+" not in wanted: found = found.partition("+")[0]
     if found != wanted: sys.exit(f"{name} is {found}, not {wanted}")
 importlib.import_module(sys.argv[1])
 """
@@ -37,7 +38,10 @@ importlib.import_module(sys.argv[1])
 
 @dataclass(frozen=True)
 class Spec:
-    """What an environment holds. `pins` are `name==version`; `library` must import in it."""
+    """What an environment holds. `library` must import in it.
+
+    `pins` are `name==version`, all of them: pip adds nothing (but what torch's build needs).
+    """
 
     name: str
     library: str
@@ -61,6 +65,7 @@ class Spec:
 
 _KNOWN = {
     "msmodelslim": ("msmodelslim", "the msmodelslim_* methods; needs an older Transformers"),
+    "vllm": ("vllm", "vLLM on CPUs: validate --engine vllm"),
 }
 """Name → the library that must import, and what the environment is for."""
 
@@ -141,9 +146,9 @@ def _fill(spec: Spec, staging: Path, wheels: Path | None, tell: Callable[[str], 
     install = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     source = ["--no-index", "--find-links", str(wheels.resolve())] if wheels else []
     torch = [pin for pin in spec.pins if pin.startswith("torch==")]
-    for pins in (torch, spec.pins):  # torch first: alone, its exact version is what is resolved
-        if pins:
-            _run([*install, *source, *pins], spec, "pip")
+    if torch:  # alone and with what its build needs: GPU builds bring their libraries
+        _run([*install, *source, *torch], spec, "pip")
+    _run([*install, *source, "--no-deps", *spec.pins], spec, "pip")
     reason = _check(spec, python)
     if reason:
         raise BackendError(
