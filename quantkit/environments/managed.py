@@ -21,6 +21,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from quantkit.cache import cache_dir
+from quantkit.device import has_nvidia_gpu
 from quantkit.errors import BackendError, InputError
 
 CHECK_SECONDS = 300
@@ -47,6 +48,8 @@ class Spec:
     library: str
     purpose: str
     pins: tuple[str, ...]
+    gpu: bool = False
+    """Whether the library only works beside an NVIDIA GPU."""
 
     @property
     def key(self) -> str:
@@ -64,15 +67,27 @@ class Spec:
 
 
 _KNOWN = {
-    "msmodelslim": ("msmodelslim", "the msmodelslim_* methods; needs an older Transformers"),
-    "vllm": ("vllm", "vLLM on CPUs: validate --engine vllm"),
+    "msmodelslim": ("msmodelslim", "the msmodelslim_* methods; needs an older Transformers", False),
+    "sglang": ("sglang", "SGLang on NVIDIA GPUs: validate --engine sglang", True),
+    "vllm": ("vllm", "vLLM on CPUs: validate --engine vllm", False),
+    "vllm-cuda": ("vllm", "vLLM on NVIDIA GPUs: validate --engine vllm", True),
 }
-"""Name → the library that must import, and what the environment is for."""
+"""Name → the library that must import, what the environment is for, whether it needs a GPU."""
 
 
 def specs() -> dict[str, Spec]:
-    """Every environment that can be made, by name."""
-    return {name: Spec(name, *known, _pins(name)) for name, known in _KNOWN.items()}
+    """Every environment that quantkit knows, by name."""
+    return {
+        name: Spec(name, library, purpose, _pins(name), gpu)
+        for name, (library, purpose, gpu) in _KNOWN.items()
+    }
+
+
+def unavailable(spec: Spec) -> str | None:
+    """Why the environment cannot be used on this machine, or None."""
+    if spec.gpu and not has_nvidia_gpu():
+        return "it needs an NVIDIA GPU and this machine has none"
+    return None
 
 
 def spec_named(name: str) -> Spec:
@@ -104,8 +119,15 @@ def create(spec: Spec, wheels: Path | None, tell: Callable[[str], None]) -> Path
     """Make the environment unless it works already; returns its interpreter.
 
     `wheels` is a folder of wheels for a machine without a package index. A second run waits for
-    the first and uses what it made. Raises BackendError when pip fails or the result is broken.
+    the first and uses what it made. Raises BackendError when the environment cannot be used on this
+    machine, when pip fails, or when the result is broken.
     """
+    if reason := unavailable(spec):
+        raise BackendError(
+            f"The environment {spec.name} cannot be made here: {reason}.",
+            hint="quantkit env list  # what each is for",
+            code="environment.unavailable",
+        )
     if wheels is not None and not wheels.is_dir():
         raise InputError(
             f"--wheels {wheels} is not a directory.",
