@@ -77,14 +77,13 @@ def _picker(sampling: Sampling, device: torch.device) -> Callable[[torch.Tensor]
 
     def pick(logits: torch.Tensor) -> torch.Tensor:
         scores = logits.float() / sampling.temperature
-        if 0 < sampling.top_k < scores.shape[-1]:
-            least = scores.topk(sampling.top_k).values[:, -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        if sampling.top_p < 1:
-            ordered, order = scores.sort(descending=True)
-            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-            cut = (before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p)
-            scores = scores.masked_fill(cut, -torch.inf)
+        if sampling.top_k or sampling.top_p < 1:
+            ordered, order = scores.sort(descending=True, stable=True)
+            if sampling.top_k:
+                ordered[:, sampling.top_k :] = -torch.inf
+            share = ordered.softmax(-1)
+            ordered.masked_fill_(share.cumsum(-1) - share >= sampling.top_p, -torch.inf)
+            scores = scores.scatter(-1, order, ordered)
         return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
 
     return pick
