@@ -23,7 +23,7 @@ LAYERS: dict[str, int] = {
     "engines": 1, "formats": 2, "registry": 3, "recipe": 3, "hub": 3, "scan": 3, "statefile": 3,
     "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4, "streaming": 4,
     "verify": 4, "process": 4, "card": 5, "origin": 5, "seal": 5, "demo": 5, "request": 5,
-    "finish": 5, "runtime": 4, "streamed": 6, "pipeline": 6, "cli": 7,
+    "finish": 5, "runtime": 4, "validate": 6, "streamed": 6, "pipeline": 6, "cli": 7,
     "__main__": 8, "__init__": 0,
 }  # fmt: skip
 """Every part of the package with its level: imports point to the same level or a lower one."""

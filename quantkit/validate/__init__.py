@@ -1,0 +1,1 @@
+"""`quantkit validate`: does a quantized checkpoint still answer as its baseline does?"""

@@ -1,0 +1,106 @@
+"""The builtin runtime as a subject: what engines offer, and the full logits that KL needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit import __version__
+from quantkit.validate.subject import Opening, Progress, Throughput
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantkit.runtime import Runtime
+
+BATCH_TOKENS = 2048
+"""Tokens a forward pass: the logits of that many are the largest thing in memory."""
+
+
+class Builtin:
+    """A checkpoint in the builtin runtime."""
+
+    name = "builtin"
+    version = __version__
+
+    def __init__(self, runtime: Runtime, load_seconds: float) -> None:
+        self.runtime = runtime
+        self.load_seconds = load_seconds
+
+    @property
+    def weights_only(self) -> bool:
+        return self.runtime.weights_only
+
+    def logits(self, windows: NDArray[np.int64]) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Batches of windows [n, length] → (their rows, logits [rows, length, vocabulary])."""
+        import torch
+
+        step = max(1, BATCH_TOKENS // windows.shape[1])
+        for start in range(0, len(windows), step):
+            rows = slice(start, min(start + step, len(windows)))
+            ids = torch.from_numpy(windows[rows]).to(self.runtime.device)
+            yield rows, self.runtime(ids).logits
+
+    def logprobs(
+        self, windows: NDArray[np.int64], progress: Progress | None = None
+    ) -> NDArray[np.float32]:
+        import torch
+
+        result = np.empty((len(windows), windows.shape[1] - 1), dtype=np.float32)
+        for rows, logits in self.logits(windows):
+            following = torch.from_numpy(windows[rows, 1:]).to(logits.device)
+            result[rows] = next_logprobs(logits[:, :-1], following).cpu().numpy()
+            if progress:
+                progress(rows.stop, len(windows))
+        return result
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        import torch
+
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        device = self.runtime.device
+        whole = self.runtime.generate(ids.to(device), mask.to(device), max_new_tokens=new_tokens)
+        return [_until_stop(row, self.runtime.stop_tokens) for row in whole[:, width:].tolist()]
+
+    def throughput(self, progress: Progress | None = None) -> Throughput:
+        from quantkit.validate.throughput import measure
+
+        return measure(self.runtime, load_seconds=self.load_seconds, progress=progress)
+
+    def kernels(self) -> dict[str, int]:
+        return self.runtime.kernels()
+
+    def close(self) -> None:
+        del self.runtime
+
+
+def open_builtin(path: Path, opening: Opening) -> Builtin:
+    """Load a checkpoint directory with the builtin runtime; raises what `runtime.load` raises."""
+    from quantkit.runtime import load
+
+    start = time.monotonic()
+    runtime = load(path, device=opening.device, kernel=opening.kernel, progress=opening.progress)
+    return Builtin(runtime, time.monotonic() - start)
+
+
+def next_logprobs(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """Logits [..., vocabulary] and ids [...] → log-probability of each id, float32 [...]."""
+    scores = logits.float()
+    chosen = scores.gather(-1, following.unsqueeze(-1)).squeeze(-1)
+    return chosen - scores.logsumexp(-1)
+
+
+def _until_stop(ids: list[int], stop: Sequence[int]) -> list[int]:
+    """Up to and with the first stop token; what follows it is padding."""
+    end = next((index + 1 for index, token in enumerate(ids) if token in stop), len(ids))
+    return ids[:end]

@@ -1,0 +1,20 @@
+"""The engines that can hold a model under test, by the name of `--engine`."""
+
+from __future__ import annotations
+
+from quantkit.errors import InputError
+from quantkit.validate.builtin import open_builtin
+from quantkit.validate.subject import Opener
+
+ENGINES: dict[str, Opener] = {"builtin": open_builtin}
+
+
+def opener(name: str) -> Opener:
+    """How an engine opens a checkpoint; InputError for a name that is none."""
+    if name not in ENGINES:
+        raise InputError(
+            f"There is no engine {name!r}.",
+            hint=f"--engine {', '.join(ENGINES)}",
+            code="validate.engine",
+        )
+    return ENGINES[name]

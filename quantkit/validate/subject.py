@@ -1,0 +1,95 @@
+"""A model under test: what validation asks of an engine, and the builtin runtime as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Progress = Callable[[int, int], None]
+"""(steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of repeated measurements, and the lowest and highest of them."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ThroughputRow:
+    """Speed at one batch size: prompts of `prompt_tokens`, then `new_tokens` each.
+
+    Rates count the tokens of the whole batch; `first_token_s` is the time to the first new token.
+    """
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_tokens_s: Spread
+    decode_tokens_s: Spread
+    first_token_s: Spread
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """How fast one loaded model is; `memory_bytes` is what its weights and buffers take."""
+
+    load_seconds: float
+    memory_bytes: int
+    rows: list[ThroughputRow]
+
+
+class Subject(Protocol):
+    """One loaded model; an engine becomes testable by offering this.
+
+    name: the engine ("builtin", "vllm", …). version: the engine's, as reports state it.
+    weights_only: whether activations that the scheme quantizes are computed in 16 bit.
+    """
+
+    name: str
+    version: str
+    weights_only: bool
+
+    def logprobs(
+        self, windows: NDArray[np.int64], progress: Progress | None = None
+    ) -> NDArray[np.float32]:
+        """Token ids [n, length] → the log-probability of every next token, [n, length - 1]."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        """The greedy continuation of each prompt, new ids only, a stop token included."""
+        ...
+
+    def throughput(self, progress: Progress | None = None) -> Throughput:
+        """Load time, memory and rates; the warm-up is not counted."""
+        ...
+
+    def kernels(self) -> dict[str, int]:
+        """Kernel → how many modules it computes; empty when the engine does not say."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and processes; the subject is not used again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a subject is to be opened; `kernel` and `device` are as on the command line."""
+
+    device: str = "auto"
+    kernel: str = "auto"
+    progress: Progress | None = field(default=None, compare=False)
+
+
+Opener = Callable[[Path, Opening], Subject]
+"""Loads a checkpoint directory; InputError when it is inconsistent, BackendError when the engine
+fails."""
