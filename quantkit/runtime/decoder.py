@@ -20,7 +20,7 @@ from quantkit.runtime.norm import rms_norm
 from quantkit.runtime.rotary import Rotary, head_dim, rotate
 
 PART_TOKENS = 2048
-"""On a CPU a batch goes through all layers in parts of about so many tokens: what fits its cache."""
+"""On a CPU a batch goes through all layers in parts of about so many tokens."""
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
