@@ -25,8 +25,10 @@ class TemplateRefusalError(ValueError):
 Render = Callable[[Sequence[Mapping[str, str]]], str]
 
 
-def compile_template(template: str, special_tokens: Mapping[str, str]) -> Render:
-    """A function from messages to text, without a prompt for a further turn.
+def compile_template(
+    template: str, special_tokens: Mapping[str, str], *, generation_prompt: bool = False
+) -> Render:
+    """A function from messages to text; with `generation_prompt` the assistant's turn begins.
 
     Raises InputError when the template is not valid Jinja; the function raises
     TemplateRefusalError for messages that the template does not accept.
@@ -69,7 +71,7 @@ def compile_template(template: str, special_tokens: Mapping[str, str]) -> Render
                 messages=messages,
                 tools=None,
                 documents=None,
-                add_generation_prompt=False,
+                add_generation_prompt=generation_prompt,
                 **special_tokens,
             )
         except (TemplateError, TypeError) as error:

@@ -47,13 +47,21 @@ def leakage(tokens: TokenFile, model: Path, texts: Sequence[str]) -> float:
     import numpy as np
 
     tokenizer = load_tokenizer(read_tokenizer_info(model))
+    return seen_share(
+        tokens, [np.array(tokenizer.encode(text, False), dtype=np.int64) for text in texts]
+    )
+
+
+def seen_share(tokens: TokenFile, texts: Sequence[NDArray[np.int64]]) -> float:
+    """The same for texts that are token ids [length] already."""
+    import numpy as np
+
     ids, mask = tokens.arrays()
     rows = [row[row_mask == 1] for row, row_mask in zip(ids, mask, strict=True)]
-    texts_ids = [np.array(tokenizer.encode(text, False), dtype=np.int64) for text in texts]
     seen = total = 0
-    for size in {min(NGRAM, len(text)) for text in texts_ids if len(text)}:
+    for size in {min(NGRAM, len(text)) for text in texts if len(text)}:
         known = np.unique(np.concatenate([_runs(row, size) for row in rows]))
-        for text in texts_ids:
+        for text in texts:
             if min(NGRAM, len(text)) == size:
                 runs = _runs(text, size)
                 seen += int(np.isin(runs, known).sum())

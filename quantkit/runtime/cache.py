@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 
 
@@ -25,6 +27,13 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.keys[0].shape[2]
+
+    def part(self, rows: slice) -> KVCache:
+        """The cache of some sequences, in the same memory."""
+        shared = copy(self)
+        shared.keys = [tensor[rows] for tensor in self.keys]
+        shared.values = [tensor[rows] for tensor in self.values]
+        return shared
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more positions."""

@@ -19,6 +19,9 @@ from quantkit.runtime.cache import KVCache
 from quantkit.runtime.norm import rms_norm
 from quantkit.runtime.rotary import Rotary, head_dim, rotate
 
+PART_TOKENS = 2048
+"""On a CPU a batch goes through all layers in parts of about so many tokens."""
+
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
@@ -86,13 +89,13 @@ class Block(nn.Module):
         self.qkv, self.out, self.gate_up, self.down = linears
 
     def forward(self, x: torch.Tensor, step: Step, index: int) -> torch.Tensor:
-        """x [batch, n, hidden] → the same, after attention and MLP."""
+        """x [batch, n, hidden], changed in place to what attention and MLP add to it."""
         normed = rms_norm(x, self.input_norm, self.eps)
-        x = x + self.out(self._attend(self.qkv(normed), step, index))
+        x += self.out(self._attend(self.qkv(normed), step, index))
         normed = rms_norm(x, self.mlp_norm, self.eps)
         gate, up = self.gate_up(normed).chunk(2, dim=-1)
-        hidden: torch.Tensor = self.down(silu(gate).mul_(up))
-        return x + hidden
+        x += self.down(silu(gate).mul_(up))
+        return x
 
     def _attend(self, qkv: torch.Tensor, step: Step, index: int) -> torch.Tensor:
         batch, count, _ = qkv.shape
@@ -182,16 +185,28 @@ class Decoder(nn.Module):
         count = ids.shape[1]
         if cache is not None:
             cache.reserve(count)
-        step = self._step(count, attention_mask, cache)
+        parts = []
+        for rows in self._parts(*ids.shape):
+            mask = None if attention_mask is None else attention_mask[rows]
+            part = None if cache is None else cache.part(rows)
+            hidden = self._hidden(ids[rows], self._step(count, mask, part))
+            parts.append(hidden[:, -keep:] if keep else hidden)
+        if cache is not None:
+            cache.advance(count)
+        x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        logits: torch.Tensor = self.head(rms_norm(x, self.norm, self.eps))
+        return logits
+
+    def _parts(self, batch: int, count: int) -> list[slice]:
+        """Which sequences go through the layers together."""
+        size = max(1, PART_TOKENS // count) if self.embed.device.type == "cpu" else batch
+        return [slice(start, start + size) for start in range(0, batch, size)]
+
+    def _hidden(self, ids: torch.Tensor, step: Step) -> torch.Tensor:
         x = embedding(ids, self.embed)
         for index, block in enumerate(self.blocks):
             x = block(x, step, index)
-        if cache is not None:
-            cache.advance(count)
-        if keep:
-            x = x[:, -keep:]
-        logits: torch.Tensor = self.head(rms_norm(x, self.norm, self.eps))
-        return logits
+        return x
 
     def _step(self, count: int, attention_mask: torch.Tensor | None, cache: KVCache | None) -> Step:
         start = 0 if cache is None else cache.length

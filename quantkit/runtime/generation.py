@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -11,6 +12,16 @@ from quantkit.errors import InputError
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 """New ids [batch, n] and the mask of all positions so far → logits of the last one."""
+
+
+class Streamer(Protocol):
+    """What follows a generation as it goes, as Transformers' streamers do."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompts [batch, n] first, then the ids [batch] of every step."""
+
+    def end(self) -> None:
+        """No more will come."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +56,15 @@ def generate(
     stop: Sequence[int],
     padding: int,
     sampling: Sampling,
+    streamer: Streamer | None = None,
 ) -> torch.Tensor:
     """Continue prompts ids [batch, n], padded on the left; [batch, n + at most new_tokens].
 
-    A sequence ends with the first of the `stop` tokens and is then filled with `padding`.
+    A sequence ends with the first of the `stop` tokens and is then filled with `padding`. The
+    `streamer` gets what Transformers gives one: the prompts, then each step's ids, on the CPU.
     """
+    if streamer is not None:
+        streamer.put(ids.cpu())
     pick = _picker(sampling, ids.device)
     stops = torch.tensor(list(stop), device=ids.device, dtype=ids.dtype)
     running = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
@@ -60,12 +75,16 @@ def generate(
         chosen = torch.where(running, chosen, padding)
         step = chosen.unsqueeze(1)
         result.append(step)
+        if streamer is not None:
+            streamer.put(chosen.cpu())
         if stops.numel():
             running &= ~torch.isin(chosen, stops)
             if index + 1 < new_tokens and not bool(running.any()):
                 break
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask, attention_mask.new_ones(step.shape)), 1)
+    if streamer is not None:
+        streamer.end()
     return torch.cat(result, dim=1)
 
 
@@ -77,14 +96,13 @@ def _picker(sampling: Sampling, device: torch.device) -> Callable[[torch.Tensor]
 
     def pick(logits: torch.Tensor) -> torch.Tensor:
         scores = logits.float() / sampling.temperature
-        if 0 < sampling.top_k < scores.shape[-1]:
-            least = scores.topk(sampling.top_k).values[:, -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        if sampling.top_p < 1:
-            ordered, order = scores.sort(descending=True)
-            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-            cut = (before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p)
-            scores = scores.masked_fill(cut, -torch.inf)
+        if sampling.top_k or sampling.top_p < 1:
+            ordered, order = scores.sort(descending=True, stable=True)
+            if sampling.top_k:
+                ordered[:, sampling.top_k :] = -torch.inf
+            share = ordered.softmax(-1)
+            ordered.masked_fill_(share.cumsum(-1) - share >= sampling.top_p, -torch.inf)
+            scores = scores.scatter(-1, order, ordered)
         return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
 
     return pick

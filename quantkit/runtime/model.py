@@ -12,9 +12,11 @@ from torch import nn
 from quantkit.errors import InputError
 from quantkit.runtime.cache import KVCache
 from quantkit.runtime.decoder import Decoder
-from quantkit.runtime.generation import Sampling, generate
+from quantkit.runtime.generation import Sampling, Streamer, generate
 from quantkit.runtime.hosted import HostedNetwork
+from quantkit.runtime.kernels.select import packed_tensors
 from quantkit.runtime.layers import LayerRecord
+from quantkit.runtime.linear import QuantLinear
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -63,6 +65,17 @@ class Runtime(nn.Module):
         """Whether some layer's activations should be quantized and are not."""
         return any(layer.weights_only for layer in self.layers)
 
+    @property
+    def memory_bytes(self) -> int:
+        """What all weights take in memory, each counted once."""
+        held = {}
+        for module in self.modules():
+            packed = packed_tensors(module.packed) if isinstance(module, QuantLinear) else ()
+            for tensor in (*module.parameters(False), *module.buffers(False), *packed):
+                place = tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)
+                held[place] = tensor.numel() * tensor.element_size()
+        return sum(held.values())
+
     def kernels(self) -> dict[str, int]:
         """Kernel → how many modules it computes."""
         return dict(Counter(layer.kernel for layer in self.layers))
@@ -103,11 +116,13 @@ class Runtime(nn.Module):
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        streamer: Streamer | None = None,
     ) -> torch.Tensor:
         """Prompts [batch, n], padded on the left, with what follows them [batch, n + new].
 
-        Ends with a stop token of each sequence, the rest being padding. Raises InputError for
-        prompts padded on the right.
+        Ends with a stop token of each sequence, the rest being padding. A `streamer` is given the
+        prompts, then the ids [batch] of every step. Raises InputError for prompts padded on the
+        right.
         """
         stop = self.stop_tokens if eos_token_id is None else eos_token_id
         stops = [stop] if isinstance(stop, int) else list(stop)
@@ -131,4 +146,5 @@ class Runtime(nn.Module):
             stop=stops,
             padding=padding,
             sampling=Sampling(do_sample, temperature, top_k, top_p, seed),
+            streamer=streamer,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,12 +80,10 @@ def _candidates(allowed: Sequence[str]) -> tuple[Kernel, ...]:
     return tuple(known[name] for name in allowed)
 
 
-def packed_bytes(packed: Any) -> int:
-    """Bytes of the tensors that a kernel keeps for a layer."""
-    total = 0
+def packed_tensors(packed: Any) -> Iterator[torch.Tensor]:
+    """Every tensor that a kernel keeps for a layer."""
     for value in vars(packed).values() if hasattr(packed, "__dict__") else packed:
         if isinstance(value, torch.Tensor):
-            total += value.numel() * value.element_size()
+            yield value
         elif hasattr(value, "__dict__"):
-            total += packed_bytes(value)
-    return total
+            yield from packed_tensors(value)

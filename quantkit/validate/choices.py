@@ -1,0 +1,81 @@
+"""Four-choice facts by log-likelihood: the choice that a model finds likeliest is its answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit.calibration.tokenizer import Tokenizer
+from quantkit.validate.canary import padded
+from quantkit.validate.subject import Progress, Subject
+
+BATCH = 64
+"""Sequences a call; they are sorted by length first, so that little of it is padding."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, its choices, and the index of the right one."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def facts() -> list[Question]:
+    """374 questions on capitals and chemical elements (from bsdgames; see data/NOTICE.txt)."""
+    text = files("quantkit.validate").joinpath("data/facts.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [Question(row["prompt"], tuple(row["choices"]), row["answer"]) for row in rows]
+
+
+def choice_logprobs(
+    subject: Subject,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    progress: Progress | None = None,
+) -> NDArray[np.float64]:
+    """The log-probability of every choice after its prompt, [questions, choices]."""
+    prompts = [tokenizer.encode(question.prompt, True) for question in questions]
+    pairs = [
+        (prompt, tokenizer.encode(f" {choice}", False))
+        for question, prompt in zip(questions, prompts, strict=True)
+        for choice in question.choices
+    ]
+    totals = continuation_logprobs(subject, pairs, progress)
+    return totals.reshape(len(questions), -1)
+
+
+def continuation_logprobs(
+    subject: Subject,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    progress: Progress | None = None,
+) -> NDArray[np.float64]:
+    """(context ids, continuation ids) → the sum of the continuation's log-probabilities, [pairs].
+
+    Contexts are not empty.
+    """
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    totals = np.zeros(len(pairs))
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        table = subject.logprobs(padded([[*pairs[i][0], *pairs[i][1]] for i in batch]))
+        for row, index in zip(table, batch, strict=True):
+            context, continuation = pairs[index]
+            end = len(context) + len(continuation) - 1
+            totals[index] = row[len(context) - 1 : end].sum(dtype=np.float64)
+        if progress:
+            progress(start + len(batch), len(order))
+    return totals
+
+
+def right(logprobs: NDArray[np.float64], questions: Sequence[Question]) -> NDArray[np.bool_]:
+    """Whether the likeliest choice is the answer, [questions]; NaN is wrong."""
+    answers = np.array([question.answer for question in questions])
+    best = np.where(np.isnan(logprobs), -np.inf, logprobs).argmax(axis=1)
+    return np.asarray((best == answers) & ~np.isnan(logprobs).all(axis=1))

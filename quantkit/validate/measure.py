@@ -1,0 +1,160 @@
+"""Everything that is asked of one model, in the same order for the baseline and the quantized."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit.calibration.tokenizer import Tokenizer
+from quantkit.job import Reporter
+from quantkit.validate import text as texts
+from quantkit.validate.cachefile import BaselineCache
+from quantkit.validate.canary import NEW_TOKENS, answer, answer_logprobs
+from quantkit.validate.choices import Question, choice_logprobs, right
+from quantkit.validate.data import EvalText
+from quantkit.validate.subject import Subject, Throughput
+from quantkit.validate.tasks import TaskChoice, run_tasks
+from quantkit.validate.text import BaselineText, QuantizedText
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What both models are asked: the text, the canary's prompts, the facts, tasks and speed."""
+
+    tokenizer: Tokenizer
+    text: EvalText
+    canary: tuple[str, ...]
+    prompts: list[list[int]]
+    facts: list[Question]
+    tasks: TaskChoice | None
+    throughput: bool
+
+
+@dataclass(frozen=True)
+class BaselineAnswers:
+    """What the baseline said; `canary_logprobs` is its mean log-probability of each own answer."""
+
+    text: BaselineText
+    canary: list[list[int]]
+    canary_logprobs: list[float]
+    facts: NDArray[np.bool_]
+    tasks: dict[str, Any]
+    throughput: Throughput | None
+
+
+@dataclass(frozen=True)
+class QuantizedAnswers:
+    """What the quantized model said; `canary_logprobs` are of the baseline's answers."""
+
+    text: QuantizedText
+    canary: list[list[int]]
+    canary_logprobs: list[float]
+    facts: NDArray[np.bool_]
+    tasks: dict[str, Any]
+    throughput: Throughput | None
+
+
+class Lazy:
+    """A subject that is opened when it is first needed, so that a cached baseline is not loaded."""
+
+    def __init__(self, opens: Callable[[], Subject]) -> None:
+        self._opens = opens
+
+    @cached_property
+    def subject(self) -> Subject:
+        return self._opens()
+
+    def close(self) -> None:
+        if "subject" in self.__dict__:
+            self.subject.close()
+            del self.subject
+
+
+def ask_baseline(
+    baseline: Lazy, questions: Questions, cache: BaselineCache, ui: Reporter
+) -> BaselineAnswers:
+    """All answers of the baseline, from the cache where it holds them; throughput never is."""
+
+    def staged(name: str, total: int, make: Callable[[Subject], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            subject = baseline.subject
+            ui.stage(f"baseline: {name}", total)
+            return make(subject)
+
+        return run
+
+    q, windows = questions, questions.text.windows
+    found = cache.arrays(
+        "text",
+        q.text.digest,
+        staged("text", len(windows), lambda s: _arrays(texts.measure_baseline(s, windows, _on(ui)))),
+    )
+    prompts = _digest(q.prompts, NEW_TOKENS)
+    said = cache.value(
+        "canary", prompts, staged("canary", len(q.prompts), lambda s: answer(s, q.prompts, _on(ui)))
+    )
+    likely = cache.value(
+        "drift", prompts, staged("canary", 0, lambda s: answer_logprobs(s, q.prompts, said))
+    )
+    facts = cache.arrays(
+        "facts",
+        _digest([[f.prompt, *f.choices] for f in q.facts]),
+        staged("facts", 4 * len(q.facts), lambda s: {"logprobs": _facts(s, q, ui)}),
+    )
+    tasks: dict[str, Any] = {}
+    if q.tasks is not None:
+        choice = q.tasks
+        make = staged("tasks", 0, lambda s: run_tasks(s, q.tokenizer, choice))
+        tasks = cache.value("tasks", choice.digest, make)
+    speed = _throughput(baseline.subject, "baseline", ui) if q.throughput else None
+    return BaselineAnswers(
+        BaselineText(**found), said, likely, right(facts["logprobs"], q.facts), tasks, speed
+    )
+
+
+def ask_quantized(
+    subject: Subject, questions: Questions, baseline: BaselineAnswers, ui: Reporter
+) -> QuantizedAnswers:
+    """All answers of the quantized model, on the same tokens as the baseline's."""
+    q, windows = questions, questions.text.windows
+    ui.stage("quantized: text", len(windows))
+    text = texts.measure_quantized(subject, windows, baseline.text, _on(ui))
+    ui.stage("quantized: canary", len(q.prompts))
+    said = answer(subject, q.prompts, _on(ui))
+    likely = answer_logprobs(subject, q.prompts, baseline.canary)
+    ui.stage("quantized: facts", 4 * len(q.facts))
+    facts = right(_facts(subject, q, ui), q.facts)
+    tasks: dict[str, Any] = {}
+    if q.tasks is not None:
+        ui.stage("quantized: tasks")
+        tasks = run_tasks(subject, q.tokenizer, q.tasks)
+    speed = _throughput(subject, "quantized", ui) if q.throughput else None
+    return QuantizedAnswers(text, said, likely, facts, tasks, speed)
+
+
+def _throughput(subject: Subject, name: str, ui: Reporter) -> Throughput:
+    ui.stage(f"{name}: throughput", 8)
+    return subject.throughput(_on(ui))
+
+
+def _facts(subject: Subject, questions: Questions, ui: Reporter) -> NDArray[np.float64]:
+    return choice_logprobs(subject, questions.tokenizer, questions.facts, _on(ui))
+
+
+def _arrays(text: BaselineText) -> dict[str, NDArray[Any]]:
+    return {name: value for name, value in vars(text).items() if value is not None}
+
+
+def _on(ui: Reporter) -> Callable[[int, int], None]:
+    return lambda done, _total: ui.advance(done)
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

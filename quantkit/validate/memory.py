@@ -1,0 +1,86 @@
+"""Whether a model fits before it is loaded: an estimate of what it needs, and what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantkit.checkpoint import Checkpoint
+from quantkit.errors import InputError
+from quantkit.formats.gguf_file import GgufFile
+from quantkit.modules import text_config
+from quantkit.validate.builtin import BATCH_TOKENS
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def needed_bytes(held: Checkpoint | GgufFile, *, expanded: bool) -> int:
+    """Bytes that measuring a model takes: weights, the largest tensor once more, one batch.
+
+    `expanded`: its codes become 16-bit weights at load (kernel "dequantized"). A batch holds its
+    logits in 16 bit, a part of them in float32, and some activations.
+    """
+    weights = held.weight_bytes
+    largest = max((info.bytes for info in held.tensors.values()), default=0)
+    if expanded and isinstance(held, Checkpoint):
+        weights = _bytes_at_16_bit(held)
+    config = text_config(held.config) if isinstance(held, Checkpoint) else {}
+    vocabulary = int(config.get("vocab_size") or 0)
+    wide = int(config.get("intermediate_size") or 0)
+    batch = BATCH_TOKENS * (2 * vocabulary + 12 * wide) + 256 * 12 * vocabulary
+    return weights + largest + batch
+
+
+def available_bytes(device: str) -> int | None:
+    """Bytes that are free for a model on a device; None where nothing tells."""
+    if device.startswith("cuda"):
+        import torch
+
+        free: int = torch.cuda.mem_get_info(torch.device(device))[0]
+        return free
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    free = next((int(line.split()[1]) * 1024 for line in lines if line[:13] == "MemAvailable:"), 0)
+    limit = _cgroup_room()
+    return min(free, limit) if limit is not None else free
+
+
+def refuse_too_large(what: str, needed: int, device: str) -> None:
+    """InputError when `needed` bytes are more than the device has free."""
+    available = available_bytes(device)
+    if available is not None and needed > available:
+        raise InputError(
+            f"{what} needs about {needed / 1e9:.1f} GB on {device}, where {available / 1e9:.1f} GB "
+            "are free.",
+            hint="free memory, choose another --device, or validate on a larger machine",
+            code="validate.memory",
+        )
+
+
+def _bytes_at_16_bit(held: Checkpoint) -> int:
+    from quantkit.formats.registry import detect, is_quantized
+    from quantkit.verify.subject import examine
+
+    if is_quantized(held) is None:
+        return held.weight_bytes
+    subject = examine(held, detect(held))
+    coded = sum(held.tensors[name].bytes for name in subject.owned)
+    layers = subject.declaration.layers.values()
+    elements = sum(s.shape[0] * s.shape[1] * max(s.experts or 1, 1) for s in layers)
+    return held.weight_bytes - coded + 2 * elements
+
+
+def _cgroup_room() -> int | None:
+    """What a container's limit leaves; None without one."""
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+        stat = (CGROUP / "memory.stat").read_text().split("\n")
+    except (OSError, ValueError):
+        return None
+    if not limit.isdigit():
+        return None
+    cached = next((int(line.split()[1]) for line in stat if line.startswith("inactive_file ")), 0)
+    return int(limit) - used + cached

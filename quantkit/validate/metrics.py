@@ -1,0 +1,123 @@
+"""The metrics of gates, from what was measured: values with intervals over windows or questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit.gates import TASK_PREFIX
+from quantkit.validate.bootstrap import Measured, exact, missing, percentiles, resamples, sampled
+from quantkit.validate.canary import Answer
+from quantkit.validate.subject import Spread, Throughput
+from quantkit.validate.text import BaselineText, QuantizedText
+from quantkit.verify import VerifyReport
+
+Floats = NDArray[np.float64]
+NO_LOGITS = "the engine does not give logits"
+
+
+@dataclass(frozen=True)
+class PerWindow:
+    """Means over the tokens of each window [n]: what a later report is compared with, in pairs."""
+
+    nll_baseline: Floats
+    nll: Floats
+    kl: Floats | None
+    agreement: Floats | None
+
+    @classmethod
+    def of(cls, baseline: BaselineText, quantized: QuantizedText) -> PerWindow:
+        return cls(
+            -_means(baseline.logprobs),
+            -_means(quantized.logprobs),
+            None if quantized.kl is None else _means(quantized.kl),
+            None if quantized.agrees is None else _means(quantized.agrees),
+        )
+
+
+def text_metrics(windows: PerWindow, kl: NDArray[np.float32] | None) -> dict[str, Measured]:
+    """Perplexity ratio, KL and agreement; `kl` holds every token's, [n, predictions]."""
+    found = {"ppl_ratio": sampled(windows.nll - windows.nll_baseline, np.exp)}
+    if windows.kl is None or windows.agreement is None or kl is None:
+        absent = missing(NO_LOGITS)
+        return found | dict.fromkeys(("kl_mean", "kl_p99", "kl_max", "top1_agreement"), absent)
+    return found | {
+        "kl_mean": sampled(windows.kl),
+        "kl_p99": _p99(kl.astype(np.float64)),
+        "kl_max": exact(float(kl.max())),
+        "top1_agreement": sampled(windows.agreement),
+    }
+
+
+def choice_metric(baseline: NDArray[np.bool_], quantized: NDArray[np.bool_]) -> Measured:
+    """Accuracy lost on the same questions."""
+    return sampled(baseline.astype(np.float64) - quantized)
+
+
+def canary_metrics(
+    baseline: Sequence[Answer], quantized: Sequence[Answer], drift: Sequence[float]
+) -> dict[str, Measured]:
+    """Answers that went wrong, and what the baseline's answers (NaN too) became less likely by."""
+    failures = sum(
+        bool(ours.problem) and not theirs.problem
+        for theirs, ours in zip(baseline, quantized, strict=True)
+    )
+    return {
+        "canary_failures": exact(failures),
+        "canary_drift": sampled(np.array(drift, dtype=np.float64)),
+    }
+
+
+def weight_metrics(report: VerifyReport) -> dict[str, Measured]:
+    """The worst layer's margin, and the errors of `verify`."""
+    margins = [layer.sqnr_db - layer.floor_db for layer in report.layers]
+    margin = exact(min(margins)) if margins else missing("no layer was compared with the baseline")
+    return {"weight_sqnr_margin": margin, "verify_errors": exact(len(report.errors))}
+
+
+def speed_metrics(baseline: Throughput | None, quantized: Throughput | None) -> dict[str, Measured]:
+    """Ratios of medians; their interval comes from the slowest and fastest repetitions."""
+    names = ("prefill_speedup", "decode_speedup", "memory_ratio")
+    if baseline is None or quantized is None:
+        return dict.fromkeys(names, missing("throughput was not measured"))
+    wide = max(row.batch for row in quantized.rows)
+    theirs, ours = ({row.batch: row for row in t.rows} for t in (baseline, quantized))
+    narrow = min(ours)
+    return {
+        "prefill_speedup": _ratio(ours[wide].prefill_tokens_s, theirs[wide].prefill_tokens_s),
+        "decode_speedup": _ratio(ours[narrow].decode_tokens_s, theirs[narrow].decode_tokens_s),
+        "memory_ratio": exact(quantized.memory_bytes / baseline.memory_bytes),
+    }
+
+
+def task_metrics(
+    baseline: Mapping[str, Floats], quantized: Mapping[str, Floats]
+) -> dict[str, Measured]:
+    """TASK.METRIC → values a sample, of both models → what was lost."""
+    return {
+        f"{TASK_PREFIX}{name}": sampled(values - quantized[name])
+        for name, values in baseline.items()
+    }
+
+
+def _ratio(ours: Spread, theirs: Spread) -> Measured:
+    interval = (ours.low / theirs.high, ours.high / theirs.low)
+    return Measured(ours.median / theirs.median, interval, sampled=True)
+
+
+def _means(table: NDArray[np.float32] | NDArray[np.bool_]) -> Floats:
+    return np.asarray(table.mean(axis=1, dtype=np.float64))
+
+
+def _p99(kl: Floats) -> Measured:
+    """The 99th percentile over all tokens; whole windows are resampled."""
+    value = float(np.quantile(kl, 0.99))
+    if not np.isfinite(value) or len(kl) < 8:
+        return Measured(value, sampled=True)
+    draws = resamples(len(kl))[:400]  # each sorts every token
+    return Measured(
+        value, percentiles(np.array([np.quantile(kl[d], 0.99) for d in draws])), sampled=True
+    )

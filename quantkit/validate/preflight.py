@@ -1,0 +1,137 @@
+"""Refusals before a token is generated: broken checkpoints, baselines that do not fit, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.calibration.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_info
+from quantkit.checkpoint import Checkpoint, open_checkpoint, read_json
+from quantkit.errors import InputError
+from quantkit.formats.gguf_file import GgufFile, gguf_in, open_gguf
+from quantkit.formats.registry import is_quantized
+from quantkit.hub import resolve_model
+from quantkit.modules import text_config
+from quantkit.verify import VerifyReport, verify
+from quantkit.verify.run import Progress
+
+SHAPE_KEYS = (
+    "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
+    "num_attention_heads", "num_key_value_heads", "head_dim",
+)  # fmt: skip
+PROBE = "The quick brown fox (№ 42) said:\n\t\"naïve café, 3.14 – 世界!\"  def f(x): return x**2"
+"""Text whose ids tell one tokenizer from another."""
+
+_STILL_LOADS = (
+    "sqnr.", "scale.wrong", "fold.", "ledger.altered", "ledger.cast", "sidecar.", "config.removed",
+    "plan.", "kv.", "input_scale.uncalibrated", "structure.", "gguf.altered", "ignore.",
+)  # fmt: skip
+"""Errors of `verify` with which a checkpoint loads and runs: the gates judge these."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The checkpoint under test and its baseline, opened and found comparable.
+
+    `provenance` is the checkpoint's quantkit.json, None where there is none.
+    """
+
+    held: Checkpoint | GgufFile
+    baseline: Checkpoint
+    provenance: dict[str, Any] | None
+
+    @property
+    def path(self) -> Path:
+        return self.held.path
+
+
+def open_candidate(path: Path, baseline: str) -> Candidate:
+    """Open both. Raises InputError for what cannot be opened, for a baseline that is quantized,
+    of another architecture or with another tokenizer, or that nothing names."""
+    held = open_gguf(path) if gguf_in(path) else open_checkpoint(path)
+    provenance = _provenance(path)
+    base = open_checkpoint(resolve_model(baseline or _remembered(path, provenance)))
+    if found := is_quantized(base):
+        raise InputError(
+            f"The baseline {base.path} is quantized itself ({found}).",
+            hint="--baseline with the 16-bit model that this checkpoint was made from",
+            code="validate.baseline_quantized",
+        )
+    if isinstance(held, Checkpoint):
+        _refuse_other_architecture(held, base)
+        _refuse_other_tokenizer(held, base)
+    return Candidate(held, base, provenance)
+
+
+def check_integrity(candidate: Candidate, progress: Progress | None = None) -> VerifyReport:
+    """`verify` against the baseline; InputError for an error with which the model cannot run."""
+    report = verify(candidate.path, candidate.baseline.path, progress=progress)
+    fatal = [f for f in report.errors if not f.code.startswith(_STILL_LOADS)]
+    if fatal:
+        more = f" (and {len(fatal) - 1} more errors)" if len(fatal) > 1 else ""
+        raise InputError(
+            f"{candidate.path} is not a consistent checkpoint: {fatal[0].message}{more}.",
+            hint=f"quantkit verify {candidate.path} --source {candidate.baseline.path}",
+            code=fatal[0].code,
+        )
+    return report
+
+
+def tokenizer_of(model: Path) -> Tokenizer:
+    """The model's own tokenizer; InputError when it has none that can be read."""
+    return load_tokenizer(read_tokenizer_info(model))
+
+
+def _provenance(path: Path) -> dict[str, Any] | None:
+    file = path / "quantkit.json"
+    return read_json(file) if file.is_file() else None
+
+
+def _remembered(path: Path, provenance: dict[str, Any] | None) -> str:
+    """The Hub name of the model that a checkpoint was made from."""
+    source = (provenance or {}).get("source")
+    name = str(source.get("name", "")) if isinstance(source, dict) else ""
+    if "/" not in name:
+        raise InputError(
+            f"{path} does not say which model on the hub it was made from.",
+            hint=f"quantkit validate {path} --baseline MODEL",
+            code="validate.no_baseline",
+        )
+    return name
+
+
+def _refuse_other_architecture(held: Checkpoint, base: Checkpoint) -> None:
+    ours, theirs = text_config(held.config), text_config(base.config)
+    differ = [key for key in SHAPE_KEYS if ours.get(key) != theirs.get(key)]
+    if differ:
+        key = differ[0]
+        raise InputError(
+            f"The baseline {base.path} is another architecture than {held.path}: {key} is "
+            f"{theirs.get(key)!r}, not {ours.get(key)!r}.",
+            hint="--baseline with the model that this checkpoint was made from",
+            code="validate.other_architecture",
+        )
+
+
+def _refuse_other_tokenizer(held: Checkpoint, base: Checkpoint) -> None:
+    ids = [tokenizer_of(path).encode(PROBE, True) for path in (held.path, base.path)]
+    if ids[0] != ids[1]:
+        at = _first_difference(ids[0], ids[1])
+        raise InputError(
+            f"{held.path} and the baseline {base.path} have different tokenizers: token {at} of "
+            f"a probe text is {_at(ids[0], at)} in one and {_at(ids[1], at)} in the other.",
+            hint=f"copy the tokenizer files of {base.path} into {held.path}, or name its own "
+            "baseline",
+            code="validate.other_tokenizer",
+        )
+
+
+def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _at(ids: Sequence[int], index: int) -> str:
+    return str(ids[index]) if index < len(ids) else "missing"

@@ -1,0 +1,170 @@
+"""The report of a validation as one JSON document; Markdown, HTML and JUnit are made from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit import __version__
+from quantkit.errors import InputError
+from quantkit.validate.bootstrap import Measured
+from quantkit.validate.canary import Answer
+from quantkit.validate.metrics import PerWindow
+from quantkit.validate.regression import Change
+from quantkit.validate.subject import Throughput
+from quantkit.validate.verdicts import GateResult
+from quantkit.verify import LayerFidelity
+
+SCHEMA_VERSION = 1
+KIND = "quantkit.validation"
+_KL_EDGES = np.logspace(-6, 2, 49)
+
+
+@dataclass(frozen=True)
+class Both:
+    """Something of the baseline, and the same of the quantized model."""
+
+    baseline: Any
+    quantized: Any
+
+
+@dataclass
+class Report:
+    """What one validation measured.
+
+    checkpoint, baseline, engine, text: who was compared, how, and on what. metrics: what gates can
+    be held against, measured or not; values, windows (means over each), right (facts answered), …:
+    what they were derived from. changes: since an earlier report, where there is one.
+    """
+
+    checkpoint: dict[str, Any]
+    baseline: dict[str, Any]
+    engine: dict[str, Any]
+    text: dict[str, Any]
+    layers: list[LayerFidelity]
+    notes: list[str] = field(default_factory=list)
+    metrics: dict[str, Measured] = field(default_factory=dict)
+    gates: list[GateResult] = field(default_factory=list)
+    values: dict[str, Both] = field(default_factory=dict)
+    windows: PerWindow | None = None
+    right: Both = Both((), ())
+    canary: list[dict[str, Any]] = field(default_factory=list)
+    throughput: Both = Both(None, None)
+    kl_histogram: dict[str, Any] | None = None
+    changes: list[Change] | None = None
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether every gate was held, and nothing became worse than in an earlier report."""
+        worse = any(change.verdict == "worse" for change in self.changes or ())
+        return all(gate.held for gate in self.gates) and not worse
+
+    def to_json(self) -> dict[str, Any]:
+        """The document: plain JSON values, NaN as null."""
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": KIND,
+            "quantkit_version": __version__,
+            "ok": self.ok,
+            "checkpoint": self.checkpoint,
+            "baseline": self.baseline,
+            "engine": self.engine,
+            "text": self.text,
+            "gates": [gate.to_json() for gate in self.gates],
+            "metrics": {
+                name: {"value": m.value, "interval": m.interval, "why": m.why}
+                for name, m in self.metrics.items()
+            },
+            "values": {name: vars(both) for name, both in self.values.items()},
+            "canary": self.canary,
+            "throughput": {
+                name: asdict(value) if isinstance(value, Throughput) else None
+                for name, value in vars(self.throughput).items()
+            },
+            "layers": [asdict(layer) for layer in self.layers],
+            "kl_histogram": self.kl_histogram,
+            "windows": {k: _list(v) for k, v in vars(self.windows).items()} if self.windows else {},
+            "right": {name: [int(v) for v in value] for name, value in vars(self.right).items()},
+            "regression": None if self.changes is None else [asdict(c) for c in self.changes],
+            "notes": self.notes,
+            "seconds": round(self.seconds, 1),
+        }
+        plain: dict[str, Any] = _without_nan(document)
+        return plain
+
+
+def recipe_digest(recipe: Mapping[str, Any] | None) -> str | None:
+    """SHA-256 of a resolved recipe, gates aside: they judge the result, they do not make it."""
+    if recipe is None:
+        return None
+    made_by = {key: value for key, value in recipe.items() if key not in ("gates", "description")}
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+
+
+def conversations(
+    prompts: Sequence[str], baseline: Sequence[Answer], quantized: Sequence[Answer]
+) -> list[dict[str, Any]]:
+    """The canary's prompts with both answers, and what is wrong with each."""
+    return [
+        {
+            "prompt": prompt,
+            "baseline": theirs.text,
+            "quantized": ours.text,
+            "baseline_problem": theirs.problem,
+            "quantized_problem": ours.problem,
+        }
+        for prompt, theirs, ours in zip(prompts, baseline, quantized, strict=True)
+    ]
+
+
+def kl_histogram(kl: NDArray[np.float32] | None) -> dict[str, Any] | None:
+    """How the KL of single tokens is distributed: counts between logarithmic edges, in nats."""
+    if kl is None:
+        return None
+    finite = np.clip(kl[np.isfinite(kl)], _KL_EDGES[0], _KL_EDGES[-1])
+    counts, _ = np.histogram(finite, _KL_EDGES)
+    return {"edges": [float(f"{edge:.4g}") for edge in _KL_EDGES], "counts": counts.tolist()}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """An earlier JSON report; InputError for a file that is none, or of another version."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _no_report(path, f"cannot be read: {error}") from error
+    if not isinstance(document, dict) or document.get("kind") != KIND:
+        raise _no_report(path, "is no report of quantkit validate")
+    if document.get("schema_version") != SCHEMA_VERSION:
+        version = document.get("schema_version")
+        raise _no_report(path, f"has schema_version {version!r}; this quantkit reads 1")
+    return document
+
+
+def _no_report(path: Path, why: str) -> InputError:
+    return InputError(
+        f"The report {path} {why}.",
+        hint="quantkit validate DIR --baseline MODEL --report report.json  # makes one",
+        code="validate.bad_report",
+    )
+
+
+def _list(values: NDArray[np.float64] | None) -> list[float] | None:
+    return None if values is None else [float(f"{value:.7g}") for value in values]
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

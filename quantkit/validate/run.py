@@ -1,0 +1,281 @@
+"""`validate`: check, refuse, ask both models the same, hold the gates. The file to read first."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit import __version__
+from quantkit.validate.bootstrap import missing
+from quantkit.calibration.tokenizer import read_tokenizer_info
+from quantkit.checkpoint import Checkpoint, read_json
+from quantkit.device import resolve_device
+from quantkit.gates import Gate, parse_gate
+from quantkit.job import Reporter
+from quantkit.scan import refuse_bad_weights, scan
+from quantkit.validate.cachefile import BaselineCache
+from quantkit.validate.canary import canary_prompts, judge
+from quantkit.validate.choices import facts
+from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
+from quantkit.validate.engines import opener
+from quantkit.validate.measure import (
+    BaselineAnswers,
+    Lazy,
+    QuantizedAnswers,
+    Questions,
+    ask_baseline,
+    ask_quantized,
+)
+from quantkit.validate.memory import needed_bytes, refuse_too_large
+from quantkit.validate.metrics import (
+    PerWindow,
+    canary_metrics,
+    choice_metric,
+    speed_metrics,
+    task_metrics,
+    text_metrics,
+    weight_metrics,
+)
+from quantkit.validate.preflight import Candidate, check_integrity, open_candidate, tokenizer_of
+from quantkit.validate.regression import compare, refuse_incomparable
+from quantkit.validate.report import (
+    Both,
+    Report,
+    conversations,
+    kl_histogram,
+    read_report,
+    recipe_digest,
+)
+from quantkit.validate.subject import Opening, Progress, Subject
+from quantkit.validate.tasks import choose_tasks
+from quantkit.validate.verdicts import chosen_gates, default_gates, hold
+from quantkit.verify import VerifyReport
+
+SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class ValidateRequest:
+    """What `quantkit validate` was asked for.
+
+    baseline: a directory or Hub name; "": what quantkit.json remembers. data: a text file instead
+    of the held-out text. samples: windows of text. limit: most samples of an lm-eval task.
+    """
+
+    path: Path
+    baseline: str = ""
+    engine: str = "builtin"
+    kernel: str = "auto"
+    device: str = "auto"
+    data: Path | None = None
+    samples: int = SAMPLES
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    gates: tuple[str, ...] = ()
+    against: Path | None = None
+    throughput: bool = True
+
+
+def validate(request: ValidateRequest, ui: Reporter) -> Report:
+    """Measure a checkpoint against its baseline and hold its gates.
+
+    Raises InputError, before any token is generated, for a checkpoint that is broken, a baseline or
+    an earlier report that cannot be compared with it, text that calibration saw, and models that
+    do not fit into memory; BackendError when an engine fails. A failed gate is no exception.
+    """
+    start = time.monotonic()
+    opens = opener(request.engine)
+    asked = [parse_gate(text) for text in request.gates]
+    earlier = read_report(request.against) if request.against else None
+    tasks = choose_tasks(request.tasks, request.limit)
+    candidate = open_candidate(request.path, request.baseline)
+    device = resolve_device(request.device)
+    integrity = check_integrity(candidate, staged(ui, "verify"))
+    _check_memory(candidate, request.kernel, device)
+    base = candidate.baseline
+    tokenizer, info = tokenizer_of(base.path), read_tokenizer_info(base.path)
+    text = eval_text(request.data, tokenizer, request.samples, info.max_length)
+    seen = seen_by_calibration(text, candidate.provenance, base.path)
+    refuse_seen(text, seen or 0.0)
+    ui.stage("scan baseline", base.weight_bytes, "bytes")
+    scanned = scan(base, ui.advance)
+    refuse_bad_weights(scanned, base)
+    report = Report(
+        checkpoint=_describe(candidate, integrity),
+        baseline={
+            "name": _name(request.baseline, base),
+            "fingerprint": scanned.fingerprint,
+            "weight_bytes": base.weight_bytes,
+        },
+        engine={"name": request.engine, "kernel": request.kernel, "device": device},
+        text={
+            "name": text.name,
+            "digest": text.digest,
+            "windows": len(text.windows),
+            "length": text.windows.shape[1],
+            "seen_by_calibration": seen,
+        },
+        layers=integrity.layers,
+        notes=_notes(candidate, scanned.fingerprint, seen),
+    )
+    if earlier is not None:
+        refuse_incomparable(vars(report), earlier)
+    prompts, ids = canary_prompts(base.path, tokenizer)
+    questions = Questions(tokenizer, text, prompts, ids, facts(), tasks, request.throughput)
+
+    def opened(path: Path, name: str, kernel: str) -> Subject:
+        return opens(path, Opening(device, kernel, staged(ui, f"load {name}")))
+
+    baseline = Lazy(lambda: opened(base.path, "baseline", "auto"))
+    cache = BaselineCache(scanned.fingerprint, request.engine, device, *_versions())
+    try:
+        theirs = ask_baseline(baseline, questions, cache, ui)
+    finally:
+        baseline.close()
+    subject = opened(candidate.path, "quantized", request.kernel)
+    try:
+        report.engine |= {
+            "version": subject.version,
+            "kernels": subject.kernels(),
+            "weights_only": subject.weights_only,
+        }
+        ours = ask_quantized(subject, questions, theirs, ui)
+    finally:
+        subject.close()
+    if cache.hits:
+        report.notes.append(f"{cache.hits} measurements of the baseline came from the cache")
+    _fill(report, integrity, questions, theirs, ours, _stop_tokens(base))
+    _hold(report, candidate, asked)
+    report.seconds = time.monotonic() - start
+    if earlier is not None:
+        report.changes = compare(report.metrics, report.to_json(), earlier)
+    return report
+
+
+def staged(ui: Reporter, name: str) -> Progress:
+    """A progress callback that begins its stage when it first hears of the total."""
+    begun = False
+
+    def advance(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            ui.stage(name, total)
+            begun = True
+        ui.advance(done)
+
+    return advance
+
+
+def _fill(
+    report: Report,
+    integrity: VerifyReport,
+    questions: Questions,
+    theirs: BaselineAnswers,
+    ours: QuantizedAnswers,
+    stops: set[int],
+) -> None:
+    """Metrics, and what they were derived from."""
+    q, windows = questions, PerWindow.of(theirs.text, ours.text)
+    said = [judge(q.canary, answers.canary, q.tokenizer, stops) for answers in (theirs, ours)]
+    drift = [
+        before - now
+        for before, now in zip(theirs.canary_logprobs, ours.canary_logprobs, strict=True)
+    ]
+    samples = [
+        {name: np.array(values) for name, values in answers.tasks.get("samples", {}).items()}
+        for answers in (theirs, ours)
+    ]
+    report.windows = windows
+    report.metrics = {
+        **text_metrics(windows, ours.text.kl),
+        "mcq_drop": choice_metric(theirs.facts, ours.facts),
+        **canary_metrics(*said, drift),
+        **weight_metrics(integrity),
+        **speed_metrics(theirs.throughput, ours.throughput),
+        **task_metrics(*samples),
+    }
+    report.values = {
+        "perplexity": Both(
+            float(np.exp(windows.nll_baseline.mean())), float(np.exp(windows.nll.mean()))
+        ),
+        "mcq_accuracy": Both(float(theirs.facts.mean()), float(ours.facts.mean())),
+        "tasks": Both(theirs.tasks.get("results", {}), ours.tasks.get("results", {})),
+    }
+    report.right = Both(theirs.facts, ours.facts)
+    report.canary = conversations(q.canary, *said)
+    report.throughput = Both(theirs.throughput, ours.throughput)
+    report.kl_histogram = kl_histogram(ours.text.kl)
+
+
+def _hold(report: Report, candidate: Candidate, asked: list[Gate]) -> None:
+    """The scheme's gates, the recipe's and the command's; of a metric the last one counts."""
+    recipe = (candidate.provenance or {}).get("recipe") or {}
+    gates = chosen_gates(
+        default_gates({layer.scheme for layer in report.layers}),
+        [parse_gate(str(text)) for text in recipe.get("gates") or []],
+        asked,
+    )
+    absent = missing("this run did not measure it")
+    report.gates = [
+        hold(
+            gate,
+            report.metrics.get(gate.metric, absent),
+            weights_only=report.engine["weights_only"],
+        )
+        for gate in gates
+    ]
+
+
+def _check_memory(candidate: Candidate, kernel: str, device: str) -> None:
+    """The models are loaded one after the other."""
+    base = candidate.baseline
+    refuse_too_large(f"The baseline {base.path}", needed_bytes(base, expanded=False), device)
+    needed = needed_bytes(candidate.held, expanded=kernel == "dequantized")
+    refuse_too_large(f"{candidate.path}", needed, device)
+
+
+def _describe(candidate: Candidate, integrity: VerifyReport) -> dict[str, Any]:
+    provenance = candidate.provenance or {}
+    recipe = provenance.get("recipe")
+    return {
+        "name": candidate.path.resolve().name,
+        "method": provenance.get("method"),
+        "recipe_digest": recipe_digest(recipe),
+        "layout": integrity.format,
+        "schemes": dict(Counter(layer.scheme for layer in integrity.layers)),
+        "weight_bytes": candidate.held.weight_bytes,
+    }
+
+
+def _name(asked: str, base: Checkpoint) -> str:
+    """The baseline as it was named, a directory by its last part: reports are published."""
+    return base.path.resolve().name if not asked or Path(asked).exists() else asked
+
+
+def _notes(candidate: Candidate, fingerprint: str, seen: float | None) -> list[str]:
+    notes = []
+    source = (candidate.provenance or {}).get("source") or {}
+    if candidate.provenance is not None and source.get("fingerprint") != fingerprint:
+        notes.append("the baseline is not the model that this checkpoint was made from")
+    if seen is None:
+        notes.append("whether calibration saw the text is unknown: its tokens are not at hand")
+    return notes
+
+
+def _stop_tokens(base: Checkpoint) -> set[int]:
+    file = base.path / "generation_config.json"
+    stated = read_json(file).get("eos_token_id") if file.is_file() else None
+    found = base.config.get("eos_token_id") if stated is None else stated
+    return set(found) if isinstance(found, list) else {found} - {None}
+
+
+def _versions() -> tuple[str, ...]:
+    return tuple(version(library) for library in ("torch", "transformers", "tokenizers")) + (
+        __version__,
+    )

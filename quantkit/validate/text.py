@@ -1,0 +1,153 @@
+"""What a model says of a text, token by token: log-likelihoods, and KL against the baseline.
+
+Of the baseline's distribution P only `TOP + TAIL` tokens are kept, so that it can be cached: the
+`TOP` likeliest, and `TAIL` drawn from the rest R, of mass r. The sum over vocabulary that is
+KL(P‖Q) is then the exact sum over the first, plus r times the mean of log P/Q over the drawn ones,
+which is an unbiased estimate of the sum over R (importance sampling). Where Q is P it is 0 exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit.validate.subject import Progress, Subject
+
+if TYPE_CHECKING:
+    import torch
+
+TOP = 256
+TAIL = 64
+CHUNK = 256
+"""Tokens whose logits are in float32 at one time."""
+
+
+@runtime_checkable
+class WithLogits(Protocol):
+    """A subject that gives all logits, as KL and top-1 agreement need them."""
+
+    def logits(self, windows: NDArray[np.int64]) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Batches of windows [n, length] → (their rows, logits [rows, length, vocabulary])."""
+        ...
+
+
+@dataclass(frozen=True)
+class BaselineText:
+    """The baseline on windows [n, length]; all arrays have length - 1 predictions a window.
+
+    logprobs: float32 [n, length - 1], of the token that follows. first: int64, the likeliest
+    token. ids, kept: tokens and their log-probabilities [n, length - 1, TOP + TAIL]. Without logits
+    only `logprobs` is there.
+    """
+
+    logprobs: NDArray[np.float32]
+    first: NDArray[np.int64] | None = None
+    ids: NDArray[np.int32] | None = None
+    kept: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedText:
+    """The quantized model on the same windows: `kl` in nats and `agrees` (same first token)."""
+
+    logprobs: NDArray[np.float32]
+    kl: NDArray[np.float32] | None = None
+    agrees: NDArray[np.bool_] | None = None
+
+
+def measure_baseline(
+    subject: Subject, windows: NDArray[np.int64], progress: Progress | None
+) -> BaselineText:
+    """Run the baseline over the windows."""
+    import torch
+
+    if not isinstance(subject, WithLogits):
+        return BaselineText(subject.logprobs(windows, progress))
+    logprobs = torch.empty(len(windows), windows.shape[1] - 1)
+    first = torch.empty(logprobs.shape, dtype=torch.int64)
+    kept_ids: torch.Tensor | None = None
+    kept = torch.empty(0)
+    dice: torch.Generator | None = None
+    for place, scores, following in _chunks(subject, windows, progress):
+        if kept_ids is None or dice is None:
+            count = TOP + TAIL if scores.shape[-1] > TOP else scores.shape[-1]
+            kept_ids = torch.empty(*logprobs.shape, count, dtype=torch.int32)
+            kept = torch.empty(*logprobs.shape, count)
+            dice = torch.Generator(scores.device).manual_seed(0)
+        scores = scores.log_softmax(-1)
+        logprobs[place] = scores.gather(-1, following).squeeze(-1).cpu()
+        first[place] = scores.argmax(-1).cpu()
+        ids = _keep(scores, dice)
+        kept_ids[place] = ids.to(torch.int32).cpu()
+        kept[place] = scores.gather(-1, ids).cpu()
+    assert kept_ids is not None
+    return BaselineText(logprobs.numpy(), first.numpy(), kept_ids.numpy(), kept.numpy())
+
+
+def measure_quantized(
+    subject: Subject,
+    windows: NDArray[np.int64],
+    baseline: BaselineText,
+    progress: Progress | None,
+) -> QuantizedText:
+    """Run the quantized model over the windows, against what the baseline said of them."""
+    import torch
+
+    if not isinstance(subject, WithLogits) or baseline.ids is None:
+        return QuantizedText(subject.logprobs(windows, progress))
+    kept_ids, kept = torch.from_numpy(baseline.ids), torch.from_numpy(baseline.kept)
+    first = torch.from_numpy(baseline.first)
+    logprobs = torch.empty(len(windows), windows.shape[1] - 1)
+    kl, agrees = torch.empty_like(logprobs), torch.empty(logprobs.shape, dtype=torch.bool)
+    for place, scores, following in _chunks(subject, windows, progress):
+        total = scores.logsumexp(-1, keepdim=True)
+        logprobs[place] = (scores.gather(-1, following) - total).squeeze(-1).cpu()
+        ours = scores.gather(-1, kept_ids[place].long().to(scores.device)) - total
+        kl[place] = divergence(kept[place].to(scores.device), ours).cpu()
+        agrees[place] = scores.argmax(-1).cpu() == first[place]
+    return QuantizedText(logprobs.numpy(), kl.numpy(), agrees.numpy())
+
+
+def divergence(base: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """KL in nats from both models' log-probabilities [..., TOP + TAIL] of the kept tokens."""
+    gaps = base - ours
+    chance = base[..., :TOP].exp()
+    kl = (chance * gaps[..., :TOP]).sum(-1)
+    if base.shape[-1] > TOP:
+        kl += (1 - chance.sum(-1)).clamp_min(0) * gaps[..., TOP:].mean(-1)
+    return kl
+
+
+def _keep(logprobs: torch.Tensor, dice: torch.Generator) -> torch.Tensor:
+    """Of log-probabilities [rows, vocabulary] the ids [rows, kept] of the module's docstring."""
+    import torch
+
+    top = logprobs.topk(min(TOP, logprobs.shape[-1]), sorted=False).indices
+    if logprobs.shape[-1] <= TOP:
+        return top
+    rest = logprobs.exp().scatter_(-1, top, 0.0)
+    rest += torch.finfo(rest.dtype).tiny  # a distribution that the top exhausts has no other token
+    drawn = torch.multinomial(rest, TAIL, replacement=True, generator=dice)
+    return torch.cat((top, drawn), dim=-1)
+
+
+def _chunks(
+    subject: WithLogits, windows: NDArray[np.int64], progress: Progress | None
+) -> Iterator[tuple[tuple[int, slice], torch.Tensor, torch.Tensor]]:
+    """(Window, positions) with the float32 logits [positions, vocabulary] of these predictions and
+    the ids [positions, 1] that follow."""
+    import torch
+
+    for rows, logits in subject.logits(windows):
+        following = torch.from_numpy(windows[rows, 1:]).to(logits.device)
+        for row in range(rows.stop - rows.start):
+            for start in range(0, windows.shape[1] - 1, CHUNK):
+                at = slice(start, min(start + CHUNK, windows.shape[1] - 1))
+                scores = logits[row, at].float()
+                yield (rows.start + row, at), scores, following[row, at].unsqueeze(-1)
+        if progress:
+            progress(rows.stop, len(windows))

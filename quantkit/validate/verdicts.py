@@ -1,0 +1,115 @@
+"""Gates held against metrics: pass, fail, or undecided where the sample is too small to say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from quantkit.gates import TASK_PREFIX, Gate, parse_gate
+from quantkit.schemes import SCHEMES
+from quantkit.validate.bootstrap import FEWEST, Measured
+
+Verdict = Literal["pass", "fail", "undecided"]
+
+ALWAYS = ("weight_sqnr_margin>=0", "verify_errors<=0", "canary_failures<=0")
+
+BY_BITS: dict[int, tuple[str, ...]] = {
+    8: ("ppl_ratio<=1.05", "kl_mean<=0.05", "canary_drift<=0.1", "mcq_drop<=0.03"),
+    4: ("ppl_ratio<=1.6", "kl_mean<=0.5", "canary_drift<=0.5", "mcq_drop<=0.15"),
+    3: ("ppl_ratio<=4", "kl_mean<=1.5", "canary_drift<=1.5"),
+    2: ("ppl_ratio<=10", "kl_mean<=2.5", "canary_drift<=2.5"),
+}
+"""Bits of the narrowest weights → the gates of their accuracy; docs/validate.md says why."""
+
+ACCURACY = (
+    "ppl_ratio", "kl_mean", "kl_p99", "kl_max", "top1_agreement", "mcq_drop", "canary_failures",
+    "canary_drift",
+)  # fmt: skip
+"""Metrics that a run without the activations' quantization cannot vouch for, tasks aside."""
+
+WEIGHTS_ONLY = "weights only: the activations that the scheme quantizes were computed in 16 bit"
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate and what became of it.
+
+    `measured` is false where the metric could not be measured as the gate wants it: such a gate is
+    undecided, and does not count as held.
+    """
+
+    metric: str
+    limit: str
+    value: float | None
+    interval: tuple[float, float] | None
+    verdict: Verdict
+    reason: str
+    measured: bool
+
+    @property
+    def held(self) -> bool:
+        """Whether the run may pass: not failed, and not for want of a measurement."""
+        return self.verdict != "fail" and self.measured
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def default_gates(schemes: Iterable[str]) -> list[Gate]:
+    """The gates of a checkpoint with layers of these schemes: those of the narrowest weights."""
+    bits = [SCHEMES[name].weight.bits for name in schemes if name in SCHEMES]
+    return [parse_gate(text) for text in (*ALWAYS, *BY_BITS[min(bits, default=4)])]
+
+
+def chosen_gates(*layers: Sequence[Gate]) -> list[Gate]:
+    """Defaults, the recipe's gates and the command's: of one metric the last one counts."""
+    return list({gate.metric: gate for gates in layers for gate in gates}.values())
+
+
+def hold(gate: Gate, measured: Measured, *, weights_only: bool) -> GateResult:
+    """The verdict of one gate.
+
+    With an interval: pass when all of it keeps the limit, fail when none does, else undecided. NaN
+    fails. With `weights_only` accuracy may fail, but not pass.
+    """
+    verdict, reason, was_measured = _verdict(gate, measured)
+    if weights_only and verdict != "fail" and _is_accuracy(gate.metric):
+        verdict, reason, was_measured = "undecided", WEIGHTS_ONLY, False
+    value = measured.value if measured.value is None or measured.value == measured.value else None
+    return GateResult(
+        gate.metric,
+        f"{gate.direction}{gate.limit:g}",
+        value,
+        measured.interval,
+        verdict,
+        reason,
+        was_measured,
+    )
+
+
+def _verdict(gate: Gate, measured: Measured) -> tuple[Verdict, str, bool]:
+    value = measured.value
+    if value is None:
+        return "undecided", measured.why, False
+    if value != value:
+        return "fail", "not a number: some log-probability is NaN or infinite", True
+    if not measured.sampled:
+        return ("pass" if _keeps(gate, value) else "fail"), "", True
+    if measured.interval is None:
+        return "undecided", f"fewer than {FEWEST} samples", True
+    ends = [_keeps(gate, end) for end in measured.interval]
+    if all(ends):
+        return "pass", "", True
+    if not any(ends):
+        return "fail", "", True
+    return "undecided", "the limit lies inside the interval: more --samples would tell", True
+
+
+def _keeps(gate: Gate, value: float) -> bool:
+    return value <= gate.limit if gate.direction == "<=" else value >= gate.limit
+
+
+def _is_accuracy(metric: str) -> bool:
+    return metric in ACCURACY or metric.startswith(TASK_PREFIX)
+
