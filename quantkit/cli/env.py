@@ -35,7 +35,10 @@ def list_command(as_json: options.Json = False) -> None:
     out.table(
         "",
         ["environment", "for", "packages", "made"],
-        [(r["name"], r["purpose"], r["packages"], r["python"] or r["unavailable"] or "no") for r in rows],
+        [
+            (r["name"], r["purpose"], r["packages"], r["python"] or r["unavailable"] or "no")
+            for r in rows
+        ],
     )
     out.document({"schema_version": 1, "environments": rows})
 

@@ -78,7 +78,8 @@ class Vllm:
 def _kernels(model: Any) -> dict[str, int]:
     """Kernels of a model's linear modules, 16-bit ones left out, by their classes in vLLM."""
     named = (_kernel(module) for module in model.modules() if hasattr(module, "quant_method"))
-    return dict(Counter(name for name in named if not name.startswith("Unquantized")))
+    other = ("Unquantized", "CompressedTensorsKVCache", "NoneType")
+    return dict(Counter(name for name in named if not name.startswith(other)))
 
 
 def _kernel(module: Any) -> str:

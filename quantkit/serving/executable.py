@@ -1,0 +1,26 @@
+"""The program behind a serving command, for `launch --exec`."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+
+from quantkit.errors import BackendError
+from quantkit.serving.engines import ENGINES, find_interpreter
+from quantkit.serving.launch import Launch
+
+
+def executable(made: Launch) -> str:
+    """The full path of the command's program: of the managed environment, else of this one.
+
+    Raises BackendError, with the command that makes the environment, when the engine is in neither.
+    """
+    name = made.argv[0]
+    try:
+        python = find_interpreter(ENGINES[made.engine])
+    except BackendError:
+        found = shutil.which(name)
+        if found is None or find_spec(made.engine) is None:
+            raise
+        return found
+    return str(python if name.startswith("python") else python.with_name(name))
