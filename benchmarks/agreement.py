@@ -4,7 +4,7 @@ Both get the same token ids: windows of held-out text, and the canary's prompts 
 Where an answer differs, the gap is what the builtin runtime gives to its own token over the
 engine's at the first difference (nats): near 0 the two were a tie that rounding decides.
 
-    python benchmarks/agreement.py WORKDIR [--only NAME …] [--windows 8] [--layers N] [--engine vllm]
+    python benchmarks/agreement.py WORKDIR [--only NAME …] [--windows N] [--layers N]
 
 Quantizes the demo model (or its first N layers) into WORKDIR by every method of `METHODS` that is
 not there yet, and prints a table in Markdown. `BF16` is the demo model itself.
@@ -121,9 +121,16 @@ def main() -> None:
     _, prompts = canary_prompts(model, tokenizer)
     engine = options.engine
     print(f"{windows.size} tokens of held-out text; {len(prompts)} greedy answers\n")
-    print(
-        f"| checkpoint | builtin ppl | {engine} ppl | ratio | same answers | gap | {engine}'s kernels |"
+    columns = (
+        "checkpoint",
+        "builtin ppl",
+        f"{engine} ppl",
+        "ratio",
+        "same answers",
+        "gap",
+        "kernels",
     )
+    print(f"| {' | '.join(columns)} |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for name in options.only:
         path = quantized(name, model, options.work)

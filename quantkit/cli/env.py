@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ def list_command(as_json: options.Json = False) -> None:
     from quantkit.environments.managed import ready, specs, unavailable
 
     out = Output(as_json=as_json)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": spec.name,
             "purpose": spec.purpose,

@@ -35,7 +35,7 @@ def launch_command(
     if execute:
         program = executable(made)
         out.info(command)
-        os.execv(program, [program, *made.argv[1:]])
+        os.execv(program, [program, *made.argv[1:]])  # noqa: S606
     out.text(command)
     out.info(f"for {engine} {made.minimum_version} or newer")
     out.document({"schema_version": 1, "command": command, **asdict(made)})

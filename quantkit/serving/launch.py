@@ -1,9 +1,9 @@
 """The exact command that serves a checkpoint, derived from its own files.
 
-Sources: SGLang 0.5.23 `configs/model_config.py` (`_verify_quantization`), `arg_groups`, and its page
-on quantization; vLLM 0.32 `config/model.py` and `engine/arg_utils.py`. Both read the method from
-the checkpoint, so that a flag is only given where SGLang documents one: for ModelOpt. An online
-method's name on an offline checkpoint is an error there, or quantizes twice.
+Sources: SGLang 0.5.23 `configs/model_config.py` (`_verify_quantization`), `arg_groups`, and its
+page on quantization; vLLM 0.32 `config/model.py` and `engine/arg_utils.py`. Both read the method
+from the checkpoint, so that a flag is only given where SGLang documents one: for ModelOpt. An
+online method's name on an offline checkpoint is an error there, or quantizes twice.
 """
 
 from __future__ import annotations

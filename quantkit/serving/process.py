@@ -126,7 +126,7 @@ class EngineProcess:
             return self._out_of_memory(f"{what} ran out of memory: {_line(event['message'])}")
         if event["missing"]:
             return BackendError(
-                f"{self.engine.title} cannot be imported: the module {event['missing']} is missing.",
+                f"{self.engine.title} cannot be imported: {event['missing']} is missing.",
                 hint=self._check_hint(),
                 code="engine.import_failed",
             )

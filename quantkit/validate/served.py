@@ -28,7 +28,7 @@ LONGEST = 4096
 
 _SEED = 0
 _WEIGHT_ONLY = ("Marlin", "WNA16", "Wna16")
-"""Parts of the names of kernels that compute with 16-bit activations ("Linear": Transformers')."""
+"""Parts of the names of kernels that compute with 16-bit activations."""
 
 
 class Served:
@@ -62,7 +62,7 @@ class Served:
         )
 
         total = len(BATCHES) * (REPEATS + 1)
-        draw = random.Random(_SEED)
+        draw = random.Random(_SEED)  # noqa: S311
         rows = []
         for number, batch in enumerate(BATCHES):
             prompts = [draw.choices(range(self._vocabulary), k=PROMPT_TOKENS) for _ in range(batch)]

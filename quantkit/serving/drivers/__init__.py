@@ -1,1 +1,1 @@
-"""One engine each, driven inside its own environment; imports the standard library and the engine."""
+"""One engine each, driven inside its own environment: standard library and engine only."""
