@@ -60,7 +60,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """A name is a method and what tells its variants apart; then its settings."""
 
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 
 
 def quantized(name: str, model: Path, work: Path) -> Path:
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--engine", default="vllm")
     options = parser.parse_args()
