@@ -20,10 +20,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS: dict[str, int] = {
     "errors": 0, "units": 0, "schemes": 0, "job": 0, "cache": 0, "resources": 0, "worker": 0,
     "modules": 0, "checkpoint": 1,
-    "engines": 1, "formats": 2, "registry": 3, "recipe": 3, "hub": 3, "scan": 3, "statefile": 3,
-    "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4, "streaming": 4,
+    "engines": 1, "derive": 2, "formats": 2, "registry": 3, "recipe": 3, "hub": 3, "scan": 3,
+    "statefile": 3, "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4,
+    "seam": 4, "streaming": 4,
     "verify": 4, "process": 4, "card": 5, "origin": 5, "seal": 5, "demo": 5, "request": 5,
-    "finish": 5, "runtime": 4, "validate": 6, "streamed": 6, "pipeline": 6, "cli": 7,
+    "finish": 5, "runtime": 4, "serving": 5, "validate": 6, "streamed": 6, "pipeline": 6,
+    "measure": 7, "cli": 7,
     "__main__": 8, "__init__": 0,
 }  # fmt: skip
 """Every part of the package with its level: imports point to the same level or a lower one."""
@@ -109,7 +111,10 @@ FLAGS = {
         "--overwrite", "--json",
     },
     "verify": {"--source", "--json"},
-    "plan": {"--method", "--recipe", "--set", "--trust-remote-code", "--json"},
+    "plan": {
+        "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",
+        "--trust-remote-code", "--json",
+    },
     "methods": {"--json"},
     "demo": {"--method", "--out", "--set", "--json"},
 }  # fmt: skip
