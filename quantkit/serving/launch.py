@@ -9,11 +9,12 @@ online method's name on an offline checkpoint is an error there, or quantizes tw
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quantkit.checkpoint import Checkpoint, open_checkpoint
-from quantkit.engines import NAMES, support
+from quantkit.engines import NAMES, engine_named, support
+from quantkit.engines.gpus import platforms
 from quantkit.errors import InputError
 from quantkit.formats.base import Declaration
 from quantkit.formats.gguf_file import gguf_in
@@ -21,19 +22,7 @@ from quantkit.formats.registry import detect, is_quantized
 from quantkit.modules import classify
 
 SERVERS = ("vllm", "sglang")
-RULES_OF = {"vllm": "0.32.0", "sglang": "0.5.23"}
-"""The releases whose sources the flags were read from; older ones were not looked at."""
-
 _MODELOPT_FLAGS = {"FP8": "modelopt_fp8", "NVFP4": "modelopt_fp4", "W4A16_NVFP4": "modelopt_fp4"}
-_FP8_GEMM = (
-    "--fp8-gemm-backend auto takes deep_gemm on SM90 and SM100 where it is installed, then "
-    "flashinfer_trtllm on SM100, cutlass on SM90 and SM100, aiter on AMD, else triton; always "
-    "triton on SM120"
-)
-_FP4_GEMM = (
-    "--fp4-gemm-backend auto takes flashinfer_cudnn on SM120, flashinfer_cutlass on SM100, and "
-    "cutlass without FlashInfer"
-)
 _OWN_KERNELS = {"fp8_dynamic": "w8a8_fp8", "w8a8_dynamic": "w8a8_int8"}
 """Scheme → SGLang's flag for its own per-channel kernels, which ignores the checkpoint's config."""
 
@@ -50,6 +39,9 @@ class Launch:
     minimum_version: str
     quantization: str | None = None
     kv_cache_dtype: str | None = None
+    gemm_backend: str | None = None
+    """The flag that would choose another GEMM backend than the engine's own choice."""
+
     notes: tuple[str, ...] = field(default=())
 
 
@@ -86,7 +78,8 @@ def launch(path: Path, engine: str, tp: int) -> Launch:
         if method:
             flags = {"--quantization": method, **flags}
         notes += _sglang_notes(checkpoint, layout.NAME, declared, path, tp)
-    return _command(engine, path, tp, flags, notes)
+    made = _command(engine, path, tp, flags, notes)
+    return replace(made, gemm_backend=_gemm_flag(declared)) if engine == "sglang" else made
 
 
 def _command(
@@ -103,7 +96,7 @@ def _command(
     return Launch(
         engine=engine,
         argv=tuple(argv),
-        minimum_version=RULES_OF[engine],
+        minimum_version=engine_named(engine).minimum_version,
         quantization=flags.get("--quantization"),
         kv_cache_dtype=flags.get("--kv-cache-dtype"),
         notes=tuple(notes),
@@ -161,15 +154,23 @@ def _sglang_notes(
     notes = []
     if layout == "ascend":
         notes.append("for Ascend NPUs; the method is read from quant_model_description.json")
-    if any(spec.scheme.weight.granularity == "block" for spec in declared.layers.values()):
-        notes.append(_FP8_GEMM)
-    if any(spec.scheme.weight.scale == "e4m3" for spec in declared.layers.values()):
-        notes.append(_FP4_GEMM)
+    flag = _gemm_flag(declared)
+    if flag:
+        order = ", ".join(platforms()["sglang_gemm"][flag]["auto"])
+        notes.append(f"{flag} is left at auto: the first that runs of {order}")
     own = _OWN_KERNELS.get(next(iter(schemes))) if len(schemes) == 1 else None
     if own and layout == "compressed-tensors" and _all_linear(checkpoint, declared):
         other = _command("sglang", path, tp, {"--quantization": own}, [])
         notes.append(f"SGLang's own kernels instead (optional): {' '.join(other.argv)}")
     return notes
+
+
+def _gemm_flag(declared: Declaration) -> str | None:
+    """SGLang's flag that chooses the GEMM of these weights, where it has one."""
+    weights = [spec.scheme.weight for spec in declared.layers.values()]
+    if any(weight.granularity == "block" for weight in weights):
+        return "--fp8-gemm-backend"
+    return "--fp4-gemm-backend" if any(weight.scale == "e4m3" for weight in weights) else None
 
 
 def _all_linear(checkpoint: Checkpoint, declared: Declaration) -> bool:
