@@ -1,8 +1,9 @@
 """The builtin runtime and a real engine on one checkpoint: the same perplexity, the same answers?
 
 Both get the same token ids: windows of held-out text, and the canary's prompts for greedy answers.
-Where an answer differs, the gap is what the builtin runtime gives to its own token over the
-engine's at the first difference (nats): near 0 the two were a tie that rounding decides.
+Where an answer differs, the gap is how far apart the two tokens of the first difference are (nats)
+in the builtin runtime with float32 activations: bfloat16 rounds logits of 16 to 32 to steps of
+0.125, so that a gap of that size is a tie which rounding decides.
 
     python benchmarks/agreement.py WORKDIR [--only NAME …] [--windows N] [--layers N]
 
@@ -22,6 +23,8 @@ import numpy as np
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.demo import demo_model
 from quantkit.errors import QuantkitError
+from quantkit.runtime import load
+from quantkit.validate.builtin import Builtin
 from quantkit.validate.canary import canary_prompts
 from quantkit.validate.data import eval_text
 from quantkit.validate.engines import opener
@@ -92,15 +95,15 @@ def asked(
     return perplexity, answers, ", ".join(sorted(subject.kernels())), subject
 
 
-def gap(subject: Subject, prompt: Sequence[int], ours: list[int], theirs: list[int]) -> float:
-    """Log-probability of our token over theirs where two answers first differ."""
+def gap(exact: Builtin, prompt: Sequence[int], ours: list[int], theirs: list[int]) -> float:
+    """How far apart the tokens are in which two answers first differ."""
     pairs = zip(ours, theirs, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
     if same == min(len(ours), len(theirs)):  # one goes on where the other has ended
         return 0.0
     rows = np.array([[*prompt, *ours[:same], answer[same]] for answer in (ours, theirs)])
-    last = subject.logprobs(rows)[:, -1]
-    return float(last[0] - last[1])
+    last = exact.logprobs(rows)[:, -1]
+    return abs(float(last[0] - last[1]))
 
 
 def main() -> None:
@@ -143,8 +146,9 @@ def main() -> None:
             continue
         subject.close()
         pairs = [trio for trio in zip(prompts, said, heard, strict=True) if trio[1] != trio[2]]
-        gaps = [gap(builtin, *trio) for trio in pairs]
         builtin.close()
+        exact = Builtin(load(path, device="cpu", dtype="float32"), 0.0)
+        gaps = [gap(exact, *trio) for trio in pairs]
         same = f"{len(prompts) - len(pairs)} of {len(prompts)}"
         widest = f"{max(gaps):.3f}" if gaps else "–"
         print(

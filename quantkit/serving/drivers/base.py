@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,12 @@ class Order:
     @classmethod
     def read(cls, path: Path) -> Order:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def pin(device: str) -> None:
+    """Show an engine that takes the first GPU only the one of "cuda:N"; before its import."""
+    if device.startswith("cuda:"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
 
 
 class Driver(Protocol):

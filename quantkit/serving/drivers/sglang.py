@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantkit.serving.drivers.base import Ids, Order, Tell
+from quantkit.serving.drivers.base import Ids, Order, Tell, pin
 
 BATCH = 8
 """Sequences that are scored, generated and timed at once."""
@@ -18,6 +18,7 @@ class Sglang:
     """
 
     def __init__(self, order: Order) -> None:
+        pin(order.device)
         import sglang
 
         self.version: str = sglang.__version__

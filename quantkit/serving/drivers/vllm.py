@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
-from quantkit.serving.drivers.base import Ids, Order, Tell
+from quantkit.serving.drivers.base import Ids, Order, Tell, pin
 
 BATCH = 8
 """Sequences that are scored, generated and timed at once."""
@@ -21,6 +21,7 @@ class Vllm:
     """
 
     def __init__(self, order: Order) -> None:
+        pin(order.device)
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(ceil(order.cache_bytes / 2**30)))
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
