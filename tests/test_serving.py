@@ -56,25 +56,38 @@ def perplexity(subject: Subject, windows: np.ndarray) -> float:
     return float(np.exp(-subject.logprobs(windows).mean(dtype=np.float64)))
 
 
-CASES: dict[str, tuple[Scheme, str]] = {
-    "w8a8_dynamic": (SCHEMES["w8a8_dynamic"], "small"),
-    "w4a16": (SCHEMES["w4a16"].with_weight(group_size=64), "small"),
-    "fp8_dynamic": (SCHEMES["fp8_dynamic"], "small"),
-    "fp8_block": (SCHEMES["fp8_block"], "blocks"),
+CASES: dict[str, Scheme] = {
+    "w8a8_dynamic": SCHEMES["w8a8_dynamic"],
+    "w4a16": SCHEMES["w4a16"].with_weight(group_size=64),
+    "fp8_dynamic": SCHEMES["fp8_dynamic"],
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("vllm_environment")
 def test_vllm_loads_and_agrees_with_the_builtin_runtime(
-    case: str, small_model: Path, blocks_model: Path, tmp_path: Path
+    case: str, demo_model: Path, tmp_path: Path
 ) -> None:
-    scheme, shape = CASES[case]
-    source = small_model if shape == "small" else blocks_model
-    made = rtn(source, tmp_path / "made", scheme)
-    tokenizer = load_tokenizer(read_tokenizer_info(source))
+    """On all layers: the perplexity of a cut network is in the millions, and 1 % of it is noise."""
+    agree(rtn(demo_model, tmp_path / "made", CASES[case]), timed=case == "w4a16")
+
+
+@pytest.mark.usefixtures("vllm_environment")
+def test_vllm_loads_fp8_blocks_where_the_cpu_can(blocks_model: Path, tmp_path: Path) -> None:
+    made = rtn(blocks_model, tmp_path / "made", SCHEMES["fp8_block"])
+    if torch.cpu._is_amx_tile_supported():
+        agree(made)
+    else:  # it names what its only kernel for them needs: nothing else kept it from loading
+        with pytest.raises(BackendError, match="requires AMX tile support") as caught:
+            opener("vllm")(made, Opening())
+        Path(caught.value.hint.removeprefix("read ")).unlink()
+
+
+def agree(made: Path, *, timed: bool = False) -> None:
+    """Assert that vLLM and the builtin runtime give the same for one checkpoint."""
+    tokenizer = load_tokenizer(read_tokenizer_info(made))
     windows = eval_text(None, tokenizer, 4, 128).windows
-    _, prompts = canary_prompts(source, tokenizer)
+    _, prompts = canary_prompts(made, tokenizer)
     builtin = opener("builtin")(made, Opening())
     vllm = opener("vllm")(made, Opening())
     try:
@@ -84,7 +97,7 @@ def test_vllm_loads_and_agrees_with_the_builtin_runtime(
         ours, theirs = builtin.generate(prompts[:3], 2), vllm.generate(prompts[:3], 2)
         assert [len(ids) for ids in theirs] == [len(ids) for ids in ours]
         assert same_or_tied(builtin, prompts[:3], ours, theirs)
-        if case == "w4a16":
+        if timed:
             speed = vllm.throughput()
             assert speed.memory_bytes > 0
             assert all(row.decode_tokens_s.median > 0 for row in speed.rows)
@@ -116,7 +129,8 @@ def transformers(small_model: Path) -> Iterator[Subject]:
 def test_transformers_agrees_and_a_killed_engine_says_so(
     transformers: Subject, small_model: Path
 ) -> None:
-    windows = np.random.default_rng(0).integers(100, 40000, (2, 64))
+    tokenizer = load_tokenizer(read_tokenizer_info(small_model))
+    windows = eval_text(None, tokenizer, 2, 64).windows
     builtin = opener("builtin")(small_model, Opening())
     assert perplexity(transformers, windows) == pytest.approx(
         perplexity(builtin, windows), rel=0.01
