@@ -18,8 +18,8 @@ PACKAGE = ROOT / "quantkit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: dict[str, int] = {
-    "errors": 0, "units": 0, "schemes": 0, "job": 0, "cache": 0, "resources": 0, "worker": 0,
-    "modules": 0, "checkpoint": 1,
+    "errors": 0, "gates": 0, "units": 0, "schemes": 0, "job": 0, "cache": 0, "resources": 0,
+    "worker": 0, "modules": 0, "checkpoint": 1,
     "engines": 1, "formats": 2, "registry": 3, "recipe": 3, "hub": 3, "scan": 3, "statefile": 3,
     "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4, "streaming": 4,
     "verify": 4, "process": 4, "card": 5, "origin": 5, "seal": 5, "demo": 5, "request": 5,
@@ -109,6 +109,10 @@ FLAGS = {
         "--overwrite", "--json",
     },
     "verify": {"--source", "--json"},
+    "validate": {
+        "--baseline", "--engine", "--kernel", "--device", "--data", "--samples", "--tasks",
+        "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
+    },
     "plan": {"--method", "--recipe", "--set", "--trust-remote-code", "--json"},
     "methods": {"--json"},
     "demo": {"--method", "--out", "--set", "--json"},

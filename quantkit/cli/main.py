@@ -20,6 +20,7 @@ from quantkit.cli import (
     plan,
     quantize,
     recipes,
+    validate,
     verify,
 )
 from quantkit.cli.output import print_error
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command("quantize")(quantize.quantize_command)
 app.command("export")(export.export_command)
 app.command("verify")(verify.verify_command)
+app.command("validate")(validate.validate_command)
 app.command("plan")(plan.plan_command)
 app.command("methods")(methods.methods_command)
 app.add_typer(recipes.app, name="recipes")

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from quantkit import __version__
-from quantkit.validate.bootstrap import missing
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.device import resolve_device
 from quantkit.gates import Gate, parse_gate
 from quantkit.job import Reporter
 from quantkit.scan import refuse_bad_weights, scan
+from quantkit.validate.bootstrap import missing
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.canary import canary_prompts, judge
 from quantkit.validate.choices import facts
@@ -182,7 +182,9 @@ def _fill(
 ) -> None:
     """Metrics, and what they were derived from."""
     q, windows = questions, PerWindow.of(theirs.text, ours.text)
-    said = [judge(q.canary, answers.canary, q.tokenizer, stops) for answers in (theirs, ours)]
+    their_talk, our_talk = (
+        judge(q.canary, answers.canary, q.tokenizer, stops) for answers in (theirs, ours)
+    )
     drift = [
         before - now
         for before, now in zip(theirs.canary_logprobs, ours.canary_logprobs, strict=True)
@@ -195,7 +197,7 @@ def _fill(
     report.metrics = {
         **text_metrics(windows, ours.text.kl),
         "mcq_drop": choice_metric(theirs.facts, ours.facts),
-        **canary_metrics(*said, drift),
+        **canary_metrics(their_talk, our_talk, drift),
         **weight_metrics(integrity),
         **speed_metrics(theirs.throughput, ours.throughput),
         **task_metrics(*samples),
@@ -208,7 +210,7 @@ def _fill(
         "tasks": Both(theirs.tasks.get("results", {}), ours.tasks.get("results", {})),
     }
     report.right = Both(theirs.facts, ours.facts)
-    report.canary = conversations(q.canary, *said)
+    report.canary = conversations(their_talk, our_talk)
     report.throughput = Both(theirs.throughput, ours.throughput)
     report.kl_histogram = kl_histogram(ours.text.kl)
 
@@ -272,10 +274,8 @@ def _stop_tokens(base: Checkpoint) -> set[int]:
     file = base.path / "generation_config.json"
     stated = read_json(file).get("eos_token_id") if file.is_file() else None
     found = base.config.get("eos_token_id") if stated is None else stated
-    return set(found) if isinstance(found, list) else {found} - {None}
+    return {token for token in (found if isinstance(found, list) else [found]) if token is not None}
 
 
 def _versions() -> tuple[str, ...]:
-    return tuple(version(library) for library in ("torch", "transformers", "tokenizers")) + (
-        __version__,
-    )
+    return (__version__, *map(version, ("torch", "transformers", "tokenizers")))
