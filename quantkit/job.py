@@ -20,6 +20,9 @@ JOB_VERSION = 1
 
 Unit = Literal["steps", "bytes"]
 
+NO_DATA = {"passes": 0}
+"""`Result.calibration` of a backend that found that the job's options need no calibration data."""
+
 STATE_NOTE = "quantkit.json"
 """Record of a saved `.pth` (a zip archive) that holds what quantkit remembers of it."""
 

@@ -70,6 +70,14 @@ LIBRARIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
             "msmodelslim_w4a4_dynamic",
             (*TUNED, "--set", "calibration.samples=3"),
         ),
+        "msmodelslim_practice": (
+            "msmodelslim_w8a8_dynamic",
+            ("--set", "options.practice=default/default-w8a8"),
+        ),
+        "msmodelslim_practice_without_data": (
+            "msmodelslim_w8a16",
+            ("--set", "options.practice=default/default-w8a16"),
+        ),
     },
 }  # fmt: skip
 """Library → output → its method and settings."""
