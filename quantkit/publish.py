@@ -11,6 +11,9 @@ from pathlib import Path
 
 from quantkit.errors import InputError
 
+RESUME_FOLDER = ".stream"
+"""In `DIR.partial`: what a run that can be resumed remembers, until the output is complete."""
+
 
 @contextmanager
 def staged(

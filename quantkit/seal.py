@@ -19,6 +19,7 @@ from quantkit.errors import BackendError
 from quantkit.formats.gguf_file import gguf_in
 from quantkit.job import Result
 from quantkit.plan import Plan
+from quantkit.publish import RESUME_FOLDER
 
 SCHEMA_VERSION = 1
 PROVENANCE = "quantkit.json"
@@ -60,6 +61,8 @@ def seal(out: Path, source: Checkpoint, *, trust_remote_code: bool) -> list[str]
     for name in [*sidecars, *(custom_code if trust_remote_code else [])]:
         shutil.copyfile(source.path / name, out / name)
     for path in sorted(out.iterdir()):
+        if path.name == RESUME_FOLDER:
+            continue
         if _belongs(path, sidecars, custom_code):
             path.chmod(0o644)
         else:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,6 +18,8 @@ from quantkit.errors import InputError
 from quantkit.formats import awq, compressed_tensors, compressed_tensors_config, gptq
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.dequantize import dequantize
+from quantkit.streaming.crew import hands
+from quantkit.streaming.job import StreamOptions
 from tests.helpers import copy_checkpoint, edit_tensors
 from tests.rtn import tiny_moe
 from tests.streaming import (
@@ -231,7 +235,6 @@ def test_a_kept_layer_of_an_fp8_source_comes_out_in_16_bit(
     name = "model.layers.1.mlp.up_proj.weight"
     edit = load_file(bf16 / "model-00001-of-00001.safetensors")[name]
     checkpoint = open_checkpoint(fp8)
-    from quantkit.streaming.job import StreamOptions
     from quantkit.streaming.run import stream_quantize
 
     out = tmp_path / "out"
@@ -242,6 +245,24 @@ def test_a_kept_layer_of_an_fp8_source_comes_out_in_16_bit(
     written = tensors_of(out)
     assert torch.equal(written[name], edit)
     assert f"{name}_scale_inv" not in written
+
+
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "experts"])
+def test_block_scales_that_do_not_fit_are_refused(wrong: str, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    shape, grid = (256, 192), (2, 2)
+    scale = torch.ones(grid[::-1] if wrong == "experts" else grid)
+    if wrong == "shape":
+        scale = torch.ones(2, 1)
+    elif wrong == "dtype":
+        scale = scale.to(torch.int32)
+    codes = torch.ones(*((3, *shape) if wrong == "experts" else shape)).to(torch.float8_e4m3fn)
+    model = write_model(
+        tmp_path / "model", [{name: codes, f"{name}_scale_inv": scale}], {"hidden_size": 192}
+    )
+    with pytest.raises(InputError, match="_scale_inv") as caught:
+        stream(model, tmp_path / "out", "fp8_dynamic")
+    assert caught.value.code == "stream.block_scales"
 
 
 def spoil(directory: Path, name: str, value: float = float("nan")) -> None:
@@ -358,6 +379,16 @@ def test_memory_limits_the_threads(small_model: Path, tmp_path: Path) -> None:
         stream(small_model, tmp_path / "a", "fp8_dynamic", memory=50_000_000)
     assert "--memory" in caught.value.hint
     stream(small_model, tmp_path / "b", "fp8_dynamic", memory=10**10)
+
+
+def test_workers_share_the_session_of_the_command_but_not_its_group() -> None:
+    """So Ctrl-C is the command's alone, and a priority by session is theirs too."""
+    with hands(2, "cpu", StreamOptions()) as crew:
+        crew.start()
+        workers = [process.pid for process in psutil.Process().children(recursive=True)]
+        assert len(workers) >= 3
+        assert {os.getsid(pid) for pid in workers} == {os.getsid(0)}
+        assert os.getpgid(0) not in {os.getpgid(pid) for pid in workers}
 
 
 def test_scalars_integers_and_empty_tensors_are_copied(tmp_path: Path) -> None:

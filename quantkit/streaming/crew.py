@@ -117,7 +117,7 @@ class Workers:
         self._server = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, root, device, *map(str, theirs)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors,
-            pass_fds=theirs, start_new_session=True,
+            pass_fds=theirs, process_group=0,
         )  # fmt: skip
         for _, their in pairs:
             their.close()

@@ -21,6 +21,7 @@ from quantkit.streaming.encode import declared, refusal
 from quantkit.streaming.job import Layout, Outputs, Piece, ShardTask, Slice, Work, entry_bytes
 
 FLOATS = ("BF16", "F16", "F32")
+SCALES = (*FLOATS, "F8_E8M0")
 INVERSE_SCALE = "_scale_inv"
 
 
@@ -33,6 +34,7 @@ def plan_shards(
     bytes of a file, and for two outputs of one name.
     """
     _refuse_overlaps(checkpoint)
+    _refuse_scales(checkpoint)
     slices = {module: _slices(checkpoint, module) for module in layers}
     _refuse_misfits(slices, layers, layout)
     shared = _shared_slices(slices, layers)
@@ -129,7 +131,7 @@ def _shared_slices(
 
 def _copy(tensor: TensorInfo, checkpoint: Checkpoint) -> Work:
     scale = checkpoint.tensors.get(tensor.name + INVERSE_SCALE)
-    if scale is None or len(tensor.shape) != 2:
+    if scale is None:
         return Work(tensor, (), None, {tensor.name: (tensor.dtype, tensor.shape)})
     rows, columns = tensor.shape
     block = _weight_block(checkpoint.config)
@@ -192,6 +194,29 @@ def _refuse_misfits(
             hint="--set group_size=64 (a size that fits), or --set on_misfit=keep16",
             code="stream.misfit",
         )
+
+
+def _refuse_scales(checkpoint: Checkpoint) -> None:
+    """Refuse inverse scales that are not a grid of square blocks over their FP8 matrix."""
+    high, wide = _weight_block(checkpoint.config)
+    for name, scale in checkpoint.tensors.items():
+        if not _is_inverse_scale(name, checkpoint):
+            continue
+        tensor = checkpoint.tensors[name.removesuffix(INVERSE_SCALE)]
+        grid = (-(-tensor.shape[0] // high), -(-tensor.shape[-1] // wide)) if tensor.shape else ()
+        if tensor.dtype != "F8_E4M3" or len(tensor.shape) != 2 or scale.shape != grid:
+            raise InputError(
+                f"{name} {list(scale.shape)} does not fit {tensor.name} {list(tensor.shape)} "
+                f"({tensor.dtype}) in blocks of {high} × {wide}.",
+                hint="FP8 sources are read in DeepSeek's layout: 2-D F8_E4M3, a scale a block",
+                code="stream.block_scales",
+            )
+        if scale.dtype not in SCALES:
+            raise InputError(
+                f"{name} is stored as {scale.dtype}, which is not read as block scales.",
+                hint=f"scales may be {', '.join(SCALES)}",
+                code="stream.block_scales",
+            )
 
 
 def _refuse_overlaps(checkpoint: Checkpoint) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from quantkit.modules import fused_groups
 from quantkit.schemes import Scheme
 from quantkit.verify.findings import Finding, error, info, warning
-from quantkit.verify.reading import read_tensor
+from quantkit.verify.reading import read_tensor, same_bytes
 from quantkit.verify.subject import Subject
 
 
@@ -116,8 +116,10 @@ def _check_fp4_globals(
             continue
         for what, names in roles.items():
             infos = [i for m in members if (i := subject.part(m, *names)) is not None]
+            if len(infos) < len(members) or all(same_bytes(infos[0], i) for i in infos[1:]):
+                continue
             values = {i.name: read_tensor(i).float().flatten().tolist() for i in infos}
-            if len(infos) == len(members) and len(set(map(tuple, values.values()))) > 1:
+            if len(set(map(tuple, values.values()))) > 1:
                 parent = members[0].rpartition(".")[0]
                 listed = ", ".join(
                     f"{m.rpartition('.')[2]} {v[0]:.6g}"
