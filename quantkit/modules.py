@@ -165,6 +165,11 @@ def fused_groups(names: Collection[str]) -> list[tuple[str, ...]]:
     return groups
 
 
+def in_tower(name: str) -> bool:
+    """Whether a module or tensor belongs to a vision or audio tower."""
+    return not _TOWERS.isdisjoint(name.split("."))
+
+
 def layer_index(name: str) -> int | None:
     """The decoder layer a module belongs to, None for those outside of the stack."""
     found = _LAYER.search(name)
@@ -191,7 +196,7 @@ def _module_of(tensor: str, shape: tuple[int, ...]) -> str | None:
 def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
     parts = name.split(".")
     leaf, parent = parts[-1], ".".join(parts[:-1])
-    if not _TOWERS.isdisjoint(parts):
+    if in_tower(name):
         return "tower"
     index = layer_index(name)
     beyond = index is not None and 0 < context.layers <= index

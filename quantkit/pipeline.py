@@ -16,7 +16,7 @@ from quantkit.device import resolve_device
 from quantkit.environments import find_interpreter, library_versions
 from quantkit.errors import BackendError, InputError
 from quantkit.finish import finish
-from quantkit.hub import resolve_model
+from quantkit.hub import open_for_plan, resolve_model
 from quantkit.job import NO_DATA, Job, Reporter, Result
 from quantkit.origin import plan_of_export, state_calibration, stored_recipe
 from quantkit.plan import Plan, has_experts_or_towers, make_plan
@@ -26,6 +26,7 @@ from quantkit.recipe import Recipe
 from quantkit.registry import MODELOPT
 from quantkit.request import ExportRequest, Outcome, Request
 from quantkit.scan import Scan, refuse_bad_weights, scan
+from quantkit.seam import check_engines
 from quantkit.statefile import check_state, read_state_note, refuse_mismatch
 from quantkit.streamed import check_stream, stream
 
@@ -47,6 +48,21 @@ def preflight(request: Request) -> tuple[Checkpoint, Plan]:
         state=request.checkpoint_save is not None,
     )
     if plan.backend.adapter is None:
+        check_stream(source, plan)
+    return source, check_engines(source, plan)
+
+
+def plan_only(request: Request) -> tuple[Checkpoint, Plan]:
+    """As `preflight`, for a model whose weights may be absent or only on the hub: headers are
+    fetched, or shapes derived. Engines that will not load the result are no error here."""
+    source = open_for_plan(request.model, trust_remote_code=request.trust_remote_code)
+    plan = make_plan(
+        source,
+        request.recipe,
+        device=resolve_device(request.device),
+        trust_remote_code=request.trust_remote_code,
+    )
+    if plan.backend.adapter is None and source.derived is None:
         check_stream(source, plan)
     return source, plan
 

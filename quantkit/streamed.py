@@ -13,11 +13,11 @@ from quantkit.finish import finish
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.registry import packing, writer_named
 from quantkit.job import Reporter, Result
-from quantkit.modules import classify, linear_modules
 from quantkit.plan import Plan
 from quantkit.publish import check_space, staged
 from quantkit.request import Outcome, Request
 from quantkit.seal import CARD, PROVENANCE, write_json
+from quantkit.seam import ignore_list
 from quantkit.verify import Written
 
 if TYPE_CHECKING:
@@ -104,16 +104,8 @@ def _written_layers(source: Checkpoint, plan: Plan) -> dict[str, LayerSpec]:
 def quantization_config(
     source: Checkpoint, plan: Plan, layers: Mapping[str, LayerSpec]
 ) -> dict[str, Any]:
-    """What config.json says of the streamed layers, in the layout that the recipe chose.
-
-    A tied output head has no tensor but is a module of the engines, so it is always among those
-    left in 16 bit.
-    """
-    shapes = {name: info.shape for name, info in source.tensors.items()}
-    modules = linear_modules(classify(shapes, source.config))
-    kept = [m.name for m in modules if m.name in plan.kept and m.kind != "embedding"]
-    heads = [m.name for m in modules if m.kind == "head"]
-    ignore = kept if heads else [*kept, "lm_head"]
+    """What config.json says of the streamed layers, in the layout that the recipe chose."""
+    ignore = ignore_list(source, plan.kept)
     return writer_named(plan.method.layout).quantization_config(layers, ignore)
 
 

@@ -164,7 +164,7 @@ def _code(error: BaseException, job: Job | None, stage: str) -> str:
         chain.append(inner)
     if isinstance(error, JobError):
         return error.code
-    if any(_is_out_of_memory(e) for e in chain):
+    if any(is_out_of_memory(e) for e in chain):
         return "worker.out_of_memory"
     if any(_is_no_space(e) for e in chain) or (job is not None and _disk_is_full(job)):
         return "worker.no_space"
@@ -172,7 +172,7 @@ def _code(error: BaseException, job: Job | None, stage: str) -> str:
     return "worker.import_failed" if missing or stage == "import" else "worker.failed"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Python's, the accelerators' (torch.OutOfMemoryError) and torch's CPU allocator's."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return (

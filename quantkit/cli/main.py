@@ -16,6 +16,7 @@ from quantkit.cli import (
     demo,
     env,
     export,
+    launch,
     methods,
     plan,
     quantize,
@@ -39,6 +40,7 @@ app.command("export")(export.export_command)
 app.command("verify")(verify.verify_command)
 app.command("validate")(validate.validate_command)
 app.command("plan")(plan.plan_command)
+app.command("launch")(launch.launch_command)
 app.command("methods")(methods.methods_command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(calibration.app, name="calibration")

@@ -23,4 +23,15 @@ TrustRemoteCode = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace DIR once the new checkpoint verified.")
 ]
+Engines = Annotated[
+    str, typer.Option("--engine", help="Engines that must load it: vllm, sglang or both.")
+]
+TensorParallel = Annotated[str, typer.Option("--tp", help="Tensor-parallel sizes, such as 1,2,4.")]
+GpuName = Annotated[str, typer.Option("--gpu", help="The device it is served on: h100, mi300x, …")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+def serve_sets(engine: str, tp: str, gpu: str) -> list[str]:
+    """--engine, --tp and --gpu as changes of the recipe."""
+    named = {"engines": f"[{engine}]" if engine else "", "tp": f"[{tp}]" if tp else "", "gpu": gpu}
+    return [f"serve.{key}={value}" for key, value in named.items() if value]

@@ -1,0 +1,65 @@
+"""Lists of modules that every engine understands: the names it gives them, beside the file's.
+
+An ignore list names modules of the checkpoint. An engine looks in it for its own names: of the
+layer that it merged q, k and v into, or below the prefix of its own class. A list with all of them
+means the same to every reader; one that does not know a name skips it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from quantkit.engines.data import Family, engines
+from quantkit.engines.names import merged_names, renamed
+
+
+def merged_aliases(names: Collection[str]) -> list[str]:
+    """The names of merged layers all of whose members are among `names`."""
+    found: dict[str, None] = {}
+    present = set(names)
+    for engine in engines().values():
+        for family in (*engine.families, engine.otherwise):
+            if family.merges:
+                found |= dict.fromkeys(sorted(merged_names(present, family.merges)))
+    return list(found)
+
+
+def expanded(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+    """`names` and then what the engines call these modules, each once.
+
+    Patterns (`re:`, globs, names of classes) are passed on as they are. `config` is config.json.
+    """
+    given = list(names)
+    plain = [n for n in given if not n.startswith("re:") and not any(c in n for c in "*?[")]
+    merged = merged_aliases(plain)
+    found = dict.fromkeys([*given, *merged, *_experts(plain)])
+    for engine in engines().values():
+        family = engine.family(config)
+        for name in [*plain, *merged]:
+            wanted = renamed(name, family.rename)
+            if renamed(name, family.maps) != wanted:
+                found |= dict.fromkeys(_written_as(wanted, family))
+    return list(found)
+
+
+def _written_as(wanted: str, family: Family) -> list[str]:
+    """Entries that an engine, having renamed them its way, finds for its layer `wanted`.
+
+    Where none leads there, the name without its first part: some engines compare endings.
+    """
+    if renamed(wanted, family.maps) == wanted:
+        return [wanted]
+    return [wanted.partition(".")[2] or wanted]
+
+
+def _experts(names: Iterable[str]) -> list[str]:
+    """For experts stored in one tensor: the names by which an engine asks for a single one."""
+    blocks = {n.rpartition(".")[0] for n in names if n.endswith(".experts.gate_up_proj")}
+    leaves = ("gate_proj", "up_proj", "down_proj")
+    return [f"{block}.0.{leaf}" for block in sorted(blocks) for leaf in leaves]
+
+
+def aliases_of(names: Collection[str], config: Mapping[str, Any]) -> set[str]:
+    """Every name that an engine gives to one of these modules (for those who read lists)."""
+    return set(expanded(names, config)) - set(names)
