@@ -109,7 +109,7 @@ FLAGS = {
         "--restore", "--out", "--model", "--device", "--python", "--trust-remote-code",
         "--overwrite", "--json",
     },
-    "verify": {"--source", "--json"},
+    "verify": {"--source", "--engine", "--tp", "--gpu", "--json"},
     "plan": {
         "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",
         "--trust-remote-code", "--json",
