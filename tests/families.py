@@ -203,4 +203,4 @@ BASES: dict[str, Callable[[Path, Path], Path]] = {
     "qwen3_vl fp8": lambda m, o: rtn(model("qwen3_vl", m), o, SCHEMES["fp8_dynamic"]),
     "qwen3 ascend": lambda m, o: ascend_w4a8(model("qwen3", m), o),
 }  # fmt: skip
-"""Checkpoints that engines load, by the family and the format; made from a model in `m` into `o`."""
+"""Sound checkpoints by family and format; each is made from a model in `m` into `o`."""

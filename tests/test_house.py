@@ -115,6 +115,7 @@ FLAGS = {
         "--trust-remote-code", "--json",
     },
     "methods": {"--json"},
+    "platforms": {"--method", "--gpu", "--json"},
     "demo": {"--method", "--out", "--set", "--json"},
 }  # fmt: skip
 """Scripts depend on these: a flag is added here on purpose or not at all."""

@@ -18,6 +18,7 @@ from quantkit.cli import (
     export,
     methods,
     plan,
+    platforms,
     quantize,
     recipes,
     verify,
@@ -38,6 +39,7 @@ app.command("export")(export.export_command)
 app.command("verify")(verify.verify_command)
 app.command("plan")(plan.plan_command)
 app.command("methods")(methods.methods_command)
+app.command("platforms")(platforms.platforms_command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(calibration.app, name="calibration")
 app.add_typer(env.app, name="env")

@@ -21,7 +21,7 @@ _SIDE_FILES = {
 
 
 def candidate(subject: Subject) -> Candidate:
-    """What the engines' rules look at: what the tensors hold, by their headers, and the settings."""
+    """What the engines' rules look at: the settings, and what the tensors hold by their headers."""
     checkpoint, declared = subject.checkpoint, subject.declaration
     layout = declared.quant_method
     settings: dict[str, Any] = checkpoint.quantization_config or {}
