@@ -64,6 +64,10 @@ def plan_only(request: Request) -> tuple[Checkpoint, Plan]:
     )
     if plan.backend.adapter is None and source.derived is None:
         check_stream(source, plan)
+    beyond = has_experts_or_towers(source, plan) if plan.backend.dense_only else None
+    if beyond:
+        note = f"{plan.backend.name} does not quantize a model with {beyond}; rtn_* methods do"
+        plan = replace(plan, notes=(*plan.notes, note))
     return source, plan
 
 

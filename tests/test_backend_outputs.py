@@ -12,7 +12,7 @@ import pytest
 
 from quantkit.checkpoint import open_checkpoint
 from quantkit.verify import verify
-from tests.backends import LIBRARIES, make
+from tests.backends import LIBRARIES, VLLM_LOADS, engine_alarms, make
 from tests.cli import Run, quantkit
 from tests.helpers import cut_layers, edit_json
 
@@ -65,6 +65,16 @@ def test_the_output_is_flat_and_verifies_without_its_provenance(
     report = verify(bare_copy(out, tmp_path / "bare"), two_layers)
     assert report.ok, report.errors
     assert report.layers[0].sqnr_db > 0
+
+
+@pytest.mark.parametrize(("library", "name"), [n for n in NAMES if "gguf" not in n[1]])
+def test_the_engines_find_their_names_in_its_lists(
+    made: Callable[[str, str], Path], library: str, name: str
+) -> None:
+    out = made(library, name)
+    assert not engine_alarms(out, "vllm", "sglang")
+    if name in VLLM_LOADS:
+        assert not engine_alarms(out, "vllm", names_only=False)
 
 
 @pytest.mark.parametrize(("library", "name"), NAMES)

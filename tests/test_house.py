@@ -120,7 +120,7 @@ FLAGS = {
         "--restore", "--out", "--model", "--device", "--python", "--trust-remote-code",
         "--overwrite", "--json",
     },
-    "verify": {"--source", "--json"},
+    "verify": {"--source", "--engine", "--tp", "--gpu", "--json"},
     "validate": {
         "--baseline", "--engine", "--kernel", "--device", "--data", "--samples", "--tasks",
         "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
@@ -131,6 +131,7 @@ FLAGS = {
     },
     "methods": {"--json"},
     "launch": {"--engine", "--tp", "--exec", "--json"},
+    "platforms": {"--method", "--gpu", "--json"},
     "demo": {"--method", "--out", "--set", "--json"},
 }  # fmt: skip
 """Scripts depend on these: a flag is added here on purpose or not at all."""

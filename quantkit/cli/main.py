@@ -19,6 +19,7 @@ from quantkit.cli import (
     launch,
     methods,
     plan,
+    platforms,
     quantize,
     recipes,
     validate,
@@ -42,6 +43,7 @@ app.command("validate")(validate.validate_command)
 app.command("plan")(plan.plan_command)
 app.command("launch")(launch.launch_command)
 app.command("methods")(methods.methods_command)
+app.command("platforms")(platforms.platforms_command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(calibration.app, name="calibration")
 app.add_typer(env.app, name="env")

@@ -12,7 +12,6 @@ from typing import Any
 
 from quantkit.engines.candidate import Candidate, Part
 from quantkit.engines.data import Engine, Family, SchemeRule
-from quantkit.engines.kernels import rule_name
 from quantkit.engines.names import Layer
 from quantkit.engines.reasons import Reason
 from quantkit.modules import text_config
@@ -62,7 +61,7 @@ def check_shapes(
         yield from reasons
         if reasons or rules is None or part.scheme is None:
             continue
-        rule = rules.schemes.get(rule_name(candidate.layout, part))
+        rule = rules.schemes.get(part.rule_name(candidate.layout))
         if rule is not None:
             yield from _Shard(engine, family, candidate, layer, rule, tp).reasons()
 
