@@ -32,9 +32,7 @@ def _add_norm(x, delta, weight, y, width, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotate(
-    x, cos, sin, y, heads, half, tokens, row_stride, HALF: tl.constexpr
-):
+def _rotate(x, cos, sin, y, heads, half, tokens, row_stride, HALF: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     k = tl.arange(0, HALF)
@@ -76,6 +74,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     cos and sin [n, 1, head_dim / 2], or [batch, n, 1, head_dim / 2].
     """
     batch, count, heads, width = x.shape
+    assert x.stride(0) == count * x.stride(1) or batch == 1
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     half = width // 2
     _rotate[(batch * count, heads)](

@@ -51,9 +51,7 @@ def _tile(
             w, scale, zero, row, cell, rows, columns // 32, groups,
             GROUP, FLOATING, ZERO, BN, BK // 32,
         )  # fmt: skip
-    return _eight_bit_tile(
-        w, scale, zero, row, start, rows, columns, groups, GROUP, HEIGHT, BN, BK
-    )
+    return _eight_bit_tile(w, scale, zero, row, start, rows, columns, groups, GROUP, HEIGHT, BN, BK)
 
 
 @triton.jit
@@ -159,9 +157,7 @@ def _library(
     """The product with the weight expanded, some rows of it at a time."""
     rows, columns = w.shape[0], x.shape[1]
     y = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
-    buffer = torch.empty(
-        min(rows, EXPANDED_ROWS), columns, dtype=torch.bfloat16, device=x.device
-    )
+    buffer = torch.empty(min(rows, EXPANDED_ROWS), columns, dtype=torch.bfloat16, device=x.device)
     group, height = settings[1], settings[2]
     for start in range(0, rows, EXPANDED_ROWS):
         part = slice(start, min(start + EXPANDED_ROWS, rows))

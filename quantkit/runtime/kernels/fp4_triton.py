@@ -46,7 +46,9 @@ def rejects(layer: Layer) -> str | None:
     if activation is not None and (
         activation.element != "fp4_e2m1" or activation.scale != weight.scale
     ):
-        return f"computes 16-bit activations or such of the weights' format, not {activation.element}"
+        return (
+            f"computes 16-bit activations or such of the weights' format, not {activation.element}"
+        )
     if layer.shape[1] % _CELL:
         return f"needs a multiple of 32 inputs, not {layer.shape[1]}"
     return not_bfloat16(layer)

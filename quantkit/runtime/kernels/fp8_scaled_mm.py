@@ -45,7 +45,9 @@ def rejects(layer: Layer) -> str | None:
     if activation.granularity not in ("tensor", "token"):
         return f"needs one activation scale a tensor or token, not a {activation.granularity}"
     if any(size % _ALIGNMENT for size in layer.shape):
-        return f"needs multiples of 16 inputs and outputs, not {layer.shape[1]} and {layer.shape[0]}"
+        return (
+            f"needs multiples of 16 inputs and outputs, not {layer.shape[1]} and {layer.shape[0]}"
+        )
     return not_bfloat16(layer)
 
 

@@ -65,6 +65,4 @@ def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
         return vector.four_bits(
             x, packed.words, packed.scale, packed.zero, group=packed.group, floating=False
         )
-    return matrix.multiply(
-        x, packed.words, packed.scale, packed.zero, bits=4, group=packed.group
-    )
+    return matrix.multiply(x, packed.words, packed.scale, packed.zero, bits=4, group=packed.group)
