@@ -15,6 +15,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -65,10 +66,12 @@ def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 2 GiB."""
+    """Bytes a second, read and written, of a copy of 2 GiB: by the driver or by a kernel, whichever
+    is faster."""
     source = torch.empty(1 << 30, dtype=torch.int16, device=GPU).random_()
     target = torch.empty_like(source)
-    return 2 * source.nbytes / graph_seconds([lambda: target.copy_(source)] * 4)
+    ways = (lambda: target.copy_(source), lambda: torch.bitwise_not(source, out=target))
+    return 2 * source.nbytes / min(graph_seconds([way] * 4) for way in ways)
 
 
 @torch.inference_mode()
@@ -91,7 +94,9 @@ def operators(rows_many: int = 4096) -> list[dict[str, Any]]:
                 packed = kernel.prepare(canonical, layer)
                 size = sum(p.nbytes for p in packed if isinstance(p, torch.Tensor))
                 count = max(1, round(CACHE_BYTES / size))
-                every = [packed] + [kernel.prepare(canonical, layer) for _ in range(count - 1)]
+                copies = [replace(canonical, q=canonical.q.clone()) for _ in range(count)]
+                every = [kernel.prepare(copy, layer) for copy in copies]
+                del copies
                 found += _timed(name, kernel.NAME, shape, x, [
                     (lambda v, p=p, k=kernel: k.apply(v, p), size) for p in every
                 ])  # fmt: skip
@@ -161,9 +166,9 @@ def speed(model: Runtime) -> dict[str, Any]:
         result[f"decode {batch}"] = batch / step
         graph = model._graph
         if graph is not None:
-            graph.position.fill_(PROMPT)
 
             def replays(graph: Any = graph) -> None:
+                graph.position.fill_(PROMPT)
                 for _ in range(NEW):
                     graph.graph.replay()
 

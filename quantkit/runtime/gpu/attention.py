@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from quantkit.runtime.gpu.early import early, let_next_start, wait_for_previous
+
 PART = 128
 MOST_PARTS = 32
 _BLOCK = 64
@@ -19,8 +21,10 @@ _BLOCK = 64
 @triton.jit
 def _store_new(
     qkv, cos, sin, position, padding, queries, keys, values, capacity, key_scale, value_scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     one = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     slot = tl.load(position)
@@ -60,8 +64,10 @@ def _store_new(
 def _part(
     queries, keys, values, position, padding, found, weights, capacity, factor, part_length,
     KV_HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     one = tl.program_id(0)
     part = tl.program_id(1)
     start = part * part_length
@@ -97,7 +103,11 @@ def _part(
 
 
 @triton.jit
-def _join(found, weights, y, D: tl.constexpr, PARTS: tl.constexpr):
+def _join(
+    found, weights, y, D: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     head = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     d = tl.arange(0, D)
@@ -127,9 +137,11 @@ def store_new(
     batch, kv_heads, capacity, width = keys.shape
     heads = qkv.shape[1] // width - 2 * kv_heads
     queries = qkv.new_empty(batch, heads, width)
+    soon = early(qkv.device)
     _store_new[(batch, heads + 2 * kv_heads)](
         qkv, *tables, position, padding, queries, keys, values, capacity,
-        *(scales or (1.0, 1.0)), heads, kv_heads, width, scales is not None, num_warps=1,
+        *(scales or (1.0, 1.0)), heads, kv_heads, width, scales is not None,
+        soon, num_warps=1, launch_pdl=soon,
     )  # fmt: skip
     return queries
 
@@ -152,11 +164,13 @@ def attend(
     found = torch.empty(batch, heads, parts, width, dtype=torch.float32, device=queries.device)
     weights = torch.empty(batch, heads, parts, dtype=torch.float32, device=queries.device)
     shared = heads // kv_heads
+    soon = early(queries.device)
     _part[(batch * kv_heads, parts)](
         queries, keys, values, position, padding, found, weights, capacity,
         width**-0.5 * 1.4426950408889634, length, kv_heads, shared,
-        max(16, triton.next_power_of_2(shared)), width, parts, _BLOCK, num_warps=4,
+        max(16, triton.next_power_of_2(shared)), width, parts, _BLOCK,
+        soon, num_warps=4, launch_pdl=soon,
     )  # fmt: skip
     y = queries.new_empty(batch, heads * width)
-    _join[(batch * heads,)](found, weights, y, width, parts, num_warps=2)
+    _join[(batch * heads,)](found, weights, y, width, parts, soon, num_warps=2, launch_pdl=soon)
     return y

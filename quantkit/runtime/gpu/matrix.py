@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantkit.runtime.gpu import words as four
+from quantkit.runtime.gpu.unpack import tile as four_bit_tile
 
 FEW_ROWS = 64
 EXPANDED_ROWS = 8192
@@ -19,10 +19,11 @@ EXPANDED_ROWS = 8192
 
 @triton.jit
 def _eight_bit_tile(
-    w, scale, zero, row, start, rows, columns, groups,
+    w, scale, zero, start_row, start, rows, columns, groups,
     GROUP: tl.constexpr, HEIGHT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Weights [BN, BK] in bfloat16; GROUP 0 leaves a channel's scale to the caller."""
+    row = start_row + tl.arange(0, BN)
     column = start + tl.arange(0, BK)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
@@ -41,41 +42,42 @@ def _eight_bit_tile(
 
 @triton.jit
 def _tile(
-    w, scale, zero, row, start, rows, columns, groups,
+    w, scale, zero, start_row, start, rows, columns, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, FLOATING: tl.constexpr,
-    ZERO: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     if BITS == 4:
-        cell = start // 32 + tl.arange(0, BK // 32)
-        return four.tile(
-            w, scale, zero, row, cell, rows, columns // 32, groups,
-            GROUP, FLOATING, ZERO, BN, BK // 32,
-        )  # fmt: skip
-    return _eight_bit_tile(w, scale, zero, row, start, rows, columns, groups, GROUP, HEIGHT, BN, BK)
+        return four_bit_tile(
+            w, scale, zero, start_row, start, rows, columns // 64, groups, GROUP, FLOATING, BN, BK
+        )
+    return _eight_bit_tile(
+        w, scale, zero, start_row, start, rows, columns, groups, GROUP, HEIGHT, BN, BK
+    )
 
 
 @triton.jit
 def _expand(
-    w, scale, zero, out, rows, columns, groups,
+    w, scale, zero, out, first, rows, columns, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, FLOATING: tl.constexpr,
-    ZERO: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    start_row = first + tl.program_id(0) * BN
+    row = start_row + tl.arange(0, BN)
     start = tl.program_id(1) * BK
     column = start + tl.arange(0, BK)
     values = _tile(
-        w, scale, zero, row, start, rows, columns, groups,
-        BITS, GROUP, HEIGHT, FLOATING, ZERO, BN, BK,
+        w, scale, zero, start_row, start, rows, columns, groups,
+        BITS, GROUP, HEIGHT, FLOATING, BN, BK,
     )  # fmt: skip
-    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    at = (row - first).to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(out + at, values, (row < rows)[:, None] & (column < columns)[None, :])
 
 
 @triton.jit
 def _few_rows(
-    x, w, scale, zero, outer, factor, y, count, rows, columns, groups,
+    x, w, scale, zero, outer, y, factor, count, rows, columns, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, FLOATING: tl.constexpr,
-    ZERO: tl.constexpr, SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -88,14 +90,13 @@ def _few_rows(
         inside = (one < count)[:, None] & (column < columns)[None, :]
         a = tl.load(x + one[:, None] * columns + column[None, :], inside, other=0.0)
         b = _tile(
-            w, scale, zero, row, step * BK, rows, columns, groups,
-            BITS, GROUP, HEIGHT, FLOATING, ZERO, BN, BK,
+            w, scale, zero, tl.program_id(0) * BN, step * BK, rows, columns, groups,
+            BITS, GROUP, HEIGHT, FLOATING, BN, BK,
         )  # fmt: skip
         total = tl.dot(a.to(tl.bfloat16), tl.trans(b), total)
     if outer is not None:
         total *= tl.load(outer + row, row < rows, other=0.0).to(tl.float32)[None, :]
-    if factor is not None:
-        total *= tl.load(factor)
+    total *= factor
     at = (part * count + one).to(tl.int64)[:, None] * rows + row[None, :]
     there = (one < count)[:, None] & (row < rows)[None, :]
     tl.store(y + at, total.to(y.dtype.element_ty), there)
@@ -106,30 +107,34 @@ def multiply(
     w: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
+    rows: int,
     *,
     bits: int,
     group: int,
     height: int = 1,
     floating: bool = False,
-    factor: torch.Tensor | None = None,
+    factor: float = 1.0,
 ) -> torch.Tensor:
-    """x [m, in] @ W.T in bfloat16, [m, out].
+    """x [m, in] @ W.T × factor in bfloat16, [m, rows].
 
-    w: words of `words.pack_words` (`bits` 4), or int8 or FP8 [out, in] (`bits` 8).
-    scale: [out / height, in / group]; with `group` 0 (8 bits alone) [out].
+    `bits` 8: w int8 or FP8 [rows, in], scale and zero [rows / height, in / group], or with `group`
+    0 scale [rows]. `bits` 4: words, scale and zero as `fragments.few` takes them.
     """
-    rows, columns = w.shape[0], x.shape[1]
-    groups = scale.shape[1] if group else 0
-    settings = (bits, group, height, floating, 8.0)
-    outer = None if group else scale
+    columns = x.shape[1]
     if x.shape[0] > FEW_ROWS:
-        return _library(x, w, scale, zero, outer, factor, settings)
+        return _library(
+            x, w, scale if group else scale.view(-1, 1), zero, rows, factor,
+            (bits, group or columns, height, floating),
+        )  # fmt: skip
+    groups = scale.shape[1] if group else 0
+    settings = (bits, group, height, floating)
+    outer = None if group else scale
     tall = max(16, triton.next_power_of_2(x.shape[0]))
     wide, deep, split = _few_row_blocks(rows, columns)
     shape = (split, x.shape[0], rows) if split > 1 else (x.shape[0], rows)
     y = torch.empty(shape, dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
     _few_rows[(triton.cdiv(rows, wide), split, 1)](
-        x, w, scale, zero, outer, factor, y, x.shape[0], rows, columns, groups,
+        x, w, scale, zero, outer, y, factor, x.shape[0], rows, columns, groups,
         *settings, split, tall, wide, deep, num_warps=4, num_stages=3,
     )  # fmt: skip
     return y.sum(0).to(x.dtype) if split > 1 else y
@@ -150,27 +155,20 @@ def _library(
     w: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
-    outer: torch.Tensor | None,
-    factor: torch.Tensor | None,
-    settings: tuple[int, int, int, bool, float],
+    rows: int,
+    factor: float,
+    settings: tuple[int, int, int, bool],
 ) -> torch.Tensor:
     """The product with the weight expanded, some rows of it at a time."""
-    rows, columns = w.shape[0], x.shape[1]
+    columns = x.shape[1]
     y = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
     buffer = torch.empty(min(rows, EXPANDED_ROWS), columns, dtype=torch.bfloat16, device=x.device)
-    group, height = settings[1], settings[2]
-    for start in range(0, rows, EXPANDED_ROWS):
-        part = slice(start, min(start + EXPANDED_ROWS, rows))
-        count = part.stop - start
-        grid = slice(start // height, triton.cdiv(part.stop, height))
+    for first in range(0, rows, EXPANDED_ROWS):
+        out = y[:, first : first + EXPANDED_ROWS]
+        count = out.shape[1]
         _expand[(triton.cdiv(count, 16), triton.cdiv(columns, 128))](
-            w[part], scale[grid] if group else None, None if zero is None else zero[grid],
-            buffer, count, columns, scale.shape[1] if group else 0,
+            w, scale, zero, buffer, first, first + count, columns, scale.shape[1],
             *settings, 16, 128, num_warps=4,
         )  # fmt: skip
-        torch.mm(x.to(torch.bfloat16), buffer[:count].T, out=y[:, part])
-    if outer is not None:
-        y *= outer
-    if factor is not None:
-        y *= factor
+        torch.addmm(out, x, buffer[:count].T, beta=0, alpha=factor, out=out)
     return y

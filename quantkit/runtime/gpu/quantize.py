@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from quantkit.runtime.gpu.early import early, let_next_start, wait_for_previous
+
 ONE_BLOCK = 16384
 """Rows of up to so many columns are read once; wider ones a second time."""
 
@@ -22,8 +24,10 @@ def _rounded(values, TOP: tl.constexpr, INTEGER: tl.constexpr):
 @triton.jit
 def _rows(
     x, codes, scale, columns, LEAST: tl.constexpr, TOP: tl.constexpr, INTEGER: tl.constexpr,
-    STATIC: tl.constexpr, BLOCK: tl.constexpr,
+    STATIC: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     row = tl.program_id(0)
     at = row.to(tl.int64) * columns
     column = tl.arange(0, BLOCK)
@@ -46,7 +50,11 @@ def _rows(
 
 
 @triton.jit
-def _groups(x, codes, scale, count, GROUP: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr):
+def _groups(
+    x, codes, scale, count, GROUP: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = group.to(tl.int64)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     there = group < count
@@ -67,8 +75,10 @@ def _round_e2m1(values):
 
 @triton.jit
 def _four_bit_groups(
-    x, y, outer, count, GROUP: tl.constexpr, TWO_LEVELS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, y, outer, count, GROUP: tl.constexpr, TWO_LEVELS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = group.to(tl.int64)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     there = group < count
@@ -104,10 +114,11 @@ def by_row(
     if scale is None:
         scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(columns) if columns <= ONE_BLOCK else 4096
+    soon = early(x.device)
     least = torch.finfo(torch.float32).eps if integer else 1.0 / (448.0 * 512)
     _rows[(rows,)](
         x, codes, scale, columns, least, 127.0 if integer else 448.0, integer, static, block,
-        num_warps=min(16, max(1, block // 512)),
+        soon, num_warps=min(16, max(1, block // 512)), launch_pdl=soon,
     )  # fmt: skip
     return codes, scale
 
@@ -117,8 +128,9 @@ def by_group(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = torch.empty(x.shape[0], x.shape[1] // group, dtype=torch.float32, device=x.device)
     block = max(1, 4096 // group)
+    soon = early(x.device)
     _groups[(triton.cdiv(scale.numel(), block),)](
-        x, codes, scale, scale.numel(), group, 1.0 / (448.0 * 512), block
+        x, codes, scale, scale.numel(), group, 1.0 / (448.0 * 512), block, soon, launch_pdl=soon
     )
     return codes, scale
 
@@ -131,7 +143,8 @@ def round_four_bits(x: torch.Tensor, group: int, outer: torch.Tensor | None) -> 
     y = torch.empty_like(x)
     count = x.numel() // group
     block = 2048 // group
+    soon = early(x.device)
     _four_bit_groups[(triton.cdiv(count, block),)](
-        x, y, outer, count, group, outer is not None, block
+        x, y, outer, count, group, outer is not None, block, soon, launch_pdl=soon
     )
     return y

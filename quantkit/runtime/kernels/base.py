@@ -45,7 +45,8 @@ def no_gpu(device: torch.device, least: tuple[int, int] = (8, 0)) -> str | None:
         return "this torch sees no GPU"
     found = torch.cuda.get_device_capability(device)
     if found < least:
-        return f"needs compute capability {least[0]}.{least[1]}, and {device} has {found[0]}.{found[1]}"
+        wanted, there = (".".join(map(str, pair)) for pair in (least, found))
+        return f"needs compute capability {wanted}, and {device} has {there}"
     return None
 
 
@@ -53,6 +54,15 @@ def no_gpu(device: torch.device, least: tuple[int, int] = (8, 0)) -> str | None:
 def no_triton() -> str | None:
     """Why there is no Triton to compile a kernel with, or None."""
     return None if find_spec("triton") else "needs Triton: pip install triton"
+
+
+@cache
+def no_gluon() -> str | None:
+    """Why there is no Gluon, Triton's language with explicit layouts, or None."""
+    reason = no_triton()
+    if reason is None and not find_spec("triton.experimental"):
+        reason = "needs a Triton that has Gluon: pip install 'triton>=3.6'"
+    return reason
 
 
 def not_bfloat16(layer: Layer) -> str | None:

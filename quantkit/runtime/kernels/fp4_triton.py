@@ -11,31 +11,32 @@ from typing import NamedTuple
 import torch
 
 from quantkit.formats.base import QuantWeight
-from quantkit.runtime.kernels.base import no_gpu, no_triton, not_bfloat16
+from quantkit.runtime.kernels.base import no_gluon, no_gpu, not_bfloat16
 from quantkit.runtime.layer import Layer
 
 NAME = "fp4_triton"
-FEW_ROWS = 4
-_CELL = 32
+FEW_ROWS = 32
+_COLUMNS = 64
 
 
 class Packed(NamedTuple):
-    """`words` int32 [out, in / 8]; `scale` [out, in / group] in E4M3 or bfloat16.
+    """`words` and `scale` (E4M3 or bfloat16) as `gpu.fragments.few` takes them; `rows` is out.
 
-    `factor` float32 [1] is the product of the global scales; `input_group` 0: a 16-bit input.
+    `factor` is the product of the global scales; `input_group` 0: a 16-bit input.
     """
 
     words: torch.Tensor
     scale: torch.Tensor
-    factor: torch.Tensor | None
+    factor: float
     group: int
+    rows: int
     input_group: int
     input_scale: torch.Tensor | None
 
 
 def unavailable(device: torch.device) -> str | None:
     """See `Kernel.unavailable`."""
-    return no_gpu(device, (8, 9)) or no_triton()
+    return no_gpu(device, (8, 9)) or no_gluon()
 
 
 def rejects(layer: Layer) -> str | None:
@@ -49,27 +50,27 @@ def rejects(layer: Layer) -> str | None:
         return (
             f"computes 16-bit activations or such of the weights' format, not {activation.element}"
         )
-    if layer.shape[1] % _CELL:
-        return f"needs a multiple of 32 inputs, not {layer.shape[1]}"
+    if layer.shape[1] % _COLUMNS:
+        return f"needs a multiple of 64 inputs, not {layer.shape[1]}"
     return not_bfloat16(layer)
 
 
 def prepare(weight: QuantWeight, layer: Layer) -> Packed:
     """See `Kernel.prepare`."""
-    from quantkit.runtime.gpu.words import pack_words
+    from quantkit.runtime.gpu.fragments import by_tile, fragments
 
     activation = layer.scheme.input
-    factors = [weight.global_scale, weight.input_scale if activation else None]
-    factor = torch.ones(1, dtype=torch.float64, device=weight.q.device)
-    for one in factors:
-        factor = factor if one is None else factor * one.double().reshape(1)
+    factor = 1.0
+    for one in (weight.global_scale, weight.input_scale if activation else None):
+        factor *= 1.0 if one is None else float(one)
     stored = torch.float8_e4m3fn if weight.format.scale == "e4m3" else torch.bfloat16
     assert weight.format.group_size
     return Packed(
-        pack_words(weight.q),
-        weight.scale.to(stored).contiguous(),
-        factor.float() if any(one is not None for one in factors) else None,
+        fragments(weight.q, fine=weight.format.group_size == 16),
+        by_tile(weight.scale).to(stored),
+        factor,
         weight.format.group_size,
+        layer.shape[0],
         (activation.group_size or 0) if activation else 0,
         weight.input_scale.reshape(1).float() if weight.input_scale is not None else None,
     )
@@ -77,18 +78,18 @@ def prepare(weight: QuantWeight, layer: Layer) -> Packed:
 
 def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """See `Kernel.apply`."""
-    from quantkit.runtime.gpu import matrix, quantize, vector
+    from quantkit.runtime.gpu import fragments, matrix, quantize
 
     x = x.contiguous()
     if packed.input_group:
         x = quantize.round_four_bits(x, packed.input_group, packed.input_scale)
     if x.shape[0] <= FEW_ROWS:
-        return vector.four_bits(
-            x, packed.words, packed.scale, None,
+        return fragments.few(
+            x, packed.words, packed.scale, None, packed.rows,
             group=packed.group, floating=True, factor=packed.factor,
         )  # fmt: skip
     return matrix.multiply(
-        x, packed.words, packed.scale, None,
+        x, packed.words, packed.scale, None, packed.rows,
         bits=4, group=packed.group, floating=True, factor=packed.factor,
     )  # fmt: skip
 

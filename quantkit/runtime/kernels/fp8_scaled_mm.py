@@ -16,18 +16,25 @@ from quantkit.runtime.layer import Layer
 
 NAME = "fp8_scaled_mm"
 FEW_ROWS = 2
+SOME_ROWS = 64
+"""Up to so many rows one scale a tensor is faster, and the others are multiplied in afterwards."""
+
 _ALIGNMENT = 16
 
 
 class Packed(NamedTuple):
-    """`weight` FP8 [out, in]; `scale` float32 [1, out] or [1]; `few` [out], for few rows: times
-    the static input scale, where there is one."""
+    """`weight` FP8 [out, in]; scales are float32.
+
+    `channel` [out]; `tensor` [1] where weight and input have one scale each; `one` is 1.
+    `input_scale` is the static one; `whole_input` says that a dynamic one is of the whole input.
+    """
 
     weight: torch.Tensor
-    scale: torch.Tensor
-    few: torch.Tensor
+    channel: torch.Tensor
+    tensor: torch.Tensor | None
+    one: torch.Tensor
     input_scale: torch.Tensor | None
-    one_input_scale: bool
+    whole_input: bool
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -55,34 +62,47 @@ def prepare(weight: QuantWeight, layer: Layer) -> Packed:
     """See `Kernel.prepare`."""
     assert layer.scheme.input is not None
     scale = weight.scale.reshape(-1).float()
-    static = None if weight.input_scale is None else weight.input_scale.reshape(1).float()
-    few = scale.expand(weight.q.shape[0]).contiguous()
-    one_input_scale = layer.scheme.input.granularity == "tensor"
-    if scale.numel() > 1 or not one_input_scale:
-        scale = few.view(1, -1)
+    whole = layer.scheme.input.granularity == "tensor"
     return Packed(
-        weight.q.contiguous(), scale, few if static is None else few * static, static,
-        one_input_scale,
-    )  # fmt: skip
+        weight.q.contiguous(),
+        scale.expand(layer.shape[0]).contiguous(),
+        scale if whole and scale.numel() == 1 else None,
+        scale.new_ones(()),
+        None if weight.input_scale is None else weight.input_scale.reshape(1).float(),
+        whole,
+    )
 
 
 def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """See `Kernel.apply`."""
-    from quantkit.runtime.gpu import quantize, vector
+    from quantkit.runtime.gpu import elementwise, quantize, vector
 
-    scale = packed.input_scale
-    if scale is None and packed.one_input_scale:
+    rows, scale = x.shape[0], packed.input_scale
+    if scale is None and packed.whole_input:
         scale = quantize.tensor_scale(x)
     codes, scale = quantize.by_row(x.contiguous(), torch.float8_e4m3fn, scale)
-    if x.shape[0] <= FEW_ROWS and (packed.input_scale is not None or not packed.one_input_scale):
-        static = packed.input_scale is not None
+    if rows <= FEW_ROWS:
+        scale = scale.expand(rows).contiguous()
         return vector.eight_bits(
-            codes, None if static else scale, packed.weight, packed.few, None,
-            dtype=x.dtype, x_group=0 if static else -1,
-        )  # fmt: skip
-    if packed.scale.dim() == 2:
-        scale = scale.view(-1, 1).expand(x.shape[0], 1).contiguous()
+            codes, scale, packed.weight, packed.channel, None, dtype=x.dtype, x_group=-1
+        )
+    if packed.tensor is not None:
+        return _multiply(codes, packed.weight, scale, packed.tensor, x.dtype)
+    scale = scale.expand(rows).contiguous()
+    if rows <= SOME_ROWS:
+        sums = _multiply(codes, packed.weight, packed.one, packed.one, torch.float32)
+        return elementwise.scale(sums, scale, packed.channel, x.dtype)
+    return _multiply(codes, packed.weight, scale.view(-1, 1), packed.channel.view(1, -1), x.dtype)
+
+
+def _multiply(
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     result: torch.Tensor = torch._scaled_mm(
-        codes, packed.weight.T, scale, packed.scale, out_dtype=x.dtype, use_fast_accum=True
+        codes, weight.T, scale, weight_scale, out_dtype=dtype, use_fast_accum=True
     )
     return result

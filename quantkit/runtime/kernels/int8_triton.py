@@ -57,9 +57,13 @@ def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
 
     codes, scale = quantize.by_row(x.contiguous(), torch.int8, packed.input_scale)
     if x.shape[0] <= FEW_ROWS:
-        if packed.input_scale is not None:
-            scale = scale.expand(x.shape[0]).contiguous()
         return vector.eight_bits(
-            codes, scale, packed.weight, packed.scale, None, dtype=x.dtype, x_group=-1
+            codes,
+            scale.expand(x.shape[0]).contiguous(),
+            packed.weight,
+            packed.scale,
+            None,
+            dtype=x.dtype,
+            x_group=-1,
         )
     return eight.int8(codes, packed.weight, scale, packed.scale, x.dtype)

@@ -70,6 +70,6 @@ def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
             dtype=x.dtype, group=packed.group, height=packed.height,
         )  # fmt: skip
     return matrix.multiply(
-        x, packed.weight, packed.scale, packed.zero,
+        x, packed.weight, packed.scale, packed.zero, packed.weight.shape[0],
         bits=8, group=packed.group, height=packed.height,
     )  # fmt: skip
