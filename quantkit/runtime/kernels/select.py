@@ -11,10 +11,17 @@ import torch
 from quantkit.errors import InputError
 from quantkit.runtime.kernels import (
     dequantized,
+    fp4_triton,
+    fp8_block_triton,
+    fp8_scaled_mm,
     int4_cpu,
+    int4_tinygemm,
+    int4_triton,
     int8_cpu,
+    int8_triton,
     int8_weight_cpu,
     reference,
+    weight8_triton,
 )
 from quantkit.runtime.kernels.base import Kernel
 from quantkit.runtime.layer import Layer
@@ -23,6 +30,13 @@ KERNELS: tuple[Kernel, ...] = (
     int8_cpu,
     int4_cpu,
     int8_weight_cpu,
+    fp8_scaled_mm,
+    fp8_block_triton,
+    int8_triton,
+    int4_triton,
+    int4_tinygemm,
+    weight8_triton,
+    fp4_triton,
     reference,
     dequantized,
 )
