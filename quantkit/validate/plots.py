@@ -66,6 +66,7 @@ def layers_figure(document: Document) -> Figure | None:
             f"floor {floor:g} dB", (1, floor), xycoords=("axes fraction", "data"),
             xytext=(-4, 3), textcoords="offset points", ha="right", color=BAD, fontsize=8,
         )  # fmt: skip
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("weight SQNR, dB")
     axes.legend(
@@ -119,7 +120,8 @@ def throughput_figure(document: Document) -> Figure | None:
                      error_kw={"linewidth": 0.8})  # fmt: skip
         axes.set_xticks(range(len(ours["rows"])), [f"batch {r['batch']}" for r in ours["rows"]])
         axes.set_title(f"{what}, tokens/s", fontsize=9)
-    both[0].legend(frameon=False, fontsize=8)
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                  frameon=False, fontsize=8)  # fmt: skip
     return figure
 
 
