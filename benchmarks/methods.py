@@ -75,10 +75,11 @@ TUNING_IN_PLAIN = {"autoround_gguf_q4_k_m": 0}
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: seconds of the library from loading to saving and of the whole command, peak of
-    resident bytes, and the quantkit.json, empty for a plain script."""
+    """One run: seconds of the library from loading to saving, those of all processors, seconds of
+    the whole command, peak of resident bytes, and the quantkit.json, empty for a plain script."""
 
     library: float
+    processors: float
     command: float
     peak: int
     note: dict[str, Any]
@@ -96,8 +97,10 @@ def quantize(model: Path, method: str, out: Path, sets: list[str]) -> Measured:
         raise RuntimeError(" ".join(done.stderr.split("error: ")[-1].split())[:300])
     wall = time.monotonic() - start
     note = json.loads((out / "quantkit.json").read_text())
-    library = sum(float(s["seconds"]) for s in note["stages"] if s["name"] != "import")
-    return Measured(library, wall, note["peak_rss_bytes"], note)
+    stages = [stage for stage in note["stages"] if stage["name"] != "import"]
+    library = sum(float(stage["seconds"]) for stage in stages)
+    processors = sum(float(stage.get("cpu_seconds", 0)) for stage in stages)
+    return Measured(library, processors, wall, note["peak_rss_bytes"], note)
 
 
 def plain(name: str, model: Path, tokens: Path, out: Path) -> Measured:
@@ -116,7 +119,8 @@ def plain(name: str, model: Path, tokens: Path, out: Path) -> Measured:
     if done.returncode:
         sys.exit(done.stderr[-4000:])
     told = json.loads(done.stdout.strip().splitlines()[-1])
-    return Measured(told["seconds"], time.monotonic() - start, told["peak_rss_bytes"], {})
+    wall = time.monotonic() - start
+    return Measured(told["seconds"], told["cpu_seconds"], wall, told["peak_rss_bytes"], {})
 
 
 def practice(name: str) -> dict[str, Any]:
@@ -194,8 +198,9 @@ def against(chosen: argparse.Namespace, layers: int, model: Path, folder: Path) 
     older = for_transformers_4(model, folder / "transformers4")
     print(
         f"{layers} layers, {chosen.samples} × {chosen.length} tokens, median of "
-        f"{chosen.rounds}.\n\n| method | plain s | library s | ratio | plain MiB | peak MiB "
-        "| ratio | plain command s | command s | tensors |\n" + "|---" * 10 + "|"
+        f"{chosen.rounds}; s is seconds, cpu those of all processors.\n\n| method | plain s "
+        "| library s | ratio | plain cpu | cpu | ratio | plain MiB | MiB | ratio | plain command s "
+        "| command s | tensors |\n" + "|---" * 13 + "|"
     )
     needs = {row["method"]: row["needs"] for row in method_rows()}
     for name in chosen.only or AGAINST:
@@ -214,22 +219,20 @@ def against(chosen: argparse.Namespace, layers: int, model: Path, folder: Path) 
             made = [next(f.parent for f in places["plain"].rglob(p) if f.is_file())
                     for p in ("*.gguf", "config.json") if [*places["plain"].rglob(p)]]  # fmt: skip
             same = likeness(model, made[0], places["ours"])
-        base, base_peak, base_wall = medians(runs["plain"])
-        mine, peak, wall = medians(runs["ours"])
-        print(
-            f"| {name} | {base:.1f} | {mine:.1f} | {mine / base:.2f} | {base_peak / 2**20:.0f} "
-            f"| {peak / 2**20:.0f} | {peak / base_peak:.2f} | {base_wall:.1f} | {wall:.1f} "
-            f"| {same} |",
-            flush=True,
-        )
+        cells = [cell for key in ("library", "processors", "peak") for cell in compared(runs, key)]
+        commands = [f"{middle(runs[key], 'command'):.1f}" for key in runs]
+        print(" | ".join([f"| {name}", *cells, *commands, f"{same} |"]), flush=True)
 
 
-def medians(runs: list[Measured]) -> tuple[float, float, float]:
-    return (
-        median(run.library for run in runs),
-        median(run.peak for run in runs),
-        median(run.command for run in runs),
-    )
+def compared(runs: dict[str, list[Measured]], key: str) -> list[str]:
+    """Both medians and their ratio."""
+    base, mine = (middle(runs[side], key) for side in ("plain", "ours"))
+    shown = [f"{v / 2**20:.0f}" if key == "peak" else f"{v:.1f}" for v in (base, mine)]
+    return [*shown, f"{mine / base:.2f}"]
+
+
+def middle(runs: list[Measured], key: str) -> float:
+    return median(float(getattr(run, key)) for run in runs)
 
 
 def likeness(model: Path, first: Path, second: Path) -> str:
