@@ -30,8 +30,9 @@ MOE: dict[str, Any] = {"moe_intermediate_size": 256, "num_experts_per_tok": 2}
 MLA: dict[str, Any] = {
     "q_lora_rank": 128, "kv_lora_rank": 96, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64,
     "v_head_dim": 64, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
-    "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
+    "first_k_dense_replace": 1,
 }  # fmt: skip
+NO_DRAFT: dict[str, Any] = {"num_nextn_predict_layers": 0}
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaConfig(**SMALL, tie_word_embeddings=False),
@@ -47,10 +48,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **NO_DIM, **MOE, num_experts=4, shared_expert_intermediate_size=256
     ),
     "qwen3_moe": lambda: hf.Qwen3MoeConfig(**SMALL, **MOE, num_experts=4),
-    "deepseek_v3": lambda: hf.DeepseekV3Config(**NO_DIM, **MOE, **MLA),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(**NO_DIM, **MOE, **MLA, **NO_DRAFT),
     "glm4_moe": lambda: hf.Glm4MoeConfig(
         **SMALL, **MOE, n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1,
-        first_k_dense_replace=1, num_nextn_predict_layers=0,
+        first_k_dense_replace=1, **NO_DRAFT,
     ),
     "gemma3": lambda: hf.Gemma3Config(
         text_config=SMALL, vision_config=VISION, mm_tokens_per_image=4
