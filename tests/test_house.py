@@ -111,6 +111,7 @@ FLAGS = {
     "verify": {"--source", "--json"},
     "plan": {"--method", "--recipe", "--set", "--trust-remote-code", "--json"},
     "methods": {"--json"},
+    "kernels": {"--kernel", "--device", "--json"},
     "demo": {"--method", "--out", "--set", "--json"},
 }  # fmt: skip
 """Scripts depend on these: a flag is added here on purpose or not at all."""

@@ -16,6 +16,7 @@ from quantkit.cli import (
     demo,
     env,
     export,
+    kernels,
     methods,
     plan,
     quantize,
@@ -38,6 +39,7 @@ app.command("export")(export.export_command)
 app.command("verify")(verify.verify_command)
 app.command("plan")(plan.plan_command)
 app.command("methods")(methods.methods_command)
+app.command("kernels")(kernels.kernels_command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(calibration.app, name="calibration")
 app.add_typer(env.app, name="env")
