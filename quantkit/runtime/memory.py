@@ -8,6 +8,7 @@ model again in unused pages.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 
@@ -19,7 +20,7 @@ def release() -> None:
 
 
 @cache
-def _trim() -> ctypes._NamedFuncPointer | None:
+def _trim() -> Callable[[int], object] | None:
     try:
         return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):  # musl, macOS, Windows
