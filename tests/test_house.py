@@ -132,6 +132,7 @@ FLAGS = {
     "methods": {"--json"},
     "launch": {"--engine", "--tp", "--exec", "--json"},
     "platforms": {"--method", "--gpu", "--json"},
+    "kernels": {"--kernel", "--device", "--json"},
     "demo": {"--method", "--out", "--set", "--json"},
 }  # fmt: skip
 """Scripts depend on these: a flag is added here on purpose or not at all."""

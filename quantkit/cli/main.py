@@ -16,6 +16,7 @@ from quantkit.cli import (
     demo,
     env,
     export,
+    kernels,
     launch,
     methods,
     plan,
@@ -44,6 +45,7 @@ app.command("plan")(plan.plan_command)
 app.command("launch")(launch.launch_command)
 app.command("methods")(methods.methods_command)
 app.command("platforms")(platforms.platforms_command)
+app.command("kernels")(kernels.kernels_command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(calibration.app, name="calibration")
 app.add_typer(env.app, name="env")
