@@ -26,7 +26,8 @@ class StreamOptions:
     """The choices that shape the output's bytes, beside each layer's scheme.
 
     `clip="mse"` searches each integer scale for the least squared error; `on_nan="keep16"` leaves
-    layers with NaN or infinity, and those fused with them, in 16 bit instead of refusing them.
+    layers with NaN or infinity, and those that must have the same scheme, in 16 bit instead of
+    refusing them.
     """
 
     layout: Layout = "compressed-tensors"
