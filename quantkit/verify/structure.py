@@ -90,7 +90,9 @@ def _check_groups(subject: Subject, groups: Sequence[tuple[str, ...]]) -> Iterat
 def _check_experts(subject: Subject, linear: Sequence[str]) -> Iterator[Finding]:
     for members in expert_groups(linear):
         parent = members[0].partition(".experts.")[0]
-        schemes = {_scheme(subject, name): name for name in reversed(members)}
+        schemes: dict[Scheme | None, str] = {}
+        for name in members:
+            schemes.setdefault(_scheme(subject, name), name)
         if len(schemes) > 1:
             listed = ", ".join(f"{name} {_describe(scheme)}" for scheme, name in schemes.items())
             yield error(
