@@ -147,11 +147,15 @@ def test_experts_of_a_mixture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("scheme", ["fp8_dynamic", "nvfp4a16", "w4a16:32"])
-def test_fused_experts_become_one_layer_each(scheme: str, transposed: bool, tmp_path: Path) -> None:
-    """The same bytes as the same experts stored one by one."""
+@pytest.mark.parametrize(
+    ("scheme", "inner"), [("fp8_dynamic", 96), ("nvfp4a16", 96), ("w4a16:32", 96), ("mxfp8", 32)]
+)
+def test_fused_experts_become_one_layer_each(
+    scheme: str, inner: int, transposed: bool, tmp_path: Path
+) -> None:
+    """The same bytes as the same experts stored one by one, also where gate and up are square."""
     generator = torch.Generator().manual_seed(0)
-    experts, hidden, inner = 4, 64, 96
+    experts, hidden = 4, 64
     gate, up, down = (
         torch.randn(experts, *shape, generator=generator).bfloat16()
         for shape in ((inner, hidden), (inner, hidden), (hidden, inner))
@@ -300,6 +304,17 @@ def test_nan_layers_stay_in_16_bit_with_what_is_fused_with_them(
         assert result.digests[f"{name}.weight"] == result.source_digests[f"{name}.weight"]
     assert any("model.embed_tokens.weight" in note for note in result.notes)
     assert f"{layer}.o_proj" in result.relative_error
+
+
+def test_a_nan_expert_keeps_the_experts_beside_it_in_16_bit(tmp_path: Path) -> None:
+    model = tiny_moe(tmp_path / "moe")
+    spoil(model, "model.layers.0.mlp.experts.2.down_proj.weight")
+    result = stream(model, tmp_path / "out", "mxfp8", on_nan="keep16")
+    layers = plain_layers(open_checkpoint(model), scheme_named("mxfp8"))
+    assert set(result.kept) == {
+        name for name in layers if name.startswith("model.layers.0.mlp.experts")
+    }
+    assert any(name.startswith("model.layers.1.mlp.experts") for name in result.relative_error)
 
 
 @pytest.mark.parametrize(

@@ -72,16 +72,16 @@ def _slices(checkpoint: Checkpoint, module: str) -> dict[str, Slice]:
         return {module: Slice(tensor, 0, rows, columns, scale=scale, block=block)}
     if f"{tensor.name}_bias" in checkpoint.tensors:
         raise _unknown_experts(tensor, "comes with a bias, as experts with interleaved rows do")
-    return dict(_expert_slices(tensor, module, checkpoint.config))
+    return dict(_expert_slices(tensor, module, checkpoint))
 
 
 def _expert_slices(
-    tensor: TensorInfo, module: str, config: Mapping[str, Any]
+    tensor: TensorInfo, module: str, checkpoint: Checkpoint
 ) -> Iterator[tuple[str, Slice]]:
     parent, _, leaf = module.removesuffix(".weight").rpartition(".")
     leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
     experts, height, width = tensor.shape
-    transposed = stored_transposed(tensor, config)
+    transposed = stored_transposed(tensor, checkpoint)
     outputs, inputs = (width, height) if transposed else (height, width)
     rows = outputs // len(leaves)
     for expert in range(experts):
@@ -90,18 +90,23 @@ def _expert_slices(
             yield f"{parent}.{expert}.{name}", part
 
 
-def stored_transposed(tensor: TensorInfo, config: Mapping[str, Any]) -> bool:
-    """Whether a fused expert tensor holds each expert as [in, out]: told by the hidden size.
+def stored_transposed(tensor: TensorInfo, checkpoint: Checkpoint) -> bool:
+    """Whether a fused expert tensor holds each expert as [in, out]: told by the hidden size; where
+    both dimensions are that, or neither, by the other tensors of the same experts.
 
-    Raises InputError when both dimensions, or neither, are the hidden size.
+    Raises InputError when none of them tells.
     """
-    hidden = text_config(config).get("hidden_size")
-    down = tensor.name.removesuffix(".weight").endswith("down_proj")
-    first, last = (size == hidden for size in tensor.shape[1:])
-    if first == last:
-        what = f"does not show which dimension is the input (the hidden size is {hidden})"
-        raise _unknown_experts(tensor, what)
-    return first if not down else last
+    hidden = text_config(checkpoint.config).get("hidden_size")
+    suffix = ".weight" if tensor.name.endswith(".weight") else ""
+    parent, _, own = tensor.name.removesuffix(suffix).rpartition(".")
+    for leaf in (own, "down_proj", "gate_up_proj", "up_proj"):
+        info = checkpoint.tensors.get(f"{parent}.{leaf}{suffix}")
+        if info and len(info.shape) == 3:
+            first, last = (size == hidden for size in info.shape[1:])
+            if first != last:
+                return last if leaf == "down_proj" else first
+    what = f"does not show which dimension is the input (the hidden size is {hidden})"
+    raise _unknown_experts(tensor, what)
 
 
 def _unknown_experts(tensor: TensorInfo, what: str) -> InputError:
