@@ -47,8 +47,10 @@ def main() -> None:
     chance = random.Random(chosen.seed)
     killed = midway = 0
     while killed < chosen.kills:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command(source, out, chosen.method), **quiet)
+        begun_anew = command(source, out, chosen.method)
+        process = subprocess.Popen(
+            begun_anew, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )  # fmt: skip
         try:
             process.wait(chance.random() * span)
         except subprocess.TimeoutExpired:
