@@ -21,7 +21,8 @@ _BLOCK = 64
 @triton.jit
 def _store_new(
     qkv, cos, sin, position, padding, queries, keys, values, capacity, key_scale, value_scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr, EARLY: tl.constexpr
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(EARLY)
     wait_for_previous(EARLY)
@@ -64,7 +65,7 @@ def _store_new(
 def _part(
     queries, keys, values, position, padding, found, weights, y, capacity, factor, part_length,
     KV_HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(EARLY)
     wait_for_previous(EARLY)

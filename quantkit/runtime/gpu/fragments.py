@@ -22,7 +22,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quantkit.runtime.gpu.early import early
 
 ROWS, COLUMNS = 16, 64
-LANES = 32
 ROWS_AT_ONCE = 8
 """Rows of the activations that one instruction takes."""
 
@@ -126,9 +125,9 @@ def _scales(scale, tile, block, blocks, groups, PART: gl.constexpr, GROUP: gl.co
     group = ((block + k) * 64 + PART) // GROUP
     at = group.to(gl.int64)[:, None, None] * 16 + (lane // 4 * 2)[None, :, None]
     at = scale + tile.to(gl.int64) * groups * 16 + (at + half[None, None, :])
-    if EVEN:
-        return gl.load(at)
-    return gl.load(at, (block + k < blocks)[:, None, None] & (lane >= 0)[None, :, None], other=0.0)
+    there = ((k * 0 if EVEN else k) + block < blocks)[:, None, None]  # EVEN: one for all
+    there = there & (lane >= 0)[None, :, None]
+    return gl.load(at, there, other=0.0)
 
 
 @gluon.jit
@@ -137,17 +136,17 @@ def _read(
     GROUP: gl.constexpr, KB: gl.constexpr, EVEN: gl.constexpr, L2: gl.constexpr,
     L4: gl.constexpr,
 ):  # fmt: skip
-    """What a program needs of the weight for KB blocks: words, zeros, scales of up to four parts."""
+    """What a program needs of the weight for KB blocks: words, zeros, scales of up to four parts.
+
+    Past the last block all are zeros; EVEN says that KB divides their number.
+    """
     k = gl.arange(0, KB, gl.SliceLayout(1, L2))
     word = gl.arange(0, 128, gl.SliceLayout(0, L2))
     at = words + (tile.to(gl.int64) * blocks + block) * 128
     at = at + (k.to(gl.int64)[:, None] * 128 + word[None, :])
+    there = ((k * 0 if EVEN else k) + block < blocks)[:, None]
     k += block
-    there = (k < blocks)[:, None]
-    if EVEN:
-        w = gl.load(at)
-    else:
-        w = gl.load(at, there, other=0)
+    w = gl.load(at, there, other=0)
     if zero is None:
         z = gl.full([KB, 128], -1022835960, gl.int32, L2)  # -136 twice: codes less 8
         z8 = z
@@ -177,8 +176,8 @@ def _scaled(c, s, KB: gl.constexpr, L4: gl.constexpr):
 @gluon.jit
 def _few(
     x, words, scale, zero, y, count, rows, blocks, groups, factor,
-    GROUP: gl.constexpr, FLOATING: gl.constexpr, KB: gl.constexpr, ONCE: gl.constexpr, EVEN: gl.constexpr,
-    WARPS: gl.constexpr, EARLY: gl.constexpr,
+    GROUP: gl.constexpr, FLOATING: gl.constexpr, KB: gl.constexpr, ONCE: gl.constexpr,
+    EVEN: gl.constexpr, WARPS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
@@ -197,7 +196,7 @@ def _few(
     total = gl.zeros([KB, 32, 2, 2], gl.float32, L4)
     if EARLY:
         gdc_wait()
-    for block in range(0, blocks, KB):
+    for block in range(0, blocks, KB):  # what the next turn needs is read before this one's sums
         inside = (one < count)[None, :] & (k >= 0)[:, None]
         if not EVEN:
             inside = inside & (block + k < blocks)[:, None]
@@ -266,7 +265,8 @@ def few(
     """x [m, in] @ W.T × factor, [m, rows], in bfloat16.
 
     words of `fragments` (fine where `group` is 16); scale of `by_tile`, its group 16 (FP4 alone) or
-    a multiple of 32. zero, by tile too, is of `packed_zero`; without it integer codes are relative to 8.
+    a multiple of 32. zero, by tile too, is of `packed_zero`; without it integer codes are
+    relative to 8.
     """
     count, blocks = x.shape[0], words.shape[1]
     y = torch.empty(count, rows, dtype=torch.bfloat16, device=x.device)
@@ -275,8 +275,8 @@ def few(
     grid: Any = (triton.cdiv(count, ROWS_AT_ONCE), words.shape[0])
     _few[grid](
         x.view(torch.int32), words, scale, zero, y, count, rows, blocks, scale.shape[1],
-        factor * (2.0**62 if floating else 1.0), group, floating, deep, deep >= blocks, blocks % deep == 0, warps, soon,
-        num_warps=warps, launch_pdl=soon,
+        factor * (2.0**62 if floating else 1.0), group, floating,
+        deep, deep >= blocks, blocks % deep == 0, warps, soon, num_warps=warps, launch_pdl=soon,
     )  # fmt: skip
     return y
 
