@@ -6,8 +6,9 @@ operators  matrix products at the shapes of an 8 B Llama: rates against the meas
            and the measured copy bandwidth (bytes read and written), weights rotated so that the
            cache holds none of them.
 models     a Llama of random weights made on the device (--size, see random_llama.py), BF16 and
-           quantized: prefill, decoding, memory, kernels, divergence from BF16.
-demo       checkpoints on disk (--demo, the first one in 16 bit): perplexity on held-out text.
+           quantized: prefill, decoding, memory, kernels.
+demo       checkpoints on disk (--demo, the first one in 16 bit): perplexity on held-out text,
+           divergence from the first, text, speed.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from gpu_llama import GPU, build, largest_inputs, quantized
 
+from quantkit.runtime.kernels.base import Kernel
 from quantkit.runtime.kernels.select import KERNELS
 from quantkit.runtime.layer import describe
 from quantkit.runtime.model import Runtime
@@ -44,7 +47,8 @@ PROMPT, NEW = 128, 64
 
 def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float:
     """Median seconds of one of the calls, which are captured together and replayed."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
     with torch.cuda.stream(side):
         for call in calls:
             call()
@@ -56,13 +60,13 @@ def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float
     graph.replay()
     times = []
     for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return median(times)
+    return float(median(times))
 
 
 def copy_bandwidth() -> float:
@@ -80,11 +84,10 @@ def operators(rows_many: int = 4096) -> list[dict[str, Any]]:
     for shape in SHAPES:
         weight = torch.randn(shape, device=GPU).bfloat16() * 0.02
         x = {m: torch.randn(m, shape[1], device=GPU).bfloat16() for m in (1, 8, 64, rows_many)}
-        copies = [weight.clone() for _ in range(max(1, round(CACHE_BYTES / weight.nbytes)))]
-        found += _timed("bf16", "torch", shape, x, [
-            (lambda v, w=w: torch.nn.functional.linear(v, w), w.nbytes) for w in copies
-        ])  # fmt: skip
-        del copies
+        clones = [weight.clone() for _ in range(max(1, round(CACHE_BYTES / weight.nbytes)))]
+        products = [partial(_linear, clone) for clone in clones]
+        found += _timed("bf16", "torch", shape, x, products, weight.nbytes)
+        del clones, products
         for name in OPERATORS:
             canonical = quantized(weight, SCHEMES[name], 6.0)
             layer = describe("l", SCHEMES[name], canonical, torch.bfloat16)
@@ -92,16 +95,22 @@ def operators(rows_many: int = 4096) -> list[dict[str, Any]]:
                 if kernel.unavailable(GPU) or kernel.rejects(layer) or kernel.NAME in PLAIN:
                     continue
                 packed = kernel.prepare(canonical, layer)
-                size = sum(p.nbytes for p in packed if isinstance(p, torch.Tensor))
-                count = max(1, round(CACHE_BYTES / size))
-                copies = [replace(canonical, q=canonical.q.clone()) for _ in range(count)]
-                every = [kernel.prepare(copy, layer) for copy in copies]
-                del copies
-                found += _timed(name, kernel.NAME, shape, x, [
-                    (lambda v, p=p, k=kernel: k.apply(v, p), size) for p in every
-                ])  # fmt: skip
-                del every, packed
+                size = sum(part.nbytes for part in packed if isinstance(part, torch.Tensor))
+                products = []
+                for _ in range(max(1, round(CACHE_BYTES / size))):
+                    copy = replace(canonical, q=canonical.q.clone())
+                    products.append(partial(_apply, kernel, kernel.prepare(copy, layer)))
+                found += _timed(name, kernel.NAME, shape, x, products, size)
+                del packed, products
     return found
+
+
+def _linear(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight)
+
+
+def _apply(kernel: Kernel, packed: Any, x: torch.Tensor) -> torch.Tensor:
+    return kernel.apply(x, packed)
 
 
 PLAIN = ("reference", "dequantized")
@@ -112,7 +121,8 @@ def _timed(
     kernel: str,
     shape: tuple[int, int],
     inputs: dict[int, torch.Tensor],
-    products: list[tuple[Callable[[torch.Tensor], Any], int]],
+    products: Sequence[Callable[[torch.Tensor], Any]],
+    weight_bytes: int,
 ) -> list[dict[str, Any]]:
     """One entry a number of rows: microseconds, and what they mean as a rate."""
     found = []
@@ -122,10 +132,10 @@ def _timed(
         }  # fmt: skip
         try:
             used = products if rows < 512 else products[:2]
-            seconds = graph_seconds([lambda p=p, x=x: p[0](x) for p in used])  # type: ignore[misc]
+            seconds = graph_seconds([partial(product, x) for product in used])
             entry["microseconds"] = seconds * 1e6
             entry["tera_operations_s"] = 2 * rows * shape[0] * shape[1] / seconds / 1e12
-            entry["weight_gigabytes_s"] = products[0][1] / seconds / 1e9
+            entry["weight_gigabytes_s"] = weight_bytes / seconds / 1e9
         except Exception as error:  # one kernel's failure is a result too
             entry["error"] = f"{type(error).__name__}: {error}"[:300]
             torch.cuda.synchronize()
@@ -181,42 +191,29 @@ def speed(model: Runtime) -> dict[str, Any]:
 def models(size: str, names: Sequence[str], layers: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     ids = torch.randint(32000, (2, 512), generator=torch.Generator().manual_seed(0)).to(GPU)
-    amax, base = None, None
+    amax = None
     for name in names:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         entry: dict[str, Any] = {"scheme": name}
+        before = torch.cuda.memory_allocated()
         try:
             model = build(name, size, amax, layers)
             gc.collect()
-            entry["weights_gigabytes"] = torch.cuda.memory_allocated() / 1e9
+            entry["weights_gigabytes"] = (torch.cuda.memory_allocated() - before) / 1e9
             if name == "bf16":
                 amax = largest_inputs(model, ids)
-            logits = model(ids).logits.flatten(0, 1).float()
-            if base is None:
-                base = logits.log_softmax(-1).cpu()
-            else:
-                entry |= _divergence(base.to(GPU), logits)
-            del logits
             torch.cuda.reset_peak_memory_stats()
             entry["kernels"] = model.kernels()
             entry |= speed(model)
-            entry["peak_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
+            entry["peak_gigabytes"] = (torch.cuda.max_memory_allocated() - before) / 1e9
             del model
         except Exception as error:
             entry["error"] = f"{type(error).__name__}: {error}"[:500]
         found.append(entry)
         print(json.dumps(entry), flush=True)
     return found
-
-
-def _divergence(base: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
-    """Mean KL divergence from, and agreement of the likeliest token with, the first model."""
-    other = logits.log_softmax(-1)
-    divergence = (base.exp() * (base - other)).sum(-1).mean()
-    agreement = (base.argmax(-1) == other.argmax(-1)).float().mean()
-    return {"kl": float(divergence), "top1": float(agreement)}
 
 
 @torch.inference_mode()
@@ -230,7 +227,7 @@ def demo(paths: Sequence[Path]) -> list[dict[str, Any]]:
     tokens = [token for text in held_out_texts() for token in tokenizer.encode(text, False)]
     ids = torch.tensor(tokens[: 64 * 1024], device=GPU).view(-1, 1024)
     found: list[dict[str, Any]] = []
-    base = 0.0
+    base, first = 0.0, None
     for path in paths:
         entry: dict[str, Any] = {"checkpoint": path.name}
         try:
@@ -239,7 +236,8 @@ def demo(paths: Sequence[Path]) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
             entry["load_seconds"] = time.perf_counter() - start
             loss = 0.0
-            for batch in ids.split(8):
+            for row in range(0, len(ids), 8):
+                batch = ids[row : row + 8]
                 logits = model(batch).logits[:, :-1].float()
                 loss += float(
                     torch.nn.functional.cross_entropy(
@@ -248,6 +246,11 @@ def demo(paths: Sequence[Path]) -> list[dict[str, Any]]:
                 )
             entry["perplexity"] = 2.718281828459045 ** (loss / (ids.shape[0] * 1023))
             base = base or entry["perplexity"]
+            logits = model(ids[:8]).logits.float().log_softmax(-1)
+            first = logits if first is None else first
+            entry["kl"] = float((first.exp() * (first - logits)).sum(-1).mean())
+            entry["top1"] = float((first.argmax(-1) == logits.argmax(-1)).float().mean())
+            del logits
             entry["ratio"] = entry["perplexity"] / base
             entry["kernels"] = model.kernels()
             prompt = tokenizer.encode("The capital of France is", False)
@@ -275,14 +278,15 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"), "copy_gigabytes_s": copy_bandwidth() / 1e9,
     }  # fmt: skip
     torch.cuda.empty_cache()
-    if "operators" in chosen.parts:
-        found["operators"] = operators()
-    if "models" in chosen.parts:
-        found["models"] = models(chosen.size, chosen.models, chosen.layers)
-    if "demo" in chosen.parts:
-        found["demo"] = demo(chosen.demo)
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1))
+    parts: dict[str, Callable[[], Any]] = {
+        "operators": operators,
+        "models": lambda: models(chosen.size, chosen.models, chosen.layers),
+        "demo": lambda: demo(chosen.demo),
+    }
+    for name in chosen.parts:
+        found[name] = parts[name]()
+        if chosen.json:
+            chosen.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

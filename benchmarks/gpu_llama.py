@@ -95,7 +95,7 @@ def largest_inputs(model: Runtime, ids: torch.Tensor) -> Amax:
     """The largest magnitude of every linear layer's input over some tokens."""
     found: Amax = {}
     hooks = []
-    for index, block in enumerate(model.network.blocks):  # type: ignore[union-attr,arg-type]
+    for index, block in enumerate(model.network.blocks):  # type: ignore[arg-type]
         for name in ("qkv", "out", "gate_up", "down"):
 
             def note(_: Any, inputs: Any, name: str = f"{index}.{name}") -> None:

@@ -74,7 +74,7 @@ class DecodeGraph:
         return self.logits.unsqueeze(1)
 
     def _capture(self) -> torch.Tensor:
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles, and lets libraries set themselves up
             self._compute()

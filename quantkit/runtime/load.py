@@ -105,7 +105,10 @@ def read_config(source: Source) -> Any:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU where there is one; InputError for a device that is not there."""
+    """ "auto" is the first GPU where there is one; InputError for a device that is not there.
+
+    A GPU named by its number becomes the current one: Triton starts kernels there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -117,6 +120,8 @@ def pick_device(name: str) -> torch.device:
             hint="--device auto, cpu or cuda:N",
             code="runtime.device",
         ) from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from quantkit.runtime.gpu.early import early, let_next_start, wait_for_previous
 
-PART = 128
+PART = 256
 MOST_PARTS = 32
 _BLOCK = 64
 
@@ -21,7 +21,8 @@ _BLOCK = 64
 @triton.jit
 def _store_new(
     qkv, cos, sin, position, padding, queries, keys, values, capacity, key_scale, value_scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr, EARLY: tl.constexpr
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(EARLY)
     wait_for_previous(EARLY)
@@ -62,9 +63,9 @@ def _store_new(
 
 @triton.jit
 def _part(
-    queries, keys, values, position, padding, found, weights, capacity, factor, part_length,
+    queries, keys, values, position, padding, found, weights, y, capacity, factor, part_length,
     KV_HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(EARLY)
     wait_for_previous(EARLY)
@@ -95,8 +96,12 @@ def _part(
         total = total * decay + tl.sum(p, 1)
         result = result * decay[:, None] + tl.dot(p.to(v.dtype), v)
         largest = new
-    to = (head * PARTS + part).to(tl.int64)
     result = result / tl.where(total > 0, total, 1.0)[:, None]
+    if PARTS == 1:
+        to = y + head[:, None] * D + d[None, :]
+        tl.store(to, result.to(y.dtype.element_ty), asked[:, None])
+        return
+    to = (head * PARTS + part).to(tl.int64)
     tl.store(found + to[:, None] * D + d[None, :], result, asked[:, None])
     weight = tl.where(total > 0, largest + tl.log2(tl.where(total > 0, total, 1.0)), -1e30)
     tl.store(weights + to, weight, asked)
@@ -165,12 +170,13 @@ def attend(
     weights = torch.empty(batch, heads, parts, dtype=torch.float32, device=queries.device)
     shared = heads // kv_heads
     soon = early(queries.device)
+    y = queries.new_empty(batch, heads * width)
     _part[(batch * kv_heads, parts)](
-        queries, keys, values, position, padding, found, weights, capacity,
+        queries, keys, values, position, padding, found, weights, y, capacity,
         width**-0.5 * 1.4426950408889634, length, kv_heads, shared,
         max(16, triton.next_power_of_2(shared)), width, parts, _BLOCK,
         soon, num_warps=4, launch_pdl=soon,
     )  # fmt: skip
-    y = queries.new_empty(batch, heads * width)
-    _join[(batch * heads,)](found, weights, y, width, parts, soon, num_warps=2, launch_pdl=soon)
+    if parts > 1:
+        _join[(batch * heads,)](found, weights, y, width, parts, soon, num_warps=2, launch_pdl=soon)
     return y

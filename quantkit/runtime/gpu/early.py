@@ -2,7 +2,8 @@
 
 A kernel first lets the next one start, reads what no kernel writes (weights), and then waits for
 the one before it: the time between two launches is spent reading. Every kernel launched so must
-wait before it touches anything that another one writes or reads.
+wait before it touches anything that another one writes or reads; `QuantLinear` sees to it that a
+weight is complete before the first of them is started.
 """
 
 from __future__ import annotations

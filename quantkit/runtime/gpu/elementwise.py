@@ -43,22 +43,24 @@ def _add_norm(
 
 @triton.jit
 def _rotate(
-    x, cos, sin, y, heads, half, tokens, row_stride, HALF: tl.constexpr, EARLY: tl.constexpr
+    x, cos, sin, y, heads, half, tokens, row_stride,
+    HEADS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(EARLY)
     wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
     k = tl.arange(0, HALF)
     table = (row % tokens) * half + k
-    c = tl.load(cos + table, k < half, other=0.0).to(tl.float32)
-    s = tl.load(sin + table, k < half, other=0.0).to(tl.float32)
-    at = x + row * row_stride + head * 2 * half + k
-    first = tl.load(at, k < half, other=0.0).to(tl.float32)
-    second = tl.load(at + half, k < half, other=0.0).to(tl.float32)
-    to = y + (row * heads + head) * 2 * half + k
-    tl.store(to, (first * c - second * s).to(y.dtype.element_ty), k < half)
-    tl.store(to + half, (second * c + first * s).to(y.dtype.element_ty), k < half)
+    c = tl.load(cos + table, k < half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + table, k < half, other=0.0).to(tl.float32)[None, :]
+    head = tl.arange(0, HEADS)[:, None]
+    inside = (head < heads) & (k < half)[None, :]
+    at = head * 2 * half + k[None, :]
+    first = tl.load(x + row * row_stride + at, inside, other=0.0).to(tl.float32)
+    second = tl.load(x + row * row_stride + at + half, inside, other=0.0).to(tl.float32)
+    to = y + row * heads * 2 * half + at
+    tl.store(to, (first * c - second * s).to(y.dtype.element_ty), inside)
+    tl.store(to + half, (second * c + first * s).to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -121,8 +123,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     half = width // 2
     soon = early(x.device)
-    _rotate[(batch * count, heads)](
+    _rotate[(batch * count,)](
         x, cos, sin, y, heads, half, cos.numel() // half, x.stride(1),
-        triton.next_power_of_2(half), soon, num_warps=1, launch_pdl=soon,
+        triton.next_power_of_2(heads), triton.next_power_of_2(half), soon, launch_pdl=soon,
     )  # fmt: skip
     return y

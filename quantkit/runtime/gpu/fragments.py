@@ -22,7 +22,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quantkit.runtime.gpu.early import early
 
 ROWS, COLUMNS = 16, 64
-LANES = 32
 ROWS_AT_ONCE = 8
 """Rows of the activations that one instruction takes."""
 
@@ -117,29 +116,37 @@ _CONSTRAINTS_4 = gl.constexpr(",".join(["=&f"] * 16 + ["r"] * 24))
 
 @gluon.jit
 def _scales(scale, tile, block, blocks, groups, PART: gl.constexpr, GROUP: gl.constexpr,
-            KB: gl.constexpr, L4: gl.constexpr):  # fmt: skip
+            KB: gl.constexpr, EVEN: gl.constexpr, L4: gl.constexpr):  # fmt: skip
     """Scales [KB, 32, 2] of a lane's two rows for columns 64 block + PART …"""
     L3: gl.constexpr = gl.SliceLayout(3, L4)
     k = gl.arange(0, KB, gl.SliceLayout(1, gl.SliceLayout(2, L3)))
     lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, L3)))
     half = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, L3)))
     group = ((block + k) * 64 + PART) // GROUP
-    at = (tile * groups + group)[:, None, None] * 16 + (lane // 4 * 2)[None, :, None]
-    at += half[None, None, :]
-    return gl.load(scale + at, (block + k < blocks)[:, None, None] & (at >= 0), other=0.0)
+    at = group.to(gl.int64)[:, None, None] * 16 + (lane // 4 * 2)[None, :, None]
+    at = scale + tile.to(gl.int64) * groups * 16 + (at + half[None, None, :])
+    there = ((k * 0 if EVEN else k) + block < blocks)[:, None, None]  # EVEN: one for all
+    there = there & (lane >= 0)[None, :, None]
+    return gl.load(at, there, other=0.0)
 
 
 @gluon.jit
 def _read(
     words, scale, zero, tile, block, blocks, groups,
-    GROUP: gl.constexpr, KB: gl.constexpr, L2: gl.constexpr, L4: gl.constexpr,
+    GROUP: gl.constexpr, KB: gl.constexpr, EVEN: gl.constexpr, L2: gl.constexpr,
+    L4: gl.constexpr,
 ):  # fmt: skip
-    """What a program needs of the weight for KB blocks: words, zeros, scales of up to four parts."""
-    k = block + gl.arange(0, KB, gl.SliceLayout(1, L2))
+    """What a program needs of the weight for KB blocks: words, zeros, scales of up to four parts.
+
+    Past the last block all are zeros; EVEN says that KB divides their number.
+    """
+    k = gl.arange(0, KB, gl.SliceLayout(1, L2))
     word = gl.arange(0, 128, gl.SliceLayout(0, L2))
-    there = (k < blocks)[:, None]
-    at = words + tile.to(gl.int64) * blocks * 128
-    w = gl.load(at + k[:, None] * 128 + word[None, :], there, other=0)
+    at = words + (tile.to(gl.int64) * blocks + block) * 128
+    at = at + (k.to(gl.int64)[:, None] * 128 + word[None, :])
+    there = ((k * 0 if EVEN else k) + block < blocks)[:, None]
+    k += block
+    w = gl.load(at, there, other=0)
     if zero is None:
         z = gl.full([KB, 128], -1022835960, gl.int32, L2)  # -136 twice: codes less 8
         z8 = z
@@ -148,14 +155,14 @@ def _read(
         place = zero + (tile * groups + group) * 16 + (word // 16 * 2)[None, :]
         z = gl.load(place, there, other=0)
         z8 = gl.load(place + 1, there, other=0)
-    s0 = _scales(scale, tile, block, blocks, groups, 0, GROUP, KB, L4)
+    s0 = _scales(scale, tile, block, blocks, groups, 0, GROUP, KB, EVEN, L4)
     s1, s2, s3 = s0, s0, s0
     if GROUP == 16:
-        s1 = _scales(scale, tile, block, blocks, groups, 16, GROUP, KB, L4)
-        s2 = _scales(scale, tile, block, blocks, groups, 32, GROUP, KB, L4)
-        s3 = _scales(scale, tile, block, blocks, groups, 48, GROUP, KB, L4)
+        s1 = _scales(scale, tile, block, blocks, groups, 16, GROUP, KB, EVEN, L4)
+        s2 = _scales(scale, tile, block, blocks, groups, 32, GROUP, KB, EVEN, L4)
+        s3 = _scales(scale, tile, block, blocks, groups, 48, GROUP, KB, EVEN, L4)
     elif GROUP % 64 != 0:
-        s1 = _scales(scale, tile, block, blocks, groups, 32, GROUP, KB, L4)
+        s1 = _scales(scale, tile, block, blocks, groups, 32, GROUP, KB, EVEN, L4)
     return w, z, z8, s0, s1, s2, s3
 
 
@@ -170,7 +177,7 @@ def _scaled(c, s, KB: gl.constexpr, L4: gl.constexpr):
 def _few(
     x, words, scale, zero, y, count, rows, blocks, groups, factor,
     GROUP: gl.constexpr, FLOATING: gl.constexpr, KB: gl.constexpr, ONCE: gl.constexpr,
-    WARPS: gl.constexpr, EARLY: gl.constexpr,
+    EVEN: gl.constexpr, WARPS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
@@ -179,7 +186,7 @@ def _few(
     first = gl.program_id(0) * 8
     tile = gl.program_id(1)
     w, z, z8, s0, s1, s2, s3 = _read(
-        words, scale, zero, tile, 0, blocks, groups, GROUP, KB, L2, L4
+        words, scale, zero, tile, 0, blocks, groups, GROUP, KB, EVEN, L2, L4
     )
     k = gl.arange(0, KB, gl.SliceLayout(1, L2))
     word = gl.arange(0, 128, gl.SliceLayout(0, L2))
@@ -189,14 +196,17 @@ def _few(
     total = gl.zeros([KB, 32, 2, 2], gl.float32, L4)
     if EARLY:
         gdc_wait()
-    for block in range(0, blocks, KB):
-        inside = (block + k < blocks)[:, None] & (one < count)[None, :]
-        pair = x + (one * blocks * 32 + place)[None, :] + ((block + k) * 32)[:, None]
+    for block in range(0, blocks, KB):  # what the next turn needs is read before this one's sums
+        inside = (one < count)[None, :] & (k >= 0)[:, None]
+        if not EVEN:
+            inside = inside & (block + k < blocks)[:, None]
+        pair = x + (first * blocks + block) * 32
+        pair = pair + (k.to(gl.int64)[:, None] * 32 + (lane // 4 * blocks * 32 + place)[None, :])
         low = gl.load(pair, inside, other=0)
         high = gl.load(pair + 16, inside, other=0)
         if not ONCE:
             w_, z_, z8_, s0_, s1_, s2_, s3_ = _read(
-                words, scale, zero, tile, block + KB, blocks, groups, GROUP, KB, L2, L4
+                words, scale, zero, tile, block + KB, blocks, groups, GROUP, KB, EVEN, L2, L4
             )
         if FLOATING:
             low = gl.inline_asm_elementwise(_TIMES_2_64, "=r,r", [low], gl.int32, True, 1)
@@ -255,21 +265,24 @@ def few(
     """x [m, in] @ W.T × factor, [m, rows], in bfloat16.
 
     words of `fragments` (fine where `group` is 16); scale of `by_tile`, its group 16 (FP4 alone) or
-    a multiple of 32. zero, by tile too, is of `packed_zero`; without it integer codes are relative to 8.
+    a multiple of 32. zero, by tile too, is of `packed_zero`; without it integer codes are
+    relative to 8.
     """
     count, blocks = x.shape[0], words.shape[1]
     y = torch.empty(count, rows, dtype=torch.bfloat16, device=x.device)
-    deep, warps = few_blocks(blocks)
+    deep, warps = few_blocks(words.shape[0], blocks)
     soon = early(x.device)
     grid: Any = (triton.cdiv(count, ROWS_AT_ONCE), words.shape[0])
     _few[grid](
         x.view(torch.int32), words, scale, zero, y, count, rows, blocks, scale.shape[1],
-        factor * (2.0**62 if floating else 1.0), group, floating, deep, deep >= blocks, warps, soon,
-        num_warps=warps, launch_pdl=soon,
+        factor * (2.0**62 if floating else 1.0), group, floating,
+        deep, deep >= blocks, blocks % deep == 0, warps, soon, num_warps=warps, launch_pdl=soon,
     )  # fmt: skip
     return y
 
 
-def few_blocks(blocks: int) -> tuple[int, int]:  # noqa: ARG001
-    """Blocks of columns that a program takes at a time, and its warps."""
-    return 64, 16
+def few_blocks(tiles: int, blocks: int) -> tuple[int, int]:
+    """Blocks of columns that a program takes at a time, and its warps (measured on an H100)."""
+    if blocks > 128:
+        return 32, 8
+    return (8, 4) if tiles > 1024 else (32, 4)

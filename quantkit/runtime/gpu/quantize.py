@@ -51,7 +51,8 @@ def _rows(
 
 @triton.jit
 def _groups(
-    x, codes, scale, count, GROUP: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    x, codes, scale, count,
+    GROUP: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(EARLY)
     wait_for_previous(EARLY)
@@ -75,7 +76,8 @@ def _round_e2m1(values):
 
 @triton.jit
 def _four_bit_groups(
-    x, y, outer, count, GROUP: tl.constexpr, TWO_LEVELS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    x, y, outer, count,
+    GROUP: tl.constexpr, TWO_LEVELS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(EARLY)
     wait_for_previous(EARLY)
