@@ -13,10 +13,13 @@ import pytest
 from quantkit.cli.plan import chosen_recipe
 from quantkit.derive import open_headers
 from quantkit.engines import Verdict
+from quantkit.engines.complete import completed
 from quantkit.plan import make_plan
 from quantkit.seam import verdicts
 from quantkit.verify import EngineRequest, VerifyReport, verify
+from tests.backends import engine_alarms
 from tests.families import BASES
+from tests.helpers import edit_json
 from tests.seeded import PLANS, SEEDS, Asked, Seed
 
 Base = Callable[[str], Path]
@@ -65,6 +68,46 @@ def test_the_broken_one_is_refused(base: Base, seed: Seed, tmp_path: Path) -> No
     report = verified(broken, seed.engine)
     assert seed.code in report.codes(), report.errors
     assert all(finding.hint and finding.message for finding in report.errors)
+
+
+ARTIFACTS = (
+    "llmcompressor/fp8_dynamic", "llmcompressor/w8a8", "llmcompressor/w4a16",
+    "llmcompressor/w4a16_asym", "llmcompressor/nvfp4", "llmcompressor/mxfp4", "gptqmodel/w4",
+    "gptqmodel/w8_v2", "autoround/auto_gptq", "autoround/auto_awq", "autoround/awq",
+    "autoround/mxfp4", "modelopt/fp8_kv", "modelopt/fp8_pc_pt", "modelopt/mxfp8", "modelopt/mixed",
+)  # fmt: skip
+"""What the libraries themselves write, less what gives members of a merged layer two schemes."""
+
+LOADED = {"llmcompressor/fp8_dynamic", "llmcompressor/w8a8", "llmcompressor/w4a16",
+          "gptqmodel/w4", "autoround/auto_gptq"}  # fmt: skip
+"""Those that vLLM really loads."""
+
+
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_what_libraries_write_raises_no_alarm(artifact: Base, name: str) -> None:
+    assert not engine_alarms(artifact(name), "vllm", names_only=name not in LOADED)
+
+
+@pytest.mark.parametrize("name", ["llmcompressor/fp8_dynamic", "modelopt/mixed"])
+def test_completed_lists_are_understood_by_every_engine(
+    artifact: Base, name: str, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact(name), copy)
+    assert any("engine.ignore_" in alarm for alarm in engine_alarms(copy, "sglang"))
+    for file in ("config.json", "hf_quant_config.json"):
+        if (copy / file).is_file():
+            edit_json(copy / file, complete)
+    assert not engine_alarms(copy, "vllm", "sglang")
+
+
+def complete(document: dict[str, Any]) -> None:
+    whole = dict(document)
+    if "quantization_config" in document:
+        settings = completed(document["quantization_config"], whole)
+        document["quantization_config"] = settings
+    else:
+        document.update(completed(document, whole))
 
 
 def judged(config: dict[str, Any], method: str, flags: tuple[str, ...], at: Path) -> list[Verdict]:
