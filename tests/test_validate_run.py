@@ -14,7 +14,7 @@ import torch
 
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
-from quantkit.errors import InputError
+from quantkit.errors import BackendError, InputError
 from quantkit.recipe import load_recipe
 from quantkit.schemes import SCHEMES
 from quantkit.validate import memory
@@ -258,6 +258,17 @@ def test_memory_is_estimated_before_loading(
     with pytest.raises(InputError, match=r"needs about 0\.\d GB on cpu, where 0\.2 GB are free"):
         validate(ValidateRequest(checkpoints["8"], str(small_model), device="cpu"), ui)
     assert ui.stages == ["verify"]
+
+
+def test_a_failed_allocation_says_what_was_needed() -> None:
+    with (
+        pytest.raises(BackendError, match=r"DIR ran out of memory; about 2\.0 GB") as caught,
+        memory.explained("DIR", 2 * 10**9),
+    ):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert "allocate" in caught.value.message
+    with pytest.raises(RuntimeError, match="size of tensor"), memory.explained("DIR", 1):
+        torch.zeros(2) + torch.zeros(3)
 
 
 def test_text_that_calibration_saw_is_refused(

@@ -93,6 +93,9 @@ def test_continuations_are_scored_after_their_context_alone(subject: Builtin) ->
 def test_facts_are_whole_and_answered_by_the_likeliest_choice() -> None:
     questions = facts()
     assert len(questions) == 374
+    some = facts(96)
+    assert len(some) == 96
+    assert (some[0], some[-1]) == (questions[0], questions[-1])
     assert all(0 <= q.answer < len(q.choices) == 4 for q in questions)
     sure = np.array([[float(index == q.answer) for index in range(4)] for q in questions])
     assert right(sure, questions).all()
