@@ -66,7 +66,8 @@ class ValidateRequest:
     """What `quantkit validate` was asked for.
 
     baseline: a directory or Hub name; "": what quantkit.json remembers. data: a text file instead
-    of the held-out text. samples: windows of text, with twelve facts each. limit: most samples of an lm-eval task.
+    of the held-out text. samples: windows of text, with twelve facts each. limit: most samples of
+    an lm-eval task.
     """
 
     path: Path
