@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from quantkit.errors import InputError
 from quantkit.schemes import SCHEMES
@@ -26,7 +27,7 @@ def document(nll: list[float], **metrics: float) -> dict[str, Any]:
     }
 
 
-def verdict(shift: np.ndarray) -> str:
+def verdict(shift: NDArray[np.float64]) -> str:
     old_nll = np.linspace(2.0, 4.0, len(shift))
     old = document(old_nll.tolist(), ppl_ratio=1.05)
     new = document((old_nll + shift).tolist())
@@ -76,8 +77,10 @@ def test_command_ends_with_4_when_something_got_worse(small_model: Path, tmp_pat
     off = ("--gate", "weight_sqnr_margin>=-99", "--gate", "verify_errors<=9")
     loose = [word for m in ("ppl_ratio", "kl_mean", "canary_drift", "canary_failures", "mcq_drop")
              for word in ("--gate", f"{m}<=99")]  # fmt: skip
-    asked = ("--baseline", small_model, "--samples", "8", "--no-throughput", *off, *loose,
-             "--against", before)  # fmt: skip
+    asked: tuple[str | Path, ...] = (
+        "--baseline", small_model, "--samples", "8", "--no-throughput", *off, *loose,
+        "--against", before,
+    )  # fmt: skip
     again = quantkit("validate", good, *asked)
     assert again.code == 0, again.out + again.err
     assert "nothing moved" in again.out
@@ -86,5 +89,12 @@ def test_command_ends_with_4_when_something_got_worse(small_model: Path, tmp_pat
     assert run.code == 4, run.out + run.err
     assert "weight_sqnr_margin" in run.out
     assert "worse" in run.out
-    other = ("--baseline", small_model, "--samples", "9", "--against", before)
+    other: tuple[str | Path, ...] = (
+        "--baseline",
+        small_model,
+        "--samples",
+        "9",
+        "--against",
+        before,
+    )
     refused(quantkit("validate", good, *other), 1, "of another text")

@@ -14,7 +14,7 @@ import torch
 
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
-from quantkit.errors import InputError
+from quantkit.errors import BackendError, InputError
 from quantkit.recipe import load_recipe
 from quantkit.schemes import SCHEMES
 from quantkit.validate import memory
@@ -181,6 +181,11 @@ def test_weights_only_kernel_satisfies_no_gate_of_quantized_activations(
     assert not report.ok
 
 
+def truncate(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown quantization": (
         configuring(lambda c: c["quantization_config"].update(quant_method="novel")),
@@ -189,13 +194,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing scale": (dropping(f"{DOWN}.weight_scale"), DOWN),
     "NaN scale": (patching(f"{DOWN}.weight_scale", lambda s: s * torch.nan), "NaN"),
     "other shape": (configuring(lambda c: c.update(intermediate_size=1024)), "intermediate_size"),
-    "truncated": (
-        lambda d: (
-            (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100])
-            and None
-        ),
-        "truncated",
-    ),
+    "truncated": (truncate, "truncated"),
 }
 
 
@@ -261,6 +260,17 @@ def test_memory_is_estimated_before_loading(
     assert ui.stages == ["verify"]
 
 
+def test_a_failed_allocation_says_what_was_needed() -> None:
+    with (
+        pytest.raises(BackendError, match=r"DIR ran out of memory; about 2\.0 GB") as caught,
+        memory.explained("DIR", 2 * 10**9),
+    ):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert "allocate" in caught.value.message
+    with pytest.raises(RuntimeError, match="size of tensor"), memory.explained("DIR", 1):
+        torch.zeros(2) + torch.zeros(3)
+
+
 def test_text_that_calibration_saw_is_refused(
     checkpoints: dict[str, Path], small_model: Path, tmp_path: Path
 ) -> None:
@@ -271,7 +281,7 @@ def test_text_that_calibration_saw_is_refused(
     text.write_text("\n".join(decode(row.tolist()) for row in tokens.arrays()[0]))
     candidate = open_candidate(checkpoints["8"], str(small_model))
     seen = eval_text(text, tokenizer_of(small_model), 2, None)
-    recipe = load_recipe("modelopt_fp8", [f"calibration.{k}={v}" for k, v in mixture.items()])
+    recipe = load_recipe("modelopt_fp8", tuple(f"calibration.{k}={v}" for k, v in mixture.items()))
     provenance = {
         "calibration": {"digest": tokens.digest},
         "recipe": recipe.model_dump(mode="json"),

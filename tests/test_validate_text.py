@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
@@ -26,18 +27,18 @@ def subject(small_model: Path) -> Builtin:
 
 
 @pytest.fixture(scope="module")
-def windows(small_model: Path) -> np.ndarray:
+def windows(small_model: Path) -> NDArray[np.int64]:
     tokenizer = load_tokenizer(read_tokenizer_info(small_model))
     return eval_text(None, tokenizer, 3, 64).windows
 
 
 @pytest.fixture(scope="module")
-def baseline(subject: Builtin, windows: np.ndarray) -> BaselineText:
+def baseline(subject: Builtin, windows: NDArray[np.int64]) -> BaselineText:
     return measure_baseline(subject, windows, None)
 
 
 def test_log_likelihoods_are_those_of_transformers(
-    small_model: Path, subject: Builtin, windows: np.ndarray
+    small_model: Path, subject: Builtin, windows: NDArray[np.int64]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.bfloat16)
     with torch.inference_mode():
@@ -50,7 +51,7 @@ def test_log_likelihoods_are_those_of_transformers(
 
 
 def test_kl_of_a_model_and_itself_is_zero(
-    subject: Builtin, windows: np.ndarray, baseline: BaselineText
+    subject: Builtin, windows: NDArray[np.int64], baseline: BaselineText
 ) -> None:
     same = measure_quantized(subject, windows, baseline, None)
     assert same.kl is not None
@@ -61,7 +62,11 @@ def test_kl_of_a_model_and_itself_is_zero(
 
 
 def test_kl_is_that_of_the_whole_vocabulary(
-    small_model: Path, subject: Builtin, windows: np.ndarray, baseline: BaselineText, tmp_path: Path
+    small_model: Path,
+    subject: Builtin,
+    windows: NDArray[np.int64],
+    baseline: BaselineText,
+    tmp_path: Path,
 ) -> None:
     quantized = open_builtin(
         rtn(small_model, tmp_path / "w4", SCHEMES["w4a16"].with_weight(group_size=64)),
@@ -88,6 +93,9 @@ def test_continuations_are_scored_after_their_context_alone(subject: Builtin) ->
 def test_facts_are_whole_and_answered_by_the_likeliest_choice() -> None:
     questions = facts()
     assert len(questions) == 374
+    some = facts(96)
+    assert len(some) == 96
+    assert (some[0], some[-1]) == (questions[0], questions[-1])
     assert all(0 <= q.answer < len(q.choices) == 4 for q in questions)
     sure = np.array([[float(index == q.answer) for index in range(4)] for q in questions])
     assert right(sure, questions).all()

@@ -35,7 +35,7 @@ def validate_command(
         typer.Option("--data", help="Another text than the held-out one (.txt, .jsonl …)."),
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, help="Windows of 512 tokens.")
+        int, typer.Option("--samples", min=1, help="Windows of 512 tokens, twelve facts each.")
     ] = SAMPLES,
     tasks: Annotated[
         list[str],

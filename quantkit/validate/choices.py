@@ -29,11 +29,16 @@ class Question:
     answer: int
 
 
-def facts() -> list[Question]:
-    """374 questions on capitals and chemical elements (from bsdgames; see data/NOTICE.txt)."""
+def facts(most: int | None = None) -> list[Question]:
+    """374 questions on capitals and chemical elements (from bsdgames; see data/NOTICE.txt), or
+    `most` of them, spread evenly."""
     text = files("quantkit.validate").joinpath("data/facts.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    return [Question(row["prompt"], tuple(row["choices"]), row["answer"]) for row in rows]
+    chosen = np.linspace(0, len(rows) - 1, min(most or len(rows), len(rows))).round().astype(int)
+    return [
+        Question(row["prompt"], tuple(row["choices"]), row["answer"])
+        for row in (rows[index] for index in chosen)
+    ]
 
 
 def choice_logprobs(

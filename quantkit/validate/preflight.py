@@ -26,7 +26,7 @@ PROBE = 'The quick brown fox (№ 42) said:\n\t"naïve café, 3.14 – 世界!" 
 
 _STILL_LOADS = (
     "sqnr.", "scale.wrong", "fold.", "ledger.altered", "ledger.cast", "sidecar.", "config.removed",
-    "plan.", "kv.", "input_scale.uncalibrated", "structure.", "gguf.altered", "ignore.",
+    "plan.", "kv.", "input_scale.uncalibrated", "gguf.altered", "ignore.",
 )  # fmt: skip
 """Errors of `verify` with which a checkpoint loads and runs: the gates judge these."""
 
