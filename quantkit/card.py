@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.engines import SILENT_GARBAGE, Support, support
 from quantkit.plan import Plan
 
+_MEASURED = "## Measured"
+_MADE = "## How it was made"
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
@@ -63,7 +66,6 @@ def model_card(
         "tags": ["quantkit", recipe.backend, recipe.scheme],
     }
     title = f"{(base or source.path.name).split('/')[-1]}, {recipe.name}"
-    rows = _measured(provenance)
     version = provenance["versions"].get(plan.backend.distribution, "")
     library = f"{plan.backend.distribution} {version}".strip()
     return "\n".join(
@@ -81,15 +83,8 @@ def model_card(
             "",
             *_serving(loads, plan.method.layout),
             "",
-            "## Measured",
-            "",
-            "| what | value |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in rows),
-            "",
-            "Accuracy and throughput were not measured.",
-            "",
-            "## How it was made",
+            *_measured_section(provenance),
+            _MADE,
             "",
             *_calibration(provenance["calibration"]),
             f"- {len(plan.layers)} linear layers quantized, {len(plan.kept)} kept in 16 bit.",
@@ -99,6 +94,57 @@ def model_card(
             "",
         ]
     )
+
+
+def with_measured(card: str, provenance: dict[str, Any]) -> str:
+    """A card of ours with the section of measurements written anew; another's card as it is."""
+    before, start, rest = card.partition(f"\n{_MEASURED}\n")
+    _, end, after = rest.partition(f"\n{_MADE}\n")
+    if not start or not end:
+        return card
+    return "\n".join([before, *_measured_section(provenance), _MADE, after])
+
+
+def _measured_section(provenance: dict[str, Any]) -> list[str]:
+    lines = [_MEASURED, "", "| what | value |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in _measured(provenance)]
+    found = provenance["results"].get("validation")
+    if found is None:
+        return [*lines, "", "Accuracy and throughput were not measured.", ""]
+    text, engine = found["text"], found["engine"]
+    said = "every gate held" if found["ok"] else "not every gate held"
+    return [
+        *lines,
+        *(f"| {name} | {value} |" for name, value in _validated(found)),
+        "",
+        f"Against {found['baseline']['name']} in {engine['name']} {engine['version']} on "
+        f"{engine['device']}, on {text['windows']} windows of {text['length']} tokens of "
+        f"{text['name']}: {said}.",
+        "",
+    ]
+
+
+def _validated(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What `quantkit validate` measured; weights-only runs say so."""
+    values, metrics = found["values"], found["metrics"]
+    only = " (weights only)" if found["engine"]["weights_only"] else ""
+    for title, key, form in (
+        ("perplexity", "perplexity", ".2f"),
+        ("four-choice facts", "mcq_accuracy", ".1%"),
+    ):
+        both = values[key]
+        if both["quantized"] is not None:
+            yield (
+                f"{title}{only}",
+                f"{both['quantized']:{form}} (baseline {both['baseline']:{form}})",
+            )
+    kl = metrics["kl_mean"]["value"]
+    if kl is not None:
+        yield f"KL divergence from the baseline, mean{only}", f"{kl:.4f} nats"
+    for name, title in (("prefill_speedup", "prefill"), ("decode_speedup", "decode")):
+        value = metrics[name]["value"]
+        if value is not None:
+            yield f"{title} speed on {found['engine']['device']}", f"{value:.2f} × the baseline's"
 
 
 def _measured(provenance: dict[str, Any]) -> list[tuple[str, str]]:

@@ -59,7 +59,7 @@ def parse_gate(text: str) -> Gate:
         raise _refusal(f"The gate {text!r} is not METRIC<=NUMBER or METRIC>=NUMBER.")
     metric, direction = match.group(1), match.group(2)
     if metric not in METRICS and not metric.startswith(TASK_PREFIX):
-        close = difflib.get_close_matches(metric, METRICS, n=1)
+        close = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.4)
         meant = f" Did you mean {close[0]}?" if close else ""
         raise _refusal(f"The gate {text!r} names no metric: {metric}.{meant}")
     wanted = direction_of(metric)

@@ -7,6 +7,7 @@ routers, norms, vision and audio towers, multi-token-prediction layers) are foun
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -168,6 +169,16 @@ def fused_groups(names: Collection[str]) -> list[tuple[str, ...]]:
 def in_tower(name: str) -> bool:
     """Whether a module or tensor belongs to a vision or audio tower."""
     return not _TOWERS.isdisjoint(name.split("."))
+
+
+def expert_groups(names: Collection[str]) -> list[tuple[str, ...]]:
+    """The experts of each mixture, as tuples of full names: engines give them one scheme."""
+    groups = defaultdict(list)
+    for name in names:
+        parent, found, _ = name.partition(".experts.")
+        if found:
+            groups[parent].append(name)
+    return [tuple(members) for members in groups.values()]
 
 
 def layer_index(name: str) -> int | None:

@@ -17,7 +17,7 @@ from quantkit.environments import find_interpreter, library_versions
 from quantkit.errors import BackendError, InputError
 from quantkit.finish import finish
 from quantkit.hub import open_for_plan, resolve_model
-from quantkit.job import Job, Reporter, Result
+from quantkit.job import NO_DATA, Job, Reporter, Result
 from quantkit.origin import plan_of_export, state_calibration, stored_recipe
 from quantkit.plan import Plan, has_experts_or_towers, make_plan
 from quantkit.process import run_worker
@@ -64,6 +64,10 @@ def plan_only(request: Request) -> tuple[Checkpoint, Plan]:
     )
     if plan.backend.adapter is None and source.derived is None:
         check_stream(source, plan)
+    beyond = has_experts_or_towers(source, plan) if plan.backend.dense_only else None
+    if beyond:
+        note = f"{plan.backend.name} does not quantize a model with {beyond}; rtn_* methods do"
+        plan = replace(plan, notes=(*plan.notes, note))
     return source, plan
 
 
@@ -94,8 +98,10 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
         note = _state_note(request, plan, source, found, mixture)
         job = _job(request, plan, source, tokens, note)
         result = _work(job, partial, python, request.out, ui)
-        _check_tokens(result, tokens)
-        calibration = {**result.calibration, **mixture} if mixture else None
+        used = result.calibration != NO_DATA
+        if used:
+            _check_tokens(result, tokens)
+        calibration = {**result.calibration, **mixture} if mixture and used else None
         return finish(partial, request, plan, source, found.fingerprint, calibration, result, ui)
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from quantkit.engines import engines
 from quantkit.errors import InputError
+from quantkit.gates import parse_gate
 from quantkit.modules import PRESETS
 from quantkit.registry import backend_named
 from quantkit.resources import data_dir
@@ -92,6 +93,7 @@ class Recipe(_Strict):
     kv_cache: KVCache = "none"
     calibration: CalibrationChoice | None = CalibrationChoice()
     options: dict[str, Any] = {}
+    gates: list[str] = []
     on_nan: Literal["error", "keep16"] = "error"
     on_misfit: Literal["error", "keep16", "fit"] = "error"
     shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s*(KB|MB|GB|TB)$")
@@ -103,6 +105,14 @@ class Recipe(_Strict):
     @classmethod
     def _known(cls, value: str) -> str:
         return _scheme_name(value)
+
+    @field_validator("gates")
+    @classmethod
+    def _gates(cls, value: list[str]) -> list[str]:
+        try:
+            return [str(parse_gate(entry)) for entry in value]
+        except InputError as error:
+            raise ValueError(error.message.removesuffix(".")) from error
 
     @field_validator("ignore", "targets")
     @classmethod

@@ -10,6 +10,7 @@ from quantkit.engines import Candidate, Part, Verdict, engines, gpu_named, judge
 from quantkit.engines.aliases import expanded
 from quantkit.errors import InputError
 from quantkit.formats.base import LayerSpec
+from quantkit.formats.inventory import upright
 from quantkit.formats.registry import packing, writer_named
 from quantkit.modules import Module, layer_index, linear_modules
 from quantkit.schemes import Scheme
@@ -36,7 +37,7 @@ def planned(source: Checkpoint, plan: Plan) -> Candidate:
     """The checkpoint that a plan will write, as far as an engine's rules look at it."""
     method = plan.method
     modules = linear_modules(source.modules)
-    parts = {m.name: _part(m, plan.layers.get(m.name), plan) for m in modules}
+    parts = {m.name: _part(m, plan.layers.get(m.name), plan, source.config) for m in modules}
     settings = _settings(source, plan, [m for m in modules if m.name in plan.layers])
     return Candidate(source.config, method.layout, settings, parts, plan.recipe.kv_cache)
 
@@ -70,10 +71,10 @@ def check_engines(source: Checkpoint, plan: Plan) -> Plan:
     return replace(plan, notes=(*plan.notes, *notes))
 
 
-def _part(module: Module, scheme: Scheme | None, plan: Plan) -> Part:
-    experts = module.shape[0] if len(module.shape) == 3 else 0
+def _part(module: Module, scheme: Scheme | None, plan: Plan, config: Mapping[str, Any]) -> Part:
     variant = "" if scheme is None else _packing(scheme, plan)
-    return Part(module.name, module.kind, module.shape, scheme, variant, experts)
+    shape = upright(module.name, module.shape, config)
+    return Part(module.name, module.kind, shape, scheme, variant)
 
 
 def _packing(scheme: Scheme, plan: Plan) -> str:

@@ -16,7 +16,7 @@ from quantkit.job import Reporter, Result
 from quantkit.plan import Plan
 from quantkit.publish import check_space, staged
 from quantkit.request import Outcome, Request
-from quantkit.seal import write_json
+from quantkit.seal import CARD, PROVENANCE, write_json
 from quantkit.seam import ignore_list
 from quantkit.verify import Written
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outcome:
     """Quantize shard by shard, then seal, verify and publish.
 
-    A run that stops for any reason leaves its finished shards in `DIR.partial` for `--resume`.
+    A run that stops for any reason, up to the end of verification, leaves its finished shards in
+    `DIR.partial` for `--resume`.
     Raises InputError (`stream.*`, `source.*`, `resume.*`, `output.*`) and CheckError.
     """
     from quantkit.streaming.job import StreamOptions
@@ -58,8 +59,9 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
         config = quantization_config(source, plan, layers)
         write_json(partial / "config.json", {"quantization_config": config})
         plan = replace(plan, layers={name: spec.scheme for name, spec in layers.items()})
-        clear_state(partial)
-        return finish(
+        for name in (PROVENANCE, CARD):
+            (partial / name).unlink(missing_ok=True)
+        outcome = finish(
             partial,
             request,
             plan,
@@ -70,6 +72,8 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
             ui,
             Written(done.digests, done.source_digests, done.sqnr_db),
         )
+        clear_state(partial)
+        return outcome
 
 
 def check_stream(source: Checkpoint, plan: Plan) -> None:

@@ -49,7 +49,7 @@ class Progress:
     def __init__(self, result: Result) -> None:
         self.result = result
         self.name = ""
-        self.started = 0.0
+        self.started = self.used = 0.0
         descriptor = os.environ.pop("QUANTKIT_EVENTS_FD", "")
         self.descriptor = int(descriptor) if descriptor else None
         if self.descriptor is not None:
@@ -62,7 +62,7 @@ class Progress:
 
     def stage(self, name: str, total: int = 0, unit: Unit = "steps") -> None:
         self.finish()
-        self.name, self.started = name, time.monotonic()
+        self.name, self.started, self.used = name, time.monotonic(), time.process_time()
         self.send("stage", name=name, total=total, unit=unit)
 
     def advance(self, done: int) -> None:
@@ -74,13 +74,17 @@ class Progress:
             self.send("note", text=text)
 
     def finish(self) -> None:
-        """End the current stage: its seconds and its peak of resident memory."""
+        """End the current stage: its seconds, those of its processors, its peak of memory."""
         peak = take_peak_rss()
         self.result.peak_rss_bytes = max(self.result.peak_rss_bytes, peak)
         if self.name:
-            seconds = round(time.monotonic() - self.started, 3)
             self.result.stages.append(
-                {"name": self.name, "seconds": seconds, "peak_rss_bytes": peak}
+                {
+                    "name": self.name,
+                    "seconds": round(time.monotonic() - self.started, 3),
+                    "cpu_seconds": round(time.process_time() - self.used, 3),
+                    "peak_rss_bytes": peak,
+                }
             )
         self.name = ""
 

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "quantkit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: dict[str, int] = {
-    "errors": 0, "units": 0, "schemes": 0, "job": 0, "cache": 0, "resources": 0, "worker": 0,
-    "modules": 0, "checkpoint": 1,
+    "errors": 0, "gates": 0, "units": 0, "schemes": 0, "job": 0, "cache": 0, "resources": 0,
+    "worker": 0, "modules": 0, "checkpoint": 1,
     "engines": 1, "derive": 2, "formats": 2, "registry": 3, "recipe": 3, "hub": 3, "scan": 3,
     "statefile": 3, "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4,
     "seam": 4, "streaming": 4,
@@ -120,13 +120,19 @@ FLAGS = {
         "--restore", "--out", "--model", "--device", "--python", "--trust-remote-code",
         "--overwrite", "--json",
     },
-    "verify": {"--source", "--json"},
+    "verify": {"--source", "--engine", "--tp", "--gpu", "--json"},
+    "validate": {
+        "--baseline", "--engine", "--kernel", "--device", "--data", "--samples", "--tasks",
+        "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
+    },
     "plan": {
         "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",
         "--trust-remote-code", "--json",
     },
     "methods": {"--json"},
     "launch": {"--engine", "--tp", "--exec", "--json"},
+    "platforms": {"--method", "--gpu", "--json"},
+    "kernels": {"--kernel", "--device", "--json"},
     "demo": {"--method", "--out", "--set", "--json"},
 }  # fmt: skip
 """Scripts depend on these: a flag is added here on purpose or not at all."""

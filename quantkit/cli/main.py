@@ -16,11 +16,14 @@ from quantkit.cli import (
     demo,
     env,
     export,
+    kernels,
     launch,
     methods,
     plan,
+    platforms,
     quantize,
     recipes,
+    validate,
     verify,
 )
 from quantkit.cli.output import print_error
@@ -37,9 +40,12 @@ app = typer.Typer(
 app.command("quantize")(quantize.quantize_command)
 app.command("export")(export.export_command)
 app.command("verify")(verify.verify_command)
+app.command("validate")(validate.validate_command)
 app.command("plan")(plan.plan_command)
 app.command("launch")(launch.launch_command)
 app.command("methods")(methods.methods_command)
+app.command("platforms")(platforms.platforms_command)
+app.command("kernels")(kernels.kernels_command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(calibration.app, name="calibration")
 app.add_typer(env.app, name="env")

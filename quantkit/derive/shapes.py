@@ -54,6 +54,7 @@ def _text(leaf: str, module: str, config: Mapping[str, Any], size: Sizes) -> tup
         "gate": (size.experts, size.hidden),
         "router": (size.experts, size.hidden),
         "shared_expert_gate": (1, size.hidden),
+        "e_score_correction_bias": (size.experts,),
         "eh_proj": (size.hidden, 2 * size.hidden),
         "fc1": (size.inner, size.hidden),
         "fc2": (size.hidden, size.inner),

@@ -5,13 +5,13 @@ schemes and the shapes of a candidate: a finished checkpoint, or a plan for one.
 """
 
 from quantkit.engines.candidate import Candidate, Part
-from quantkit.engines.data import engines
+from quantkit.engines.data import Engine, engines
 from quantkit.engines.gpus import Gpu, gpu_named
 from quantkit.engines.reasons import Reason
 from quantkit.engines.support import NAMES, SILENT_GARBAGE, Support, support
 from quantkit.engines.verdict import Verdict, engine_named, judge
 
 __all__ = [
-    "NAMES", "SILENT_GARBAGE", "Candidate", "Gpu", "Part", "Reason", "Support", "Verdict",
+    "NAMES", "SILENT_GARBAGE", "Candidate", "Engine", "Gpu", "Part", "Reason", "Support", "Verdict",
     "engine_named", "engines", "gpu_named", "judge", "support",
 ]  # fmt: skip

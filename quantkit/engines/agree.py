@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quantkit.engines.belief import Reader, reader
+from quantkit.engines.belief import Reader
 from quantkit.engines.candidate import Candidate, Part
 from quantkit.engines.data import Engine, Family
 from quantkit.engines.names import Layer
+from quantkit.engines.readers import reader
 from quantkit.engines.reasons import Reason
 from quantkit.schemes import Scheme
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from quantkit.modules import Kind
 from quantkit.schemes import Scheme
+
+BY_ALGORITHM = ("modelopt", "ascend")
+"""Layouts whose rules go by the library's own name of the algorithm."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,6 @@ class Part:
     shape: tuple[int, ...]
     scheme: Scheme | None = None
     packing: str = ""
-    experts: int = 0
-    """Of a fused 3-D tensor: how many."""
 
     @property
     def rows(self) -> int:
@@ -33,6 +34,11 @@ class Part:
     @property
     def columns(self) -> int:
         return self.shape[-1]
+
+    def rule_name(self, layout: str) -> str:
+        """What its kind of quantization is called in an engine's rules for the layout."""
+        assert self.scheme is not None
+        return self.packing if layout in BY_ALGORITHM else self.scheme.name
 
 
 @dataclass(frozen=True)
@@ -44,5 +50,3 @@ class Candidate:
     settings: Mapping[str, Any]
     parts: Mapping[str, Part]
     kv_cache: str = "none"
-    unequal_globals: tuple[str, ...] = field(default=())
-    """Parents of fused groups whose FP4 global scales differ (seen in tensors only)."""

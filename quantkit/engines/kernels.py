@@ -10,19 +10,10 @@ from quantkit.engines.gpus import Gpu
 from quantkit.engines.names import Layer
 from quantkit.engines.reasons import Reason
 
-BY_ALGORITHM = ("modelopt", "ascend")
-"""Layouts whose rules go by the library's own name of the algorithm."""
-
-
-def rule_name(layout: str, part: Part) -> str:
-    """What a layer is called in the `schemes` of a layout's rules."""
-    assert part.scheme is not None
-    return part.packing if layout in BY_ALGORITHM else part.scheme.name
-
 
 def check_format(engine: Engine, candidate: Candidate, gpu: Gpu | None) -> Iterator[Reason]:
-    """Reasons of codes `engine.layout`, `engine.kv_cache`, `engine.act_order`, `engine.gpu`,
-    `engine.global_scales`: against the checkpoint as a whole."""
+    """Reasons of codes `engine.layout`, `engine.kv_cache`, `engine.act_order` and `engine.gpu`,
+    against the checkpoint as a whole."""
     rule = engine.formats.get(candidate.layout)
     if rule is None:
         yield Reason(
@@ -46,14 +37,6 @@ def check_format(engine: Engine, candidate: Candidate, gpu: Gpu | None) -> Itera
             f"{engine.name} loads no GPTQ checkpoint with desc_act (columns out of order)",
             "--set options.desc_act=false, or --set options.act_group_aware=true",
         )
-    for parent in candidate.unequal_globals:
-        yield Reason(
-            "engine.global_scales",
-            f"{engine.name} has one FP4 global scale for the merged layers of {parent}; the "
-            "members' differ",
-            "quantize again with one global scale a fused group",
-            parent,
-        )
 
 
 def check_schemes(
@@ -74,7 +57,7 @@ def _check_layer(
     engine: Engine, layout: str, rule: FormatRule, layer: Layer, part: Part, gpu: Gpu | None
 ) -> Iterator[Reason]:
     assert part.scheme is not None
-    name, weight = rule_name(layout, part), part.scheme.weight
+    name, weight = part.rule_name(layout), part.scheme.weight
     scheme = rule.schemes.get(name)
     known = ", ".join(rule.schemes)
 
@@ -151,7 +134,7 @@ def weight_only_note(
         part = layer.parts[0]
         if part.scheme is None:
             continue
-        name = rule_name(candidate.layout, part)
+        name = part.rule_name(candidate.layout)
         scheme = rule.schemes.get(name)
         if scheme and scheme.native > gpu.capability >= scheme.sm:
             return (

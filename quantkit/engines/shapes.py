@@ -12,7 +12,6 @@ from typing import Any
 
 from quantkit.engines.candidate import Candidate, Part
 from quantkit.engines.data import Engine, Family, SchemeRule
-from quantkit.engines.kernels import rule_name
 from quantkit.engines.names import Layer
 from quantkit.engines.reasons import Reason
 from quantkit.modules import text_config
@@ -62,9 +61,9 @@ def check_shapes(
         yield from reasons
         if reasons or rules is None or part.scheme is None:
             continue
-        rule = rules.schemes.get(rule_name(candidate.layout, part))
+        rule = rules.schemes.get(part.rule_name(candidate.layout))
         if rule is not None:
-            yield from _Shard(engine, family, candidate, layer, rule, tp).reasons()
+            yield from _Shard(family, candidate, layer, rule, tp).reasons()
 
 
 def _check_split(engine: Engine, layer: Layer, tp: int) -> Iterator[Reason]:
@@ -96,14 +95,12 @@ class _Shard:
     """One rank's part of a quantized layer: input × output parts."""
 
     def __init__(
-        self, engine: Engine, family: Family, candidate: Candidate, layer: Layer, rule: SchemeRule,
-        tp: int,
-    ) -> None:  # fmt: skip
-        self.engine, self.layer, self.rule, self.tp = engine, layer, rule, tp
+        self, family: Family, candidate: Candidate, layer: Layer, rule: SchemeRule, tp: int
+    ) -> None:
+        self.layer, self.rule, self.tp = layer, rule, tp
         part = layer.parts[0]
         assert part.scheme is not None
         self.scheme, self.packing = part.scheme, part.packing
-        self.layout = candidate.layout
         if layer.experts:
             self.hidden, self.inner = _expert_sizes(layer)
             self.inner //= tp
@@ -123,9 +120,7 @@ class _Shard:
         yield from self._tiles()
 
     def _reason(self, code: str, what: str, fix: str) -> Reason:
-        at = f" at tensor-parallel size {self.tp}" if self.tp > 1 else ""
-        name = self.layer.name
-        return Reason(code, f"{self.engine.name} will not load {name}{at}: {what}", fix, name)
+        return Reason(code, f"{self.layer.name}: {what}", fix, self.layer.name)
 
     def _groups(self) -> Iterator[Reason]:
         size = self.scheme.weight.group_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quantkit.engines.candidate import BY_ALGORITHM
 from quantkit.engines.data import FormatRule, engines
 
 NAMES = {
@@ -56,7 +57,7 @@ class Support:
 
 def support(layout: str, algorithm: str, scheme: str) -> Support:
     """Who loads a checkpoint of this layout, made by this algorithm of its library, or scheme."""
-    key = algorithm if layout in ("modelopt", "ascend") else scheme
+    key = algorithm if layout in BY_ALGORITHM else scheme
     found = [name for name, engine in engines().items() if _reads(engine.formats.get(layout), key)]
     found += ["transformers"] if scheme in _TRANSFORMERS.get(layout, ()) else []
     found += ["llama.cpp"] if scheme in _LLAMA_CPP.get(layout, ()) else []

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from quantkit.cache import cache_dir
@@ -131,7 +130,7 @@ def create(spec: Spec, wheels: Path | None, tell: Callable[[str], None]) -> Path
     if wheels is not None and not wheels.is_dir():
         raise InputError(
             f"--wheels {wheels} is not a directory.",
-            hint=f"fill it: pip download --dest {wheels} {' '.join(spec.pins[:2])} …",
+            hint=f"pip download --dest {wheels} --requirement {_pin_file(spec.name)}",
             code="environment.no_wheels",
         )
     with _locked(spec, tell):
@@ -225,6 +224,10 @@ def _locked(spec: Spec, tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def _pins(name: str) -> tuple[str, ...]:
-    text = (files("quantkit.environments") / f"{name}.txt").read_text(encoding="utf-8")
+    text = _pin_file(name).read_text(encoding="utf-8")
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return tuple(line for line in lines if line)
+
+
+def _pin_file(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.txt")

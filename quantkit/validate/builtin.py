@@ -36,15 +36,20 @@ class Builtin:
     def weights_only(self) -> bool:
         return self.runtime.weights_only
 
-    def logits(self, windows: NDArray[np.int64]) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Batches of windows [n, length] → (their rows, logits [rows, length, vocabulary])."""
+    def logits(
+        self, windows: NDArray[np.int64], last: int = 0
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Batches of windows [n, length] → (their rows, logits [rows, length, vocabulary]).
+
+        With `last` only those of the last positions.
+        """
         import torch
 
         step = max(1, BATCH_TOKENS // windows.shape[1])
         for start in range(0, len(windows), step):
             rows = slice(start, min(start + step, len(windows)))
             ids = torch.from_numpy(windows[rows]).to(self.runtime.device)
-            yield rows, self.runtime(ids).logits
+            yield rows, self.runtime(ids, logits_to_keep=last).logits
 
     def logprobs(
         self, windows: NDArray[np.int64], progress: Progress | None = None

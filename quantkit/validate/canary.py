@@ -36,7 +36,7 @@ BEGINNINGS = (
     "The three primary colors are",
     "In Spanish, 'good morning' is",
     "The sky looks blue because",
-    "def add(a, b):\n    \"\"\"Add two numbers.\"\"\"\n",
+    'def add(a, b):\n    """Add two numbers."""\n',
     "The sea was calm that morning, and",
 )
 """For a model without chat template: texts to go on with."""

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.calibration.tokenizer import Tokenizer
+from quantkit.validate.builtin import next_logprobs
 from quantkit.validate.canary import padded
 from quantkit.validate.subject import Progress, Subject
+from quantkit.validate.text import WithLogits
 
 BATCH = 64
 """Sequences a call; they are sorted by length first, so that little of it is padding."""
@@ -27,11 +29,16 @@ class Question:
     answer: int
 
 
-def facts() -> list[Question]:
-    """374 questions on capitals and chemical elements (from bsdgames; see data/NOTICE.txt)."""
+def facts(most: int | None = None) -> list[Question]:
+    """374 questions on capitals and chemical elements (from bsdgames; see data/NOTICE.txt), or
+    `most` of them, spread evenly."""
     text = files("quantkit.validate").joinpath("data/facts.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    return [Question(row["prompt"], tuple(row["choices"]), row["answer"]) for row in rows]
+    chosen = np.linspace(0, len(rows) - 1, min(most or len(rows), len(rows))).round().astype(int)
+    return [
+        Question(row["prompt"], tuple(row["choices"]), row["answer"])
+        for row in (rows[index] for index in chosen)
+    ]
 
 
 def choice_logprobs(
@@ -64,14 +71,29 @@ def continuation_logprobs(
     totals = np.zeros(len(pairs))
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
-        table = subject.logprobs(padded([[*pairs[i][0], *pairs[i][1]] for i in batch]))
+        shortest = min(len(pairs[i][0]) for i in batch)
+        windows = padded([[*pairs[i][0], *pairs[i][1]] for i in batch])
+        table = _logprobs_from(subject, windows, shortest)
         for row, index in zip(table, batch, strict=True):
             context, continuation = pairs[index]
-            end = len(context) + len(continuation) - 1
-            totals[index] = row[len(context) - 1 : end].sum(dtype=np.float64)
+            begin = len(context) - shortest
+            totals[index] = row[begin : begin + len(continuation)].sum(dtype=np.float64)
         if progress:
             progress(start + len(batch), len(order))
     return totals
+
+
+def _logprobs_from(subject: Subject, windows: NDArray[np.int64], start: int) -> NDArray[np.float32]:
+    """The log-probabilities of the tokens from position `start` on, [n, length - start]."""
+    import torch
+
+    if not isinstance(subject, WithLogits):
+        return subject.logprobs(windows)[:, start - 1 :]
+    parts = []
+    for rows, logits in subject.logits(windows, last=windows.shape[1] - start + 1):
+        following = torch.from_numpy(windows[rows, start:]).to(logits.device)
+        parts.append(next_logprobs(logits[:, :-1], following).cpu().numpy())
+    return np.concatenate(parts)
 
 
 def right(logprobs: NDArray[np.float64], questions: Sequence[Question]) -> NDArray[np.bool_]:

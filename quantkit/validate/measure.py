@@ -94,7 +94,9 @@ def ask_baseline(
     found = cache.arrays(
         "text",
         q.text.digest,
-        staged("text", len(windows), lambda s: _arrays(texts.measure_baseline(s, windows, _on(ui)))),
+        staged(
+            "text", len(windows), lambda s: _arrays(texts.measure_baseline(s, windows, _on(ui)))
+        ),
     )
     prompts = _digest(q.prompts, NEW_TOKENS)
     said = cache.value(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from quantkit.checkpoint import Checkpoint
-from quantkit.errors import InputError
+from quantkit.errors import BackendError, InputError
 from quantkit.formats.gguf_file import GgufFile
 from quantkit.modules import text_config
 from quantkit.validate.builtin import BATCH_TOKENS
@@ -57,6 +59,22 @@ def refuse_too_large(what: str, needed: int, device: str) -> None:
             hint="free memory, choose another --device, or validate on a larger machine",
             code="validate.memory",
         )
+
+
+@contextmanager
+def explained(what: str, needed: int) -> Iterator[None]:
+    """Turn a failed allocation inside the block into a BackendError that says what was needed."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, RuntimeError) and "allocate" not in first:
+            raise
+        raise BackendError(
+            f"{what} ran out of memory; about {needed / 1e9:.1f} GB were expected to do: {first}",
+            hint="free memory, or validate on a larger machine",
+            code="validate.out_of_memory",
+        ) from error
 
 
 def _bytes_at_16_bit(held: Checkpoint) -> int:

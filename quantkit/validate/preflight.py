@@ -21,12 +21,12 @@ SHAPE_KEYS = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
     "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
-PROBE = "The quick brown fox (№ 42) said:\n\t\"naïve café, 3.14 – 世界!\"  def f(x): return x**2"
+PROBE = 'The quick brown fox (№ 42) said:\n\t"naïve café, 3.14 – 世界!"  def f(x): return x**2'
 """Text whose ids tell one tokenizer from another."""
 
 _STILL_LOADS = (
     "sqnr.", "scale.wrong", "fold.", "ledger.altered", "ledger.cast", "sidecar.", "config.removed",
-    "plan.", "kv.", "input_scale.uncalibrated", "structure.", "gguf.altered", "ignore.",
+    "plan.", "kv.", "input_scale.uncalibrated", "gguf.altered", "ignore.",
 )  # fmt: skip
 """Errors of `verify` with which a checkpoint loads and runs: the gates judge these."""
 

@@ -117,7 +117,7 @@ def _paired(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Measur
         return sampled(-differences)
     if name != "ppl_ratio":
         return sampled(differences)
-    ratio = float(np.exp((theirs - _array(old[part]["nll_baseline"])).mean()))
+    ratio = old["metrics"]["ppl_ratio"]["value"]
     return sampled(differences, lambda mean: ratio * np.expm1(mean))
 
 

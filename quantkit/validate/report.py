@@ -109,19 +109,17 @@ def recipe_digest(recipe: Mapping[str, Any] | None) -> str | None:
     return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
 
-def conversations(
-    prompts: Sequence[str], baseline: Sequence[Answer], quantized: Sequence[Answer]
-) -> list[dict[str, Any]]:
+def conversations(baseline: Sequence[Answer], quantized: Sequence[Answer]) -> list[dict[str, Any]]:
     """The canary's prompts with both answers, and what is wrong with each."""
     return [
         {
-            "prompt": prompt,
+            "prompt": theirs.prompt,
             "baseline": theirs.text,
             "quantized": ours.text,
             "baseline_problem": theirs.problem,
             "quantized_problem": ours.problem,
         }
-        for prompt, theirs, ours in zip(prompts, baseline, quantized, strict=True)
+        for theirs, ours in zip(baseline, quantized, strict=True)
     ]
 
 

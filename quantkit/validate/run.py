@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from quantkit import __version__
-from quantkit.validate.bootstrap import missing
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.device import resolve_device
 from quantkit.gates import Gate, parse_gate
 from quantkit.job import Reporter
 from quantkit.scan import refuse_bad_weights, scan
+from quantkit.validate.bootstrap import missing
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.canary import canary_prompts, judge
 from quantkit.validate.choices import facts
@@ -32,7 +32,7 @@ from quantkit.validate.measure import (
     ask_baseline,
     ask_quantized,
 )
-from quantkit.validate.memory import needed_bytes, refuse_too_large
+from quantkit.validate.memory import explained, needed_bytes, refuse_too_large
 from quantkit.validate.metrics import (
     PerWindow,
     canary_metrics,
@@ -58,6 +58,7 @@ from quantkit.validate.verdicts import chosen_gates, default_gates, hold
 from quantkit.verify import VerifyReport
 
 SAMPLES = 32
+FACTS_A_SAMPLE = 12
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class ValidateRequest:
     """What `quantkit validate` was asked for.
 
     baseline: a directory or Hub name; "": what quantkit.json remembers. data: a text file instead
-    of the held-out text. samples: windows of text. limit: most samples of an lm-eval task.
+    of the held-out text. samples: windows of text, with twelve facts each. limit: most samples of
+    an lm-eval task.
     """
 
     path: Path
@@ -97,7 +99,8 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     candidate = open_candidate(request.path, request.baseline)
     device = resolve_device(request.device)
     integrity = check_integrity(candidate, staged(ui, "verify"))
-    _check_memory(candidate, request.kernel, device)
+    gates = _gates(candidate, integrity, asked)
+    their_need, our_need = _check_memory(candidate, request.kernel, device)
     base = candidate.baseline
     tokenizer, info = tokenizer_of(base.path), read_tokenizer_info(base.path)
     text = eval_text(request.data, tokenizer, request.samples, info.max_length)
@@ -127,31 +130,42 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     if earlier is not None:
         refuse_incomparable(vars(report), earlier)
     prompts, ids = canary_prompts(base.path, tokenizer)
-    questions = Questions(tokenizer, text, prompts, ids, facts(), tasks, request.throughput)
+    asked_facts = facts(FACTS_A_SAMPLE * request.samples)
+    questions = Questions(tokenizer, text, prompts, ids, asked_facts, tasks, request.throughput)
 
     def opened(path: Path, name: str, kernel: str) -> Subject:
         return opens(path, Opening(device, kernel, staged(ui, f"load {name}")))
 
     baseline = Lazy(lambda: opened(base.path, "baseline", "auto"))
-    cache = BaselineCache(scanned.fingerprint, request.engine, device, *_versions())
-    try:
-        theirs = ask_baseline(baseline, questions, cache, ui)
-    finally:
-        baseline.close()
-    subject = opened(candidate.path, "quantized", request.kernel)
-    try:
-        report.engine |= {
-            "version": subject.version,
-            "kernels": subject.kernels(),
-            "weights_only": subject.weights_only,
-        }
-        ours = ask_quantized(subject, questions, theirs, ui)
-    finally:
-        subject.close()
+    cache = BaselineCache(scanned.fingerprint, info.digest, request.engine, device, *_versions())
+    with explained(f"The baseline {base.path}", their_need):
+        try:
+            theirs = ask_baseline(baseline, questions, cache, ui)
+        finally:
+            baseline.close()
+    with explained(str(candidate.path), our_need):
+        subject = opened(candidate.path, "quantized", request.kernel)
+        try:
+            report.engine |= {
+                "version": subject.version,
+                "kernels": subject.kernels(),
+                "weights_only": subject.weights_only,
+            }
+            ours = ask_quantized(subject, questions, theirs, ui)
+        finally:
+            subject.close()
     if cache.hits:
         report.notes.append(f"{cache.hits} measurements of the baseline came from the cache")
     _fill(report, integrity, questions, theirs, ours, _stop_tokens(base))
-    _hold(report, candidate, asked)
+    absent = missing("this run did not measure it")
+    report.gates = [
+        hold(
+            gate,
+            report.metrics.get(gate.metric, absent),
+            weights_only=report.engine["weights_only"],
+        )
+        for gate in gates
+    ]
     report.seconds = time.monotonic() - start
     if earlier is not None:
         report.changes = compare(report.metrics, report.to_json(), earlier)
@@ -182,7 +196,9 @@ def _fill(
 ) -> None:
     """Metrics, and what they were derived from."""
     q, windows = questions, PerWindow.of(theirs.text, ours.text)
-    said = [judge(q.canary, answers.canary, q.tokenizer, stops) for answers in (theirs, ours)]
+    their_talk, our_talk = (
+        judge(q.canary, answers.canary, q.tokenizer, stops) for answers in (theirs, ours)
+    )
     drift = [
         before - now
         for before, now in zip(theirs.canary_logprobs, ours.canary_logprobs, strict=True)
@@ -195,7 +211,7 @@ def _fill(
     report.metrics = {
         **text_metrics(windows, ours.text.kl),
         "mcq_drop": choice_metric(theirs.facts, ours.facts),
-        **canary_metrics(*said, drift),
+        **canary_metrics(their_talk, our_talk, drift),
         **weight_metrics(integrity),
         **speed_metrics(theirs.throughput, ours.throughput),
         **task_metrics(*samples),
@@ -208,36 +224,31 @@ def _fill(
         "tasks": Both(theirs.tasks.get("results", {}), ours.tasks.get("results", {})),
     }
     report.right = Both(theirs.facts, ours.facts)
-    report.canary = conversations(q.canary, *said)
+    report.canary = conversations(their_talk, our_talk)
     report.throughput = Both(theirs.throughput, ours.throughput)
     report.kl_histogram = kl_histogram(ours.text.kl)
 
 
-def _hold(report: Report, candidate: Candidate, asked: list[Gate]) -> None:
+def _gates(candidate: Candidate, integrity: VerifyReport, asked: list[Gate]) -> list[Gate]:
     """The scheme's gates, the recipe's and the command's; of a metric the last one counts."""
     recipe = (candidate.provenance or {}).get("recipe") or {}
-    gates = chosen_gates(
-        default_gates({layer.scheme for layer in report.layers}),
+    return chosen_gates(
+        default_gates({layer.scheme for layer in integrity.layers}),
         [parse_gate(str(text)) for text in recipe.get("gates") or []],
         asked,
     )
-    absent = missing("this run did not measure it")
-    report.gates = [
-        hold(
-            gate,
-            report.metrics.get(gate.metric, absent),
-            weights_only=report.engine["weights_only"],
-        )
-        for gate in gates
-    ]
 
 
-def _check_memory(candidate: Candidate, kernel: str, device: str) -> None:
-    """The models are loaded one after the other."""
+def _check_memory(candidate: Candidate, kernel: str, device: str) -> tuple[int, int]:
+    """Bytes that the baseline and the checkpoint need, one after the other; refused if too many."""
     base = candidate.baseline
-    refuse_too_large(f"The baseline {base.path}", needed_bytes(base, expanded=False), device)
-    needed = needed_bytes(candidate.held, expanded=kernel == "dequantized")
-    refuse_too_large(f"{candidate.path}", needed, device)
+    needs = (
+        needed_bytes(base, expanded=False),
+        needed_bytes(candidate.held, expanded=kernel == "dequantized"),
+    )
+    refuse_too_large(f"The baseline {base.path}", needs[0], device)
+    refuse_too_large(str(candidate.path), needs[1], device)
+    return needs
 
 
 def _describe(candidate: Candidate, integrity: VerifyReport) -> dict[str, Any]:
@@ -272,10 +283,8 @@ def _stop_tokens(base: Checkpoint) -> set[int]:
     file = base.path / "generation_config.json"
     stated = read_json(file).get("eos_token_id") if file.is_file() else None
     found = base.config.get("eos_token_id") if stated is None else stated
-    return set(found) if isinstance(found, list) else {found} - {None}
+    return {token for token in (found if isinstance(found, list) else [found]) if token is not None}
 
 
 def _versions() -> tuple[str, ...]:
-    return tuple(version(library) for library in ("torch", "transformers", "tokenizers")) + (
-        __version__,
-    )
+    return (__version__, *map(version, ("torch", "transformers", "tokenizers")))

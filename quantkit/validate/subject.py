@@ -54,9 +54,12 @@ class Subject(Protocol):
     weights_only: whether activations that the scheme quantizes are computed in 16 bit.
     """
 
-    name: str
-    version: str
-    weights_only: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def weights_only(self) -> bool: ...
 
     def logprobs(
         self, windows: NDArray[np.int64], progress: Progress | None = None

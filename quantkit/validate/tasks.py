@@ -38,12 +38,14 @@ GENERATED = 8
 class TaskChoice:
     """Tasks to run: names of lm-eval, or YAML files of tasks; `limit` is the most samples of each.
 
-    `names` are what lm-eval calls them, `folders` hold the YAML files.
+    `names` are what lm-eval calls them, `folders` hold the YAML files; `bundled` says that some
+    task is lm-eval's own.
     """
 
     names: tuple[str, ...]
     folders: tuple[Path, ...]
     limit: int | None
+    bundled: bool
 
     @property
     def digest(self) -> str:
@@ -70,7 +72,9 @@ def choose_tasks(asked: Sequence[str], limit: int | None) -> TaskChoice | None:
             hint="pip install 'quantkit[eval]'",
             code="validate.no_lm_eval",
         )
-    names, folders = [], []
+    names: list[str] = []
+    folders: list[Path] = []
+    bundled = False
     for entry in asked:
         file = Path(entry)
         if file.suffix in (".yaml", ".yml"):
@@ -78,7 +82,8 @@ def choose_tasks(asked: Sequence[str], limit: int | None) -> TaskChoice | None:
             folders.append(file.parent.resolve())
         else:
             names.append(entry)
-    choice = TaskChoice(tuple(names), tuple(dict.fromkeys(folders)), limit)
+            bundled = True
+    choice = TaskChoice(tuple(names), tuple(dict.fromkeys(folders)), limit, bundled)
     known = set(_manager(choice).all_tasks)
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -159,7 +164,10 @@ def _task_in(file: Path) -> str:
 def _manager(choice: TaskChoice) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=[str(folder) for folder in choice.folders] or None)
+    return TaskManager(
+        include_path=[str(folder) for folder in choice.folders] or None,
+        include_defaults=choice.bundled,  # thousands of files to look through
+    )
 
 
 def _as_lm(subject: Subject, tokenizer: Tokenizer) -> LM:

@@ -30,8 +30,13 @@ CHUNK = 256
 class WithLogits(Protocol):
     """A subject that gives all logits, as KL and top-1 agreement need them."""
 
-    def logits(self, windows: NDArray[np.int64]) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Batches of windows [n, length] → (their rows, logits [rows, length, vocabulary])."""
+    def logits(
+        self, windows: NDArray[np.int64], last: int = 0
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Batches of windows [n, length] → (their rows, logits [rows, length, vocabulary]).
+
+        With `last` only those of the last positions.
+        """
         ...
 
 

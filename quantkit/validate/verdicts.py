@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -112,4 +112,3 @@ def _keeps(gate: Gate, value: float) -> bool:
 
 def _is_accuracy(metric: str) -> bool:
     return metric in ACCURACY or metric.startswith(TASK_PREFIX)
-

@@ -18,7 +18,8 @@ from quantkit.schemes import NumberFormat
 
 NAME = "int8_cpu"
 BLOCK_ROWS = 256
-_ONE, _MIDDLE = torch.ones(()), torch.tensor(128, dtype=torch.int32)
+_ONE, _ZERO = torch.ones(()), torch.zeros((), dtype=torch.int32)
+_MIDDLE = torch.full((), 128, dtype=torch.int32)
 
 
 class Packed(NamedTuple):
@@ -105,15 +106,22 @@ def prepack(codes: torch.Tensor) -> torch.Tensor:
 def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """int8 codes [m, in] @ prepacked codes.T × scale [out], float32 [m, out].
 
-    VNNI multiplies unsigned by signed: without AMX, oneDNN has only a scalar loop for signed codes,
-    a thousand times slower. Codes + 128 with the zero point 128 are the same integers.
+    VNNI multiplies unsigned by signed codes: without AMX, oneDNN has nothing but its reference loop
+    for signed ones (thousands of times slower), so that they are given as unsigned around 128.
     """
-    unsigned = x.view(torch.uint8).bitwise_xor(128)
+    zero = _ZERO
+    if not _amx():
+        x, zero = x.view(torch.uint8) ^ 128, _MIDDLE
     result: torch.Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
-        unsigned, _ONE, _MIDDLE, weight, scale, _no_zero_points(scale.shape[0]), None, 1.0, 0,
+        x, _ONE, zero, weight, scale, _no_zero_points(scale.shape[0]), None, 1.0, 0,
         torch.float32, "none", [], "",
     )  # fmt: skip
     return result
+
+
+@cache
+def _amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @cache

@@ -1,0 +1,113 @@
+"""Validate checkpoints of one baseline: a table, the pictures of the README, and damaged copies.
+
+    python benchmarks/validate_methods.py BASELINE DIR... --pictures docs/images
+    python benchmarks/validate_methods.py BASELINE DIR... --damage
+
+The order within one number format is what counts: 8 bits ≈ baseline < 4 bits tuned < 4 bits rounded
+to nearest < 3 bits < 2 bits. `--damage` validates copies of each checkpoint, damaged in the layer
+in the middle, instead; every one must fail its gates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from quantkit.cli.output import Output
+from quantkit.validate.markdown import number, table
+from quantkit.validate.plots import layers_figure, scatter_figure
+from quantkit.validate.run import ValidateRequest, validate
+
+COLUMNS = ("ppl_ratio", "kl_mean", "top1_agreement", "mcq_drop", "canary_drift",
+           "weight_sqnr_margin")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("baseline")
+    parser.add_argument("directories", nargs="+", type=Path)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--damage", action="store_true")
+    asked = parser.parse_args()
+    documents = []
+    with tempfile.TemporaryDirectory() as work:
+        for name, directory in subjects(asked.directories, Path(work) if asked.damage else None):
+            request = ValidateRequest(
+                directory, asked.baseline, samples=asked.samples, throughput=False
+            )
+            document = validate(request, Output()).to_json()
+            document["checkpoint"]["name"] = name
+            documents.append(document)
+            failed = [gate["metric"] for gate in document["gates"] if gate["verdict"] == "fail"]
+            print(f"{name}: fails {', '.join(failed) or 'nothing'}", file=sys.stderr)
+    documents.sort(key=lambda document: document["metrics"]["kl_mean"]["value"])
+    print("\n".join(table(["checkpoint", "MB", *COLUMNS, "fails"], map(row, documents))))
+    if asked.pictures:
+        asked.pictures.mkdir(parents=True, exist_ok=True)
+        scatter_figure(documents).savefig(asked.pictures / "methods.png", dpi=110)
+        layers = layers_figure(documents[0])
+        if layers is not None:
+            layers.savefig(asked.pictures / "layers.png", dpi=110)
+
+
+def row(document: dict[str, Any]) -> tuple[str, ...]:
+    cells = [document["metrics"][name] for name in COLUMNS]
+    failed = [gate["metric"] for gate in document["gates"] if gate["verdict"] == "fail"]
+    return (
+        f"`{document['checkpoint']['name']}`",
+        f"{document['checkpoint']['weight_bytes'] / 1e6:.0f}",
+        *(number(cell["value"]) for cell in cells),
+        ", ".join(failed) or "nothing",
+    )
+
+
+def subjects(directories: list[Path], work: Path | None) -> Iterator[tuple[str, Path]]:
+    """Names and directories: the checkpoints themselves, or their damaged copies in `work`."""
+    for directory in directories:
+        if work is None:
+            yield directory.name, directory
+            continue
+        for what in ("scales × 1.5", "k and v swapped", "gate and up swapped", "zero point"):
+            copy = work / "copy"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(directory, copy)
+            (copy / "quantkit.json").unlink(missing_ok=True)
+            if damage(copy, what):
+                yield f"{directory.name}, {what}", copy
+
+
+def damage(directory: Path, what: str) -> bool:
+    """Damage one decoder layer of a one-file checkpoint; False where it has nothing to damage."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    blocks = sorted({int(name.split(".")[2]) for name in tensors if ".layers." in name})
+    block = f"model.layers.{blocks[len(blocks) // 2]}."
+    down = f"{block}mlp.down_proj."
+    if what == "scales × 1.5":
+        tensors[f"{down}weight_scale"] *= 1.5
+    elif what == "zero point":
+        if f"{down}weight_zero_point" not in tensors:
+            return False
+        bits = tensors[f"{down}weight_packed"].shape[1] * 32 // 1536
+        off = 0x10101010 if bits == 8 else 0x22222222
+        tensors[f"{down}weight_zero_point"] ^= off
+    else:
+        pair = ("self_attn.k_proj.", "self_attn.v_proj.")
+        one, other = pair if what[0] == "k" else ("mlp.gate_proj.", "mlp.up_proj.")
+        for name in [name for name in tensors if name.startswith(block + one)]:
+            twin = name.replace(one, other)
+            tensors[name], tensors[twin] = tensors[twin], tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""`quantkit validate DIR --baseline MODEL`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantkit.cli import options
+from quantkit.cli.output import Output
+from quantkit.errors import EXIT_CHECK
+
+if TYPE_CHECKING:
+    from quantkit.validate.report import Report
+
+SAMPLES = 32
+
+
+def validate_command(
+    directory: Annotated[Path, typer.Argument(help="A finished checkpoint.")],
+    baseline: Annotated[
+        str,
+        typer.Option("--baseline", help="The 16-bit model; default: what quantkit.json names."),
+    ] = "",
+    engine: Annotated[
+        str, typer.Option("--engine", help="What runs both models: builtin.")
+    ] = "builtin",
+    kernel: Annotated[
+        str, typer.Option("--kernel", help="The kernel of every quantized layer, or auto.")
+    ] = "auto",
+    device: options.Device = "auto",
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Another text than the held-out one (.txt, .jsonl …)."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="Windows of 512 tokens, twelve facts each.")
+    ] = SAMPLES,
+    tasks: Annotated[
+        list[str],
+        typer.Option("--tasks", help="lm-eval tasks, or their YAML files; repeatable."),
+    ] = [],  # noqa: B006
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Most samples of an lm-eval task.")
+    ] = None,
+    gate: Annotated[
+        list[str], typer.Option("--gate", help="Such as 'ppl_ratio<=1.02'; repeatable.")
+    ] = [],  # noqa: B006
+    report: Annotated[
+        list[Path],
+        typer.Option("--report", help="Write PATH.json, .md, .html or .xml (JUnit); repeatable."),
+    ] = [],  # noqa: B006
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="An earlier JSON report; exit 4 when something got worse."),
+    ] = None,
+    no_throughput: Annotated[
+        bool, typer.Option("--no-throughput", help="Measure accuracy alone.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Measure a checkpoint against its baseline and hold its gates; exit 4 when one fails."""
+    from quantkit.validate.record import record
+    from quantkit.validate.run import ValidateRequest, validate
+    from quantkit.validate.write import check_reports, write_reports
+
+    ui = Output(as_json=as_json)
+    check_reports(report)
+    request = ValidateRequest(
+        path=directory,
+        baseline=baseline,
+        engine=engine,
+        kernel=kernel,
+        device=device,
+        data=data,
+        samples=samples,
+        tasks=tuple(name for entry in tasks for name in entry.split(",")),
+        limit=limit,
+        gates=tuple(gate),
+        against=against,
+        throughput=not no_throughput,
+    )
+    try:
+        result = validate(request, ui)
+    finally:
+        ui.finish()
+    document = result.to_json()
+    write_reports(document, report)
+    record(directory, document)
+    _show(ui, result)
+    ui.document(document)
+    if not result.ok:
+        raise typer.Exit(EXIT_CHECK)
+
+
+def _show(ui: Output, report: Report) -> None:
+    """The gates, what became worse, and the verdict."""
+    ui.table(
+        "",
+        ["gate", "limit", "measured", "95 % interval", "verdict"],
+        [
+            (gate.metric, gate.limit, _number(gate.value), _interval(gate.interval), gate.verdict)
+            for gate in report.gates
+        ],
+    )
+    if report.changes is not None:
+        moved = [c for c in report.changes if c.verdict not in ("same", "noise")]
+        ui.table(
+            "since the earlier report" if moved else "nothing moved since the earlier report",
+            ["metric", "before", "now", "change", "verdict"],
+            [(c.metric, _number(c.old), _number(c.new), f"{c.delta:+.4g}", c.verdict)
+             for c in moved],
+        )  # fmt: skip
+    for gate in report.gates:
+        if gate.verdict == "undecided" or (gate.verdict == "fail" and gate.reason):
+            ui.info(f"warning: {gate.metric}{gate.limit}: {gate.verdict}: {gate.reason}")
+    for talk in report.canary:
+        if talk["quantized_problem"]:
+            ui.info(f"warning: canary {talk['prompt']!r}: {talk['quantized_problem']}")
+    for note in report.notes:
+        ui.info(f"note: {note}")
+    failed = [gate.metric for gate in report.gates if not gate.held]
+    worse = [c.metric for c in report.changes or () if c.verdict == "worse"]
+    verdict = "every gate held" if report.ok else f"not good: {', '.join([*failed, *worse])}"
+    both = report.values["perplexity"]
+    ui.text(
+        f"{report.checkpoint['name']}: perplexity {both.quantized:.2f} (baseline "
+        f"{both.baseline:.2f}), {verdict}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.4g} … {interval[1]:.4g}"

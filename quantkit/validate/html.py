@@ -1,0 +1,54 @@
+"""The report as one HTML file that needs nothing else: pictures are inside, no script runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from importlib.util import find_spec
+from typing import Any
+
+from quantkit.errors import InputError
+from quantkit.validate.markdown import gate_row, kernels, measured, number
+
+Document = Mapping[str, Any]
+
+
+def require_matplotlib() -> None:
+    """InputError when the pictures cannot be drawn."""
+    if find_spec("matplotlib") is None:
+        raise InputError(
+            "An HTML report needs matplotlib, which is not installed.",
+            hint="pip install 'quantkit[report]', or --report report.md",
+            code="validate.no_matplotlib",
+        )
+
+
+def as_html(document: Document) -> str:
+    """The page. What models said is escaped: it is untrusted text."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    from quantkit.validate import plots
+
+    figures = {
+        "layers": plots.layers_figure(document),
+        "kl": plots.kl_figure(document),
+        "throughput": plots.throughput_figure(document),
+    }
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = files("quantkit.validate").joinpath("templates/report.html").read_text("utf-8")
+    return environment.from_string(source).render(
+        report=document,
+        gates=[(gate, *gate_row(gate)) for gate in document["gates"]],
+        measured=list(measured(document)),
+        kernels=kernels(document["engine"]),
+        number=number,
+        worst=sorted(document["layers"], key=lambda layer: layer["sqnr_db"])[:10],
+        pictures={
+            name: Markup(plots.svg(figure))  # noqa: S704  our own drawing
+            for name, figure in figures.items()
+            if figure is not None
+        },
+    )

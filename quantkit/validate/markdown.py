@@ -1,0 +1,107 @@
+"""The report as Markdown: for a pull request, a job summary, a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+WORST_LAYERS = 5
+
+
+def as_markdown(document: Mapping[str, Any]) -> str:
+    """A summary that is read in a minute."""
+    checkpoint, engine, text = document["checkpoint"], document["engine"], document["text"]
+    verdict = "every gate held" if document["ok"] else "**not good**"
+    lines = [
+        f"# {checkpoint['name']}: {verdict}",
+        "",
+        f"Against {document['baseline']['name']} in {engine['name']} {engine['version']} on "
+        f"{engine['device']}; {text['windows']} windows of {text['length']} tokens of "
+        f"{text['name']}. Kernels: {kernels(engine)}.",
+        "",
+        *table(["gate", "limit", "measured", "95 % interval", "verdict"],
+               [gate_row(gate) for gate in document["gates"]]),
+    ]  # fmt: skip
+    if engine["weights_only"]:
+        lines += ["", "**Weights only**: activations were computed in 16 bit."]
+    if document["regression"] is not None:
+        rows = [
+            (c["metric"], number(c["old"]), number(c["new"]), c["verdict"])
+            for c in document["regression"]
+        ]
+        lines += ["", "## Since the earlier report", ""]
+        lines += table(["metric", "before", "now", "verdict"], rows)
+    lines += ["", "## Measured", "", *table(["", "baseline", "quantized"], measured(document))]
+    layers = sorted(document["layers"], key=lambda layer: layer["sqnr_db"])
+    if layers:
+        lines += ["", f"## The {WORST_LAYERS} layers with the lowest weight SQNR", ""]
+        lines += table(["layer", "scheme", "dB", "floor"], [
+            (f"`{layer['module']}`", layer["scheme"], f"{layer['sqnr_db']:.1f}",
+             f"{layer['floor_db']:.1f}") for layer in layers[:WORST_LAYERS]
+        ])  # fmt: skip
+    lines += ["", *(f"- {note}" for note in document["notes"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def measured(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """What, of the baseline, of the quantized model."""
+    both = document["values"]
+    sizes = [document[part]["weight_bytes"] / 1e6 for part in ("baseline", "checkpoint")]
+    yield "weights", f"{sizes[0]:.0f} MB", f"{sizes[1]:.0f} MB"
+    perplexity, facts, tasks = both["perplexity"], both["mcq_accuracy"], both["tasks"]
+    yield "perplexity", number(perplexity["baseline"]), number(perplexity["quantized"])
+    yield "four-choice facts", f"{facts['baseline']:.1%}", f"{facts['quantized']:.1%}"
+    for task, values in tasks["baseline"].items():
+        for metric, value in values.items():
+            yield f"{task} {metric}", number(value), number(tasks["quantized"][task][metric])
+    theirs, ours = document["throughput"]["baseline"], document["throughput"]["quantized"]
+    if theirs is not None and ours is not None:
+        yield from _speed(theirs, ours)
+
+
+def _speed(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    yield "load", f"{theirs['load_seconds']:.1f} s", f"{ours['load_seconds']:.1f} s"
+    held = [side["memory_bytes"] / 1e6 for side in (theirs, ours)]
+    yield "memory of the weights", f"{held[0]:.0f} MB", f"{held[1]:.0f} MB"
+    for rows in zip(theirs["rows"], ours["rows"], strict=True):
+        batch = f"batch {rows[0]['batch']}"
+        for what in ("prefill", "decode"):
+            one, other = (f"{row[f'{what}_tokens_s']['median']:.0f} tokens/s" for row in rows)
+            yield f"{what}, {batch}", one, other
+        one, other = (f"{row['first_token_s']['median'] * 1e3:.0f} ms" for row in rows)
+        yield f"first token, {batch}", one, other
+
+
+def gate_row(gate: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    """A gate as a row of a table."""
+    low_high = gate["interval"]
+    interval = f"{number(low_high[0])} … {number(low_high[1])}" if low_high else ""
+    why = f" ({gate['reason']})" if gate["reason"] else ""
+    return gate["metric"], gate["limit"], number(gate["value"]), interval, gate["verdict"] + why
+
+
+def gate_text(gate: Mapping[str, Any]) -> str:
+    """A gate as a sentence."""
+    _, limit, value, interval, verdict = gate_row(gate)
+    within = f" ({interval})" if interval else ""
+    return f"{gate['metric']} is {value}{within}, limit {limit}: {verdict}"
+
+
+def kernels(engine: Mapping[str, Any]) -> str:
+    """The kernels with their counts of modules."""
+    found = engine["kernels"]
+    return ", ".join(f"{name} × {count}" for name, count in found.items()) or "the engine's own"
+
+
+def number(value: float | None) -> str:
+    """Four digits; a dash for what there is not."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
+    ]

@@ -1,0 +1,60 @@
+"""Reports as files: the suffix of a path says which kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import InputError
+from quantkit.validate.junit import as_junit
+from quantkit.validate.markdown import as_markdown
+
+Document = Mapping[str, Any]
+
+
+def _as_json(document: Document) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def _as_html(document: Document) -> str:
+    from quantkit.validate.html import as_html
+
+    return as_html(document)
+
+
+WRITERS: dict[str, Callable[[Document], str]] = {
+    ".json": _as_json,
+    ".md": as_markdown,
+    ".html": _as_html,
+    ".xml": as_junit,
+}
+
+
+def check_reports(paths: Sequence[Path]) -> None:
+    """Refuse, before the work, a report that could not be written after it."""
+    for path in paths:
+        if path.suffix not in WRITERS:
+            raise InputError(
+                f"--report {path}: there is no report of the kind {path.suffix or path.name!r}.",
+                hint=f"end it in {', '.join(WRITERS)}",
+                code="validate.report_kind",
+            )
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise InputError(
+                f"--report {path} cannot be written: "
+                + ("it is a directory." if path.is_dir() else f"{path.parent} does not exist."),
+                hint="name a file in a directory that exists",
+                code="validate.report_unwritable",
+            )
+        if path.suffix == ".html":
+            from quantkit.validate.html import require_matplotlib
+
+            require_matplotlib()
+
+
+def write_reports(document: Document, paths: Sequence[Path]) -> None:
+    """Write every report."""
+    for path in paths:
+        path.write_text(WRITERS[path.suffix](document), encoding="utf-8")

@@ -1,0 +1,104 @@
+"""Gates: how they are written, held and decided."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from quantkit.errors import InputError
+from quantkit.gates import METRICS, Gate, parse_gate
+from quantkit.recipe import load_recipe
+from quantkit.validate.bootstrap import Measured, exact, missing, sampled
+from quantkit.validate.verdicts import BY_BITS, chosen_gates, default_gates, hold
+
+PPL = Gate("ppl_ratio", "<=", 1.02)
+
+
+@pytest.mark.parametrize("text", ["ppl_ratio<=1.02", " ppl_ratio  <= 1.02 "])
+def test_gate_is_read(text: str) -> None:
+    assert parse_gate(text) == PPL
+    assert str(PPL) == "ppl_ratio<=1.02"
+
+
+@pytest.mark.parametrize(
+    ("text", "telling"),
+    [
+        ("ppl_ratio", "is not METRIC<=NUMBER"),
+        ("ppl_ratio<1", "is not METRIC<=NUMBER"),
+        ("ppl_ratio<=nan", "is not METRIC<=NUMBER"),
+        ("ppl<=1.02", "names no metric: ppl. Did you mean ppl_ratio?"),
+        ("ppl_ratio>=1.02", "must be written with <="),
+        ("top1_agreement<=0.9", "must be written with >="),
+        ("drop.facts.acc>=0", "must be written with <="),
+    ],
+)
+def test_gate_that_cannot_be_held_is_refused(text: str, telling: str) -> None:
+    with pytest.raises(InputError, match="gate") as caught:
+        parse_gate(text)
+    assert telling in caught.value.message
+
+
+def test_gates_of_a_recipe_are_checked() -> None:
+    recipe = load_recipe("rtn_w8a16", ("gates+=ppl_ratio <= 1.1",))
+    assert recipe.gates == ["ppl_ratio<=1.1"]
+    with pytest.raises(InputError, match="must be written with"):
+        load_recipe("rtn_w8a16", ("gates+=ppl_ratio >= 1.1",))
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [((1.0, 1.01), "pass"), ((1.03, 1.05), "fail"), ((1.0, 1.03), "undecided")],
+)
+def test_verdict_follows_the_interval(interval: tuple[float, float], verdict: str) -> None:
+    value = sum(interval) / 2
+    result = hold(PPL, Measured(value, interval, sampled=True), weights_only=False)
+    assert result.verdict == verdict
+    assert result.held == (verdict != "fail")
+
+
+def test_verdicts_without_interval() -> None:
+    few = sampled(np.zeros(7), np.exp)
+    assert hold(PPL, few, weights_only=False).verdict == "undecided"
+    assert hold(PPL, exact(1.5), weights_only=False).verdict == "fail"
+    absent = hold(PPL, missing("no logits"), weights_only=False)
+    assert (absent.verdict, absent.held, absent.reason) == ("undecided", False, "no logits")
+
+
+def test_nan_fails() -> None:
+    result = hold(PPL, sampled(np.array([0.0, np.nan] * 8), np.exp), weights_only=False)
+    assert (result.verdict, result.value) == ("fail", None)
+
+
+def test_weights_only_run_cannot_pass_an_accuracy_gate_but_can_fail_one() -> None:
+    good, bad = (sampled(np.full(16, value), np.exp) for value in (0.0, 1.0))
+    result = hold(PPL, good, weights_only=True)
+    assert (result.verdict, result.held) == ("undecided", False)
+    assert "weights only" in result.reason
+    assert hold(PPL, bad, weights_only=True).verdict == "fail"
+    margin = parse_gate("weight_sqnr_margin>=0")
+    assert hold(margin, exact(3.0), weights_only=True).verdict == "pass"
+
+
+def test_interval_holds_the_truth_as_often_as_it_says_and_narrows_with_samples() -> None:
+    rng = np.random.default_rng(0)
+    held, widths = [], []
+    for count in (32, 512):
+        for _ in range(100):
+            interval = sampled(rng.normal(0.01, 0.02, count), np.exp).interval
+            assert interval is not None
+            held.append(interval[0] < np.exp(0.01) < interval[1])
+            widths.append(interval[1] - interval[0])
+    assert 0.88 < np.mean(held) < 0.99
+    assert np.mean(widths[100:]) < np.mean(widths[:100]) / 3
+
+
+def test_defaults_are_those_of_the_narrowest_weights_and_the_last_gate_counts() -> None:
+    gates = {gate.metric: gate.limit for gate in default_gates({"w8a8_dynamic", "w4a16"})}
+    assert gates["ppl_ratio"] == parse_gate(BY_BITS[4][0]).limit
+    chosen = chosen_gates(default_gates({"w4a16"}), [PPL], [parse_gate("ppl_ratio<=1.5")])
+    assert [gate.limit for gate in chosen if gate.metric == "ppl_ratio"] == [1.5]
+
+
+def test_every_default_gate_is_of_a_known_metric() -> None:
+    for bits in BY_BITS:
+        assert {parse_gate(text).metric for text in BY_BITS[bits]} <= METRICS.keys()

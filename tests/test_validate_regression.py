@@ -1,0 +1,100 @@
+"""A report against an earlier one: what moved, and what is only noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from quantkit.errors import InputError
+from quantkit.schemes import SCHEMES
+from quantkit.validate.bootstrap import Measured
+from quantkit.validate.regression import compare, refuse_incomparable
+from tests.cli import quantkit, refused
+from tests.rtn import rtn
+from tests.validating import damaged, measured, scaled
+
+
+def document(nll: list[float], **metrics: float) -> dict[str, Any]:
+    return {
+        "metrics": {name: {"value": v, "interval": None} for name, v in metrics.items()},
+        "windows": {"nll": nll, "kl": None, "agreement": None},
+        "right": {"quantized": [1] * 20},
+    }
+
+
+def verdict(shift: NDArray[np.float64]) -> str:
+    old_nll = np.linspace(2.0, 4.0, len(shift))
+    old = document(old_nll.tolist(), ppl_ratio=1.05)
+    new = document((old_nll + shift).tolist())
+    value = 1.05 * float(np.exp(shift.mean()))
+    (change,) = compare({"ppl_ratio": Measured(value, sampled=True)}, new, old)
+    return change.verdict
+
+
+def test_windows_are_compared_in_pairs() -> None:
+    noise = np.tile([0.05, -0.05], 10)
+    assert verdict(np.zeros(20)) == "same"
+    assert verdict(noise + 0.001) == "noise"
+    assert verdict(np.full(20, 0.001)) == "noise"  # sure, and too small to matter
+    assert verdict(noise / 10 + 0.03) == "worse"
+    assert verdict(noise / 10 - 0.03) == "better"
+
+
+def test_exact_metrics_move_by_any_amount_over_their_tolerance() -> None:
+    old = document([1.0] * 20, weight_sqnr_margin=3.0, verify_errors=0)
+    now = {"weight_sqnr_margin": Measured(1.0), "verify_errors": Measured(1.0)}
+    found = {c.metric: c.verdict for c in compare(now, document([1.0] * 20), old)}
+    assert found == {"weight_sqnr_margin": "worse", "verify_errors": "worse"}
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("checkpoint", "recipe_digest"), ("baseline", "fingerprint"), ("text", "digest"),
+     ("engine", "name")],
+)  # fmt: skip
+def test_another_recipe_model_text_or_engine_is_refused(part: str, key: str) -> None:
+    same = {
+        "checkpoint": {"recipe_digest": "a", "method": "m"},
+        "baseline": {"fingerprint": "b"},
+        "text": {"digest": "c"},
+        "engine": {"name": "builtin", "kernel": "auto"},
+    }
+    refuse_incomparable(same, same)
+    other = {**same, part: {**same[part], key: "other"}}
+    with pytest.raises(InputError, match="earlier report is of another"):
+        refuse_incomparable(same, other)
+
+
+def test_command_ends_with_4_when_something_got_worse(small_model: Path, tmp_path: Path) -> None:
+    good = rtn(small_model, tmp_path / "good", SCHEMES["w8a8_dynamic"])
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps(measured(good, small_model).to_json()))
+    off = ("--gate", "weight_sqnr_margin>=-99", "--gate", "verify_errors<=9")
+    loose = [word for m in ("ppl_ratio", "kl_mean", "canary_drift", "canary_failures", "mcq_drop")
+             for word in ("--gate", f"{m}<=99")]  # fmt: skip
+    asked: tuple[str | Path, ...] = (
+        "--baseline", small_model, "--samples", "8", "--no-throughput", *off, *loose,
+        "--against", before,
+    )  # fmt: skip
+    again = quantkit("validate", good, *asked)
+    assert again.code == 0, again.out + again.err
+    assert "nothing moved" in again.out
+    worse = damaged(good, tmp_path / "worse", scaled("weight_scale"))
+    run = quantkit("validate", worse, *asked)
+    assert run.code == 4, run.out + run.err
+    assert "weight_sqnr_margin" in run.out
+    assert "worse" in run.out
+    other: tuple[str | Path, ...] = (
+        "--baseline",
+        small_model,
+        "--samples",
+        "9",
+        "--against",
+        before,
+    )
+    refused(quantkit("validate", good, *other), 1, "of another text")

@@ -1,0 +1,124 @@
+"""lm-eval's own harness over the runtime, on tasks and data that are written here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quantkit.errors import BackendError, InputError
+from quantkit.validate.builtin import Builtin, open_builtin
+from quantkit.validate.choices import choice_logprobs, facts, right
+from quantkit.validate.preflight import tokenizer_of
+from quantkit.validate.subject import Opening
+from quantkit.validate.tasks import choose_tasks, run_tasks
+
+pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install 'quantkit[eval]'")
+
+HEAD = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: {kind}
+"""
+CHOICES = """
+doc_to_text: "{{prompt}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+COMPLETION = """
+doc_to_text: "{{prompt}}"
+doc_to_target: " {{target}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+"""
+ROLLING = """
+doc_to_text: ""
+doc_to_target: "{{prompt}}"
+metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]
+"""
+GENERATION = """
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{target}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: SAMPLE}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="module")
+def subject(small_model: Path) -> Builtin:
+    return open_builtin(small_model, Opening("cpu"))
+
+
+@pytest.fixture
+def task(tmp_path: Path):
+    """A function that writes a task over the facts and gives its file."""
+    data = tmp_path / "facts.jsonl"
+    rows = [
+        {"prompt": q.prompt, "choices": q.choices, "answer": q.answer, "target": q.choices[0]}
+        for q in facts()[:12]
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)))
+
+    def write(name: str, kind: str, body: str) -> str:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(HEAD.format(name=name, data=data, kind=kind) + body)
+        return str(file)
+
+    return write
+
+
+def test_choices_are_answered_as_without_the_harness(
+    task, subject: Builtin, small_model: Path
+) -> None:
+    tokenizer = tokenizer_of(small_model)
+    choice = choose_tasks([task("local_facts", "multiple_choice", CHOICES)], None)
+    assert choice is not None
+    found = run_tasks(subject, tokenizer, choice)
+    questions = facts()[:12]
+    wanted = right(choice_logprobs(subject, tokenizer, questions), questions)
+    assert found["samples"]["local_facts.acc"] == wanted.astype(float).tolist()
+    assert found["results"]["local_facts"]["acc"] == pytest.approx(wanted.mean())
+
+
+def test_completions_rolling_and_generated_answers_run(
+    task, subject: Builtin, small_model: Path
+) -> None:
+    files = [
+        task("local_words", "loglikelihood", COMPLETION),
+        task("local_text", "loglikelihood_rolling", ROLLING),
+        task("local_answers", "generate_until", GENERATION.replace("SAMPLE", "false")),
+    ]
+    choice = choose_tasks(files, 3)
+    assert choice is not None
+    found = run_tasks(subject, tokenizer_of(small_model), choice)
+    assert len(found["samples"]["local_words.acc"]) == 3
+    assert found["results"]["local_text"]["word_perplexity"] > 1
+    assert len(found["samples"]["local_answers.exact_match"]) == 3
+
+
+def test_sampled_answers_are_refused(task, subject: Builtin, small_model: Path) -> None:
+    file = task("local_sampled", "generate_until", GENERATION.replace("SAMPLE", "true"))
+    choice = choose_tasks([file], 1)
+    assert choice is not None
+    with pytest.raises(InputError, match="samples its answers"):
+        run_tasks(subject, tokenizer_of(small_model), choice)
+
+
+def test_a_task_that_cannot_run_says_so(task, subject: Builtin, small_model: Path) -> None:
+    file = task("local_broken", "multiple_choice", CHOICES.replace("choices", "missing_field"))
+    choice = choose_tasks([file], 1)
+    assert choice is not None
+    with pytest.raises(BackendError, match="lm-eval could not run local_broken"):
+        run_tasks(subject, tokenizer_of(small_model), choice)
+
+
+def test_task_files_without_a_name_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "empty.yaml"
+    file.write_text("output_type: multiple_choice\n")
+    with pytest.raises(InputError, match="has no line task: NAME"):
+        choose_tasks([str(file)], None)
