@@ -13,7 +13,7 @@ import pytest
 from quantkit.checkpoint import open_checkpoint
 from quantkit.verify import verify
 from tests.backends import LIBRARIES, VLLM_LOADS, engine_alarms, make
-from tests.cli import Run, quantkit
+from tests.cli import QUICK, Run, quantkit, refused
 from tests.helpers import cut_layers, edit_json
 
 NAMES = [(library, name) for library, methods in LIBRARIES.items() for name in methods]
@@ -125,6 +125,25 @@ def test_the_gguf_file_has_the_tokenizer_of_its_source(
     assert held.metadata["tokenizer.ggml.model"] == "gpt2"
     config = json.loads((two_layers / "config.json").read_text())
     assert held.metadata["tokenizer.ggml.eos_token_id"] == config["eos_token_id"]
+
+
+@pytest.mark.parametrize(
+    ("practice", "telling"),
+    [
+        ("qwen3/qwen3-32b-dense-w8a8", "apiversion is 'modelslim_v0'"),
+        ("qwen3/nosuch", "no practice 'qwen3/nosuch'"),
+    ],
+)
+def test_a_practice_that_cannot_run_is_refused(
+    made: Callable[[str, str], Path], two_layers: Path, tmp_path: Path, practice: str, telling: str
+) -> None:
+    made("msmodelslim", "msmodelslim_practice")  # its environment is there
+    run = quantkit(
+        "quantize", two_layers, "--method", "msmodelslim_w8a16", "--out", tmp_path / "out",
+        "--device", "cpu", "--set", f"options.practice={practice}", *QUICK,
+    )  # fmt: skip
+    refused(run, 1, telling)
+    assert not (tmp_path / "out").exists()
 
 
 SCALES = ("weight_scale", "scales", "deq_scale")

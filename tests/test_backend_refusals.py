@@ -98,6 +98,17 @@ def test_a_wrong_option_is_explained(method: str, change: str, telling: str) -> 
     assert telling in caught.value.message
 
 
+def test_a_practice_in_a_file_is_found_from_where_the_user_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text("apiversion: modelslim_v1\n")
+    monkeypatch.chdir(tmp_path)
+    own = load_recipe("msmodelslim_w8a8", ("options.practice=mine.yaml",))
+    assert own.options["practice"] == str(tmp_path / "mine.yaml")
+    shipped = load_recipe("msmodelslim_w8a8", ("options.practice=default/default-w8a8",))
+    assert shipped.options["practice"] == "default/default-w8a8"
+
+
 def test_a_library_without_its_environment_names_the_command(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,9 +178,7 @@ def _named_practice(name: str) -> dict[str, Any]:
     shipped = Path(msmodelslim.__file__).parent / "lab_practice"
     for file in (Path(name), shipped / f"{name}.yaml"):
         if file.is_file():
-            practice: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-            _check_version(name, practice)
-            return practice
+            return _read_practice(file)
     known = sorted(str(f.relative_to(shipped).with_suffix("")) for f in shipped.rglob("*.yaml"))
     raise JobInputError(
         f"msModelSlim has no practice {name!r}; it has {len(known)}, for example {known[0]}.",
@@ -189,14 +187,21 @@ def _named_practice(name: str) -> dict[str, Any]:
     )
 
 
-def _check_version(name: str, practice: dict[str, Any]) -> None:
-    version = practice.get("apiversion") if isinstance(practice, dict) else None
-    if version != "modelslim_v1":
-        raise JobInputError(
-            f"The practice {name} is of the apiversion {version!r}; only modelslim_v1 runs here.",
-            hint="quantkit methods  # or name a practice of modelslim_v1",
-            code="msmodelslim.practice_version",
-        )
+def _read_practice(file: Path) -> dict[str, Any]:
+    try:
+        practice = yaml.safe_load(file.read_text(encoding="utf-8"))
+        version, spec = practice["apiversion"], practice["spec"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        why = f"it cannot be read as one ({type(error).__name__}: {error})"
+    else:
+        if version == "modelslim_v1" and isinstance(spec, dict):
+            return dict(practice)
+        why = f"its apiversion is {version!r}, and only modelslim_v1 runs here"
+    raise JobInputError(
+        f"{file} is no practice for this backend: {' '.join(why.split())}.",
+        hint="name a practice with apiversion modelslim_v1 and a spec",
+        code="msmodelslim.bad_practice",
+    )
 
 
 def _for_transformers_4(model: Path, work: Path) -> Path:

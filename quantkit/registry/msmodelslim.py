@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from quantkit.registry.backend import Backend, Method, Options
 
@@ -23,6 +24,12 @@ class MsModelSlimOptions(Options):
     """Tuning steps a block, for 4-bit activations."""
     model_type: str | None = None
     """The name by which msModelSlim picks its adapter of the model; None is its default one."""
+
+    @field_validator("practice")
+    @classmethod
+    def _absolute(cls, practice: str | None) -> str | None:
+        """The worker runs in another directory."""
+        return str(Path(practice).resolve()) if practice and Path(practice).is_file() else practice
 
 
 def _chosen(recipe: Recipe, method: Method) -> Method:
