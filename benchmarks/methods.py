@@ -1,12 +1,13 @@
 """All methods on the demo model with one calibration set: size, quality, time and memory.
 
-Quality is that of the weights: each checkpoint is dequantized into the base model, which then runs
-with 16-bit activations on held-out text. Methods that take minutes run on a copy cut to 8 layers,
-which the table says; there perplexity is compared with that copy's own. With --against, each 4-bit
-method is also run by a plain script of its library, in turn, and the tensors of both must be equal.
+Quality is that of the weights (see quality.py): activations stay in float32. Methods that take
+minutes run on a copy cut to 8 layers, which the table says; such a copy no longer models language,
+so that its perplexity says little and its KL divergence is what to read. With --against, each
+4-bit method is also run by a plain script of its library (plain_methods.py), in turn; the library's
+part is compared with that script, and where their tensors differ, so is their quality.
 
     python benchmarks/methods.py [--samples 32] [--length 256] [--only NAME …] [--layers N]
-    python benchmarks/methods.py --against [--rounds 3] [--layers N]
+    python benchmarks/methods.py --against [--rounds 3] [--only NAME …] [--layers N]
 
 With --layers every method runs on a copy cut to N layers. Both print a table in Markdown.
 """
@@ -18,60 +19,73 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
+from quality import WINDOW, WINDOWS, Judge
 
 from quantkit.calibration import build_tokens, load_calibration
-from quantkit.calibration.heldout import held_out_texts
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint import open_checkpoint
 from quantkit.cli.methods import method_rows
 from quantkit.demo import demo_model
-from quantkit.formats.dequantize import dequantize
-from quantkit.formats.gguf_file import GgufFile, gguf_in, open_gguf
-from quantkit.formats.registry import detect
-from quantkit.verify.subject import examine
+from quantkit.environments.managed import ready
+from quantkit.formats.gguf_file import gguf_in, open_gguf
 from tests.helpers import cut_layers
 
 PLAIN = Path(__file__).with_name("plain_methods.py")
 TUNING = 20
 CUT = 8
 G64 = ("group_size=64",)
+TUNED = (f"options.iters={TUNING}",)
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "autoround_w2a16": (f"options.iters={TUNING}",),
-    "autoround_w3a16": (*G64, f"options.iters={TUNING}"),
-    "autoround_w4a16": (*G64, f"options.iters={TUNING}"),
-    "autoround_w8a16": (f"options.iters={TUNING}",),
-    "autoround_nvfp4": ("options.iters=0", "options.disable_opt_rtn=true"),
-    "autoround_mxfp4": ("options.iters=0", "options.disable_opt_rtn=true"),
-    "autoround_gguf_q4_k_m": ("options.disable_opt_rtn=true",),
+    "autoround_w2a16": TUNED,
+    "autoround_w3a16": (*G64, *TUNED),
+    "autoround_w4a16": (*G64, *TUNED),
+    "autoround_w8a16": TUNED,
+    "autoround_nvfp4": TUNED,
+    "autoround_mxfp4": TUNED,
     "gptqmodel_w4a16": G64,
     "gptqmodel_w3a16": G64,
     "gptqmodel_w2a16": G64,
     "llmcompressor_w4a16": G64,
-    "llmcompressor_w4a16_autoround": (*G64, f"options.iters={TUNING}"),
+    "llmcompressor_w4a16_autoround": (*G64, *TUNED),
     "modelopt_int4_awq": G64,
     "modelopt_w4a8_awq": G64,
     "rtn_w4a16": G64,
-    "msmodelslim_w4a4_dynamic": (f"options.iters={TUNING}",),
+    "msmodelslim_w4a4_dynamic": TUNED,
 }
 SLOW = {
-    "autoround_w2a16", "autoround_w3a16", "autoround_w4a16", "autoround_w8a16",
-    "autoround_gguf_q4_k_m",
-    "llmcompressor_w8a8", "llmcompressor_w4a16_autoround", "modelopt_int4_awq",
-    "modelopt_w4a8_awq", "msmodelslim_w4a4_dynamic",
+    "autoround_w2a16", "autoround_w3a16", "autoround_w4a16", "autoround_w8a16", "autoround_nvfp4",
+    "autoround_mxfp4", "autoround_gguf_q4_k_m", "llmcompressor_w8a8",
+    "llmcompressor_w4a16_autoround", "modelopt_int4_awq", "modelopt_w4a8_awq",
+    "msmodelslim_w4a4_dynamic",
 }  # fmt: skip
 AGAINST = (
-    "llmcompressor_w4a16", "llmcompressor_nvfp4", "llmcompressor_mxfp4", "gptqmodel_w4a16",
-    "autoround_w4a16", "modelopt_nvfp4",
+    "llmcompressor_w4a16", "llmcompressor_w4a16_autoround", "llmcompressor_nvfp4",
+    "llmcompressor_nvfp4a16", "llmcompressor_mxfp4", "gptqmodel_w4a16", "autoround_w4a16",
+    "autoround_nvfp4", "autoround_mxfp4", "autoround_gguf_q4_k_m", "modelopt_nvfp4",
+    "modelopt_nvfp4_mlp_only", "modelopt_int4_awq", "modelopt_w4a16_nvfp4", "modelopt_w4a8_awq",
+    "msmodelslim_w4a8_dynamic", "msmodelslim_w4a4_dynamic",
 )  # fmt: skip
-WINDOWS, WINDOW = 8, 512
+TUNING_IN_PLAIN = {"autoround_gguf_q4_k_m": 0}
+"""Tuning steps of the plain script where they are not TUNING: the recipe's own."""
 
 
-def quantize(model: Path, method: str, out: Path, sets: list[str]) -> tuple[float, dict[str, Any]]:
-    """Wall seconds of the command, and the quantkit.json that it wrote."""
+@dataclass(frozen=True)
+class Measured:
+    """One run: seconds of the library from loading to saving, those of all processors, seconds of
+    the whole command, peak of resident bytes, and the quantkit.json, empty for a plain script."""
+
+    library: float
+    processors: float
+    command: float
+    peak: int
+    note: dict[str, Any]
+
+
+def quantize(model: Path, method: str, out: Path, sets: list[str]) -> Measured:
     command = [sys.executable, "-m", "quantkit", "quantize", str(model), "--method", method]
     command += ["--out", str(out), "--device", "cpu"]
     start = time.monotonic()
@@ -80,168 +94,160 @@ def quantize(model: Path, method: str, out: Path, sets: list[str]) -> tuple[floa
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(" ".join(done.stderr.split("error: ")[-1].split())[:200])
+        raise RuntimeError(" ".join(done.stderr.split("error: ")[-1].split())[:300])
     wall = time.monotonic() - start
-    note: dict[str, Any] = json.loads((out / "quantkit.json").read_text())
-    return wall, note
+    note = json.loads((out / "quantkit.json").read_text())
+    stages = [stage for stage in note["stages"] if stage["name"] != "import"]
+    library = sum(float(stage["seconds"]) for stage in stages)
+    processors = sum(float(stage.get("cpu_seconds", 0)) for stage in stages)
+    return Measured(library, processors, wall, note["peak_rss_bytes"], note)
 
 
-def library_seconds(note: dict[str, Any]) -> float:
-    return sum(float(s["seconds"]) for s in note["stages"] if s["name"] != "import")
-
-
-def dequantized(out: Path, source: Checkpoint) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors in 16 bit, by the source's names."""
-    if gguf_in(out):
-        return from_gguf(open_gguf(out), source)
-    checkpoint = open_checkpoint(out)
-    subject = examine(checkpoint, detect(checkpoint))
-    state = {}
-    for name in source.tensors:
-        module = name.removesuffix(".weight")
-        spec = subject.declaration.layers.get(module)
-        if spec is None:
-            if name in checkpoint.tensors:
-                state[name] = checkpoint.tensor(name)
-            continue
-        parts = subject.layout.expected(spec)
-        held = {s: f"{module}.{s}" for s in parts if f"{module}.{s}" in checkpoint.tensors}
-        tensors = {suffix: checkpoint.tensor(full) for suffix, full in held.items()}
-        state[name] = dequantize(subject.layout.read(tensors, spec))
-    return state
-
-
-def from_gguf(held: GgufFile, source: Checkpoint) -> dict[str, torch.Tensor]:
-    from quantkit.verify.gguf import source_pairs, source_values
-
-    pairs, _ = source_pairs(held, source)
-    return {pair.name: source_values(held, pair) for pair in pairs}
-
-
-class Judge:
-    """Perplexity on held-out text, and the mean KL divergence of a model's own distribution."""
-
-    def __init__(self, path: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.source = open_checkpoint(path)
-        self.base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        self.tested = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        ids = tokenizer(" ".join(held_out_texts()), return_tensors="pt").input_ids[0]
-        self.windows = ids[: WINDOWS * WINDOW].view(WINDOWS, WINDOW)
-
-    @torch.no_grad()
-    def judge(self, out: Path) -> tuple[float, float, float]:
-        """Perplexity of the base, perplexity of `out`, KL(base ‖ out) in nats a token."""
-        self.tested.load_state_dict(dequantized(out, self.source), strict=False)
-        losses: list[torch.Tensor] = []
-        others: list[torch.Tensor] = []
-        divergence: list[torch.Tensor] = []
-        for window in self.windows:
-            base, mine = (
-                model(window[None]).logits[0, :-1].log_softmax(-1)
-                for model in (self.base, self.tested)
-            )
-            for kept, logits in ((losses, base), (others, mine)):
-                kept.append(-logits.gather(1, window[1:, None]).mean())
-            divergence.append((base.exp() * (base - mine)).sum(-1).mean())
-        first, second = (float(torch.stack(kept).mean().exp()) for kept in (losses, others))
-        return first, second, float(torch.stack(divergence).mean())
-
-
-def table(chosen: argparse.Namespace, base: Path, folder: Path) -> None:
-    sets = [f"calibration.samples={chosen.samples}", f"calibration.sequence_length={chosen.length}"]
-    print(f"Calibration: {chosen.samples} × {chosen.length} tokens; at most {TUNING} tuning steps.")
-    print(f"Held-out text: {WINDOWS} × {WINDOW} tokens; activations in 16 bit.\n")
-    print(
-        "| method | layers | MB | bits a weight | perplexity (base) | KL | library s | command s "
-        "| peak MiB |\n|---|---|---|---|---|---|---|---|---|"
-    )
-    models, judges = {0: base}, {}
-    for row in method_rows():
-        name = row["method"]
-        if chosen.only and name not in chosen.only:
-            continue
-        if not row["available"]:
-            print(f"| {name} | {row['reason']} | | | | | | | |", flush=True)
-            continue
-        layers = chosen.layers or (CUT if name in SLOW else 0)
-        if layers not in models:
-            models[layers] = cut_layers(base, folder / f"cut{layers}", layers)
-        if layers not in judges:
-            judges[layers] = Judge(models[layers])
-        judge = judges[layers]
-        with tempfile.TemporaryDirectory() as work:
-            out = Path(work, "out")
-            try:
-                more = sets if row["needs"] and "calibration" in row["needs"] else []
-                wall, note = quantize(models[layers], name, out, [*more, *SETTINGS.get(name, ())])
-            except RuntimeError as error:
-                print(f"| {name} | {error} | | | | | | | |", flush=True)
-                continue
-            plain_model, quantized, divergence = judge.judge(out)
-        results, peak = note["results"], note["peak_rss_bytes"] / 2**20
-        print(
-            f"| {name} | {layers or 'all'} | {results['weight_bytes'] / 1e6:.0f} "
-            f"| {results['bits_per_weight']:.2f} | {quantized:.2f} ({plain_model:.2f}) "
-            f"| {divergence:.4f} | {library_seconds(note):.1f} | {wall:.1f} | {peak:.0f} |",
-            flush=True,
-        )
-
-
-def against(chosen: argparse.Namespace, layers: int, model: Path) -> None:
-    """The library stage beside a plain script, median of the rounds, in turn."""
-    overrides: dict[str, object] = {"samples": chosen.samples, "sequence_length": chosen.length}
-    tokens = build_tokens(load_calibration("default", overrides), model)
-    sets = [f"calibration.{key}={value}" for key, value in overrides.items()]
-    settings = json.dumps({"batch_size": 8, "group_size": 64, "iters": TUNING})
-    print(
-        f"{layers} layers, {chosen.samples} × {chosen.length} tokens, median of "
-        f"{chosen.rounds}.\n\n| method | plain s | library s | ratio | plain MiB | peak MiB "
-        "| ratio | command s | tensors |\n|---|---|---|---|---|---|---|---|---|"
-    )
-    for name in chosen.only or AGAINST:
-        runs: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": []}
-        walls, equal = [], True
-        for number in range(chosen.rounds):
-            with tempfile.TemporaryDirectory() as folder:
-                places = {key: Path(folder, key) for key in runs}
-                for key in list(runs) if number % 2 == 0 else list(runs)[::-1]:
-                    if key == "plain":
-                        runs[key].append(plain(name, model, tokens.path, places[key], settings))
-                        continue
-                    wall, note = quantize(
-                        model, name, places[key], [*sets, *SETTINGS.get(name, ())]
-                    )
-                    walls.append(wall)
-                    runs[key].append((library_seconds(note), note["peak_rss_bytes"]))
-                made = next(places["plain"].rglob("config.json")).parent
-                equal &= (
-                    open_checkpoint(made).digests() == open_checkpoint(places["ours"]).digests()
-                )
-        (base, base_peak), (mine, peak) = (
-            (median(run[0] for run in runs[key]), median(run[1] for run in runs[key]))
-            for key in runs
-        )
-        print(
-            f"| {name} | {base:.1f} | {mine:.1f} | {mine / base:.2f} | {base_peak / 2**20:.0f} "
-            f"| {peak / 2**20:.0f} | {peak / base_peak:.2f} | {median(walls):.1f} "
-            f"| {'equal' if equal else 'differ'} |",
-            flush=True,
-        )
-
-
-def plain(name: str, model: Path, tokens: Path, out: Path, settings: str) -> tuple[float, float]:
+def plain(name: str, model: Path, tokens: Path, out: Path) -> Measured:
+    managed = ready("msmodelslim") if name.startswith("msmodelslim") else None
+    settings = {
+        "batch_size": 8, "group_size": 64, "iters": TUNING_IN_PLAIN.get(name, TUNING),
+        "practice": practice(name),
+    }  # fmt: skip
+    command = [str(managed or sys.executable), str(PLAIN), name, str(model), str(tokens), str(out)]
+    start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, str(PLAIN), name, str(model), str(tokens), str(out), settings],
+        [*command, json.dumps(settings)],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         sys.exit(done.stderr[-4000:])
     told = json.loads(done.stdout.strip().splitlines()[-1])
-    return told["seconds"], told["peak_rss_bytes"]
+    wall = time.monotonic() - start
+    return Measured(told["seconds"], told["cpu_seconds"], wall, told["peak_rss_bytes"], {})
+
+
+def practice(name: str) -> dict[str, Any]:
+    """msModelSlim's configuration of a method."""
+    element, method = ("int4", "autoround") if "w4a4" in name else ("int8", "minmax")
+    layers = {
+        "qconfig": {
+            "act": {"scope": "per_token", "dtype": element, "symmetric": True, "method": "minmax"},
+            "weight": {
+                "scope": "per_channel", "dtype": "int4", "symmetric": True, "method": method,
+            },
+        },
+        "include": ["*_proj"],
+    }  # fmt: skip
+    tuned = {"type": "autoround_quant", "iters": TUNING, "strategies": [layers]}
+    step = tuned if method == "autoround" else {"type": "linear_quant", **layers}
+    save = [{"type": "ascendv1_saver", "part_file_size": 5}]
+    spec = {"runner": "model_wise", "process": [step], "save": save}
+    return {"apiversion": "modelslim_v1", "spec": spec}
+
+
+def for_transformers_4(model: Path, target: Path) -> Path:
+    """The model with a config that msModelSlim's Transformers reads right."""
+    target.mkdir()
+    config = json.loads((model / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["torch_dtype"] = config.pop("dtype")
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "model.safetensors").symlink_to(model / "model.safetensors")
+    return target
+
+
+def table(chosen: argparse.Namespace, base: Path, folder: Path) -> None:
+    sets = [f"calibration.samples={chosen.samples}", f"calibration.sequence_length={chosen.length}"]
+    print(f"Calibration: {chosen.samples} × {chosen.length} tokens; at most {TUNING} tuning steps.")
+    print(f"Held-out text: {WINDOWS} × {WINDOW} tokens; activations in 32 bit.\n")
+    print(
+        "| method | layers | MB | bits a weight | perplexity (base) | KL | library s | command s "
+        "| peak MiB |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    rows = [row for row in method_rows() if not chosen.only or row["method"] in chosen.only]
+    depths = {row["method"]: chosen.layers or CUT * (row["method"] in SLOW) for row in rows}
+    for layers in sorted(set(depths.values())):
+        model = cut_layers(base, folder / f"cut{layers}", layers) if layers else base
+        judge = Judge(model)
+        for row in [row for row in rows if depths[row["method"]] == layers]:
+            name = row["method"]
+            if not row["available"]:
+                print(f"| {name} | {row['reason']} | | | | | | | |", flush=True)
+                continue
+            more = sets if "calibration" in row["needs"] else []
+            with tempfile.TemporaryDirectory() as work:
+                out = Path(work, "out")
+                try:
+                    run = quantize(model, name, out, [*more, *SETTINGS.get(name, ())])
+                except RuntimeError as error:
+                    print(f"| {name} | {error} | | | | | | | |", flush=True)
+                    continue
+                perplexity, divergence = judge.judge(out)
+            results = run.note["results"]
+            print(
+                f"| {name} | {layers or 'all'} | {results['weight_bytes'] / 1e6:.0f} "
+                f"| {results['bits_per_weight']:.2f} | {perplexity:.4g} ({judge.perplexity:.4g}) "
+                f"| {divergence:.4f} | {run.library:.1f} | {run.command:.1f} "
+                f"| {run.peak / 2**20:.0f} |",
+                flush=True,
+            )
+
+
+def against(chosen: argparse.Namespace, layers: int, model: Path, folder: Path) -> None:
+    """The library stage beside a plain script, median of the rounds, in turn."""
+    overrides: dict[str, object] = {"samples": chosen.samples, "sequence_length": chosen.length}
+    tokens = build_tokens(load_calibration("default", overrides), model)
+    calibration = [f"calibration.{key}={value}" for key, value in overrides.items()]
+    older = for_transformers_4(model, folder / "transformers4")
+    print(
+        f"{layers} layers, {chosen.samples} × {chosen.length} tokens, median of "
+        f"{chosen.rounds}; s is seconds, cpu those of all processors.\n\n| method | plain s "
+        "| library s | ratio | plain cpu | cpu | ratio | plain MiB | MiB | ratio | plain command s "
+        "| command s | tensors |\n" + "|---" * 13 + "|"
+    )
+    needs = {row["method"]: row["needs"] for row in method_rows()}
+    for name in chosen.only or AGAINST:
+        runs: dict[str, list[Measured]] = {"plain": [], "ours": []}
+        sets = [*(calibration if "calibration" in needs[name] else []), *SETTINGS.get(name, ())]
+        source = older if name.startswith("msmodelslim") else model
+        with tempfile.TemporaryDirectory() as work:
+            for number in range(chosen.rounds):
+                places = {key: Path(work, f"{key}{number}") for key in runs}
+                for key in list(runs) if number % 2 == 0 else list(runs)[::-1]:
+                    runs[key].append(
+                        plain(name, source, tokens.path, places[key])
+                        if key == "plain"
+                        else quantize(model, name, places[key], sets)
+                    )
+            made = [next(f.parent for f in places["plain"].rglob(p) if f.is_file())
+                    for p in ("*.gguf", "config.json") if [*places["plain"].rglob(p)]]  # fmt: skip
+            same = likeness(model, made[0], places["ours"])
+        cells = [cell for key in ("library", "processors", "peak") for cell in compared(runs, key)]
+        commands = [f"{middle(runs[key], 'command'):.1f}" for key in runs]
+        print(" | ".join([f"| {name}", *cells, *commands, f"{same} |"]), flush=True)
+
+
+def compared(runs: dict[str, list[Measured]], key: str) -> list[str]:
+    """Both medians and their ratio."""
+    base, mine = (middle(runs[side], key) for side in ("plain", "ours"))
+    shown = [f"{v / 2**20:.0f}" if key == "peak" else f"{v:.1f}" for v in (base, mine)]
+    return [*shown, f"{mine / base:.2f}"]
+
+
+def middle(runs: list[Measured], key: str) -> float:
+    return median(float(getattr(run, key)) for run in runs)
+
+
+def likeness(model: Path, first: Path, second: Path) -> str:
+    """`equal`, or both KL divergences from the source."""
+    if contents(first) == contents(second):
+        return "equal"
+    judge = Judge(model)
+    theirs, ours = (judge.judge(out)[1] for out in (first, second))
+    return f"KL {theirs:.4f}, ours {ours:.4f}"
+
+
+def contents(out: Path) -> dict[str, Any]:
+    if gguf_in(out):
+        return {name: held.raw.tobytes() for name, held in open_gguf(out).tensors.items()}
+    return open_checkpoint(out).digests()
 
 
 def main() -> None:
@@ -256,7 +262,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if chosen.against:
             layers = chosen.layers or CUT
-            against(chosen, layers, cut_layers(demo_model(), Path(folder, "cut"), layers))
+            model = cut_layers(demo_model(), Path(folder, "cut"), layers)
+            against(chosen, layers, model, Path(folder))
         else:
             table(chosen, demo_model(), Path(folder))
 

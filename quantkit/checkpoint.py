@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import InputError
+from quantkit.modules import Module, classify
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,9 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     documents: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Parsed JSON documents beside the config that describe quantization, by file name."""
+    derived: str | None = None
+    """What names and shapes were derived from where shards are absent; such a checkpoint can be
+    planned for, not read."""
 
     @property
     def files(self) -> list[Path]:
@@ -81,6 +85,11 @@ class Checkpoint:
             or nested
         )
         return found if isinstance(found, dict) else None
+
+    @cached_property
+    def modules(self) -> list[Module]:
+        """Every module with a weight, as names and shapes tell; of a 16-bit checkpoint."""
+        return classify({name: info.shape for name, info in self.tensors.items()}, self.config)
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:
@@ -234,20 +243,28 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
+def read_weight_map(path: Path, index_file: Path) -> dict[str, str]:
+    """Tensor → shard of an index; every shard lies in `path`. InputError when it is not one."""
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _broken(index_file, "has no weight_map", "checkpoint.bad_index")
-    headers: dict[str, dict[str, TensorInfo]] = {}
-    tensors: dict[str, TensorInfo] = {}
-    for shard_name in sorted({str(name) for name in weight_map.values()}):
-        shard = path / shard_name
+    found = {str(name): str(shard) for name, shard in weight_map.items()}
+    for shard_name in sorted(set(found.values())):
         if Path(shard_name).name != shard_name or shard_name in ("", ".", ".."):
             raise _broken(
                 index_file,
-                f"names a shard outside of the directory: {shard_name!r}",
+                f"names a shard outside of {path}: {shard_name!r}",
                 "checkpoint.index_escapes",
             )
+    return found
+
+
+def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
+    weight_map = read_weight_map(path, index_file)
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for shard_name in sorted(set(weight_map.values())):
+        shard = path / shard_name
         if not shard.is_file():
             raise _broken(
                 index_file,
@@ -256,7 +273,7 @@ def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
             )
         headers[shard_name] = read_header(shard)
     for name, shard_name in weight_map.items():
-        info = headers[str(shard_name)].get(name)
+        info = headers[shard_name].get(name)
         if info is None:
             raise _broken(
                 index_file,
@@ -265,7 +282,7 @@ def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
             )
         tensors[name] = info
     for shard_name, header in headers.items():
-        stray = sorted(name for name in header if str(weight_map.get(name)) != shard_name)
+        stray = sorted(name for name in header if weight_map.get(name) != shard_name)
         if stray:
             raise _broken(
                 index_file,

@@ -36,4 +36,9 @@ def _found() -> str:
         cpu_build = metadata.version("torch").endswith("+cpu")
     except metadata.PackageNotFoundError:
         cpu_build = True
-    return "cpu" if hidden or cpu_build or not Path("/dev/nvidiactl").exists() else "cuda"
+    return "cuda" if has_nvidia_gpu() and not hidden and not cpu_build else "cpu"
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the driver of an NVIDIA GPU is loaded (its control device is there)."""
+    return Path("/dev/nvidiactl").exists()

@@ -14,7 +14,7 @@ from quantkit.job import Reporter, Result
 from quantkit.plan import Plan
 from quantkit.request import Outcome, Request
 from quantkit.seal import CARD, PROVENANCE, provenance, seal, write_json
-from quantkit.verify import PlannedLayers, VerifyReport, Written, verify
+from quantkit.verify import EngineRequest, PlannedLayers, VerifyReport, Written, verify
 
 
 def finish(
@@ -49,6 +49,7 @@ def finish(
         ),
         progress=lambda done, _total: ui.advance(done),
         written=written,
+        engines=_asked(plan),
     )
     if not report.ok:
         raise _not_verified(report, request.out)
@@ -67,6 +68,13 @@ def finish(
     write_json(partial / PROVENANCE, document)
     (partial / CARD).write_text(model_card(plan, source, base, document), encoding="utf-8")
     return Outcome(request.out, plan, report, document)
+
+
+def _asked(plan: Plan) -> EngineRequest | None:
+    serve = plan.recipe.serve
+    if not serve.engines:
+        return None
+    return EngineRequest(tuple(serve.engines), tuple(serve.tp), serve.gpu)
 
 
 def _not_verified(report: VerifyReport, out: Path) -> CheckError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.derive import open_headers, remote_checkpoint
 from quantkit.errors import InputError
 
 FILES = [
@@ -55,6 +57,34 @@ def resolve_model(name: str, *, weights: bool = True, trust_remote_code: bool = 
         ) from error
     except Exception as error:
         raise hub_error(error, f"The model {name}", _model_hint(repository)) from error
+
+
+def open_for_plan(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """A model for planning: of a directory what is there (see `open_headers`); of a hub name the
+    config and, by range requests of a few kilobytes, the headers of its shards.
+
+    Raises InputError as `resolve_model` and `open_headers`.
+    """
+    local = Path(name).expanduser().exists()
+    path = resolve_model(name, weights=False, trust_remote_code=trust_remote_code)
+    if local or any(path.glob("*.safetensors")):
+        return open_headers(path)
+    repository, _, revision = name.partition("@")
+    try:
+        return remote_checkpoint(path, _remote_headers(repository, revision or None, path))
+    except Exception as error:
+        raise hub_error(error, f"The model {name}", _model_hint(repository)) from error
+
+
+def _remote_headers(repository: str, revision: str | None, path: Path) -> dict[str, TensorInfo]:
+    from huggingface_hub import HfApi
+
+    metadata = HfApi().get_safetensors_metadata(repository, revision=revision)
+    return {
+        tensor: TensorInfo(tensor, info.dtype, tuple(info.shape), path / file, *info.data_offsets)
+        for file, held in metadata.files_metadata.items()
+        for tensor, info in held.tensors.items()
+    }
 
 
 def hub_error(error: Exception, what: str, offline_hint: str) -> InputError:

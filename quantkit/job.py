@@ -20,6 +20,9 @@ JOB_VERSION = 1
 
 Unit = Literal["steps", "bytes"]
 
+NO_DATA = {"passes": 0}
+"""`Result.calibration` of a backend that found that the job's options need no calibration data."""
+
 STATE_NOTE = "quantkit.json"
 """Record of a saved `.pth` (a zip archive) that holds what quantkit remembers of it."""
 
@@ -68,7 +71,8 @@ class Job:
 class Result:
     """What a backend did.
 
-    `stages` are `{name, seconds, peak_rss_bytes}` in order; `notes` are the library's own
+    `stages` are `{name, seconds, cpu_seconds, peak_rss_bytes}` in order, `cpu_seconds` summed over
+    the worker's threads; `notes` are the library's own
     fall-backs and skipped layers, in words for the user; `calibration` holds
     `{samples, tokens, digest, passes, modules}` as they really reached the model (`digest` by
     `token_digest`, `passes` runs over all samples, `modules` that were calibrated with them);

@@ -7,6 +7,7 @@ routers, norms, vision and audio towers, multi-token-prediction layers) are foun
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -165,6 +166,21 @@ def fused_groups(names: Collection[str]) -> list[tuple[str, ...]]:
     return groups
 
 
+def in_tower(name: str) -> bool:
+    """Whether a module or tensor belongs to a vision or audio tower."""
+    return not _TOWERS.isdisjoint(name.split("."))
+
+
+def expert_groups(names: Collection[str]) -> list[tuple[str, ...]]:
+    """The experts of each mixture, as tuples of full names: engines give them one scheme."""
+    groups = defaultdict(list)
+    for name in names:
+        parent, found, _ = name.partition(".experts.")
+        if found:
+            groups[parent].append(name)
+    return [tuple(members) for members in groups.values()]
+
+
 def layer_index(name: str) -> int | None:
     """The decoder layer a module belongs to, None for those outside of the stack."""
     found = _LAYER.search(name)
@@ -191,7 +207,7 @@ def _module_of(tensor: str, shape: tuple[int, ...]) -> str | None:
 def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
     parts = name.split(".")
     leaf, parent = parts[-1], ".".join(parts[:-1])
-    if not _TOWERS.isdisjoint(parts):
+    if in_tower(name):
         return "tower"
     index = layer_index(name)
     beyond = index is not None and 0 < context.layers <= index

@@ -16,8 +16,8 @@ from quantkit.device import resolve_device
 from quantkit.environments import find_interpreter, library_versions
 from quantkit.errors import BackendError, InputError
 from quantkit.finish import finish
-from quantkit.hub import resolve_model
-from quantkit.job import Job, Reporter, Result
+from quantkit.hub import open_for_plan, resolve_model
+from quantkit.job import NO_DATA, Job, Reporter, Result
 from quantkit.origin import plan_of_export, state_calibration, stored_recipe
 from quantkit.plan import Plan, has_experts_or_towers, make_plan
 from quantkit.process import run_worker
@@ -26,6 +26,7 @@ from quantkit.recipe import Recipe
 from quantkit.registry import MODELOPT
 from quantkit.request import ExportRequest, Outcome, Request
 from quantkit.scan import Scan, refuse_bad_weights, scan
+from quantkit.seam import check_engines
 from quantkit.statefile import check_state, read_state_note, refuse_mismatch
 from quantkit.streamed import check_stream, stream
 
@@ -48,6 +49,25 @@ def preflight(request: Request) -> tuple[Checkpoint, Plan]:
     )
     if plan.backend.adapter is None:
         check_stream(source, plan)
+    return source, check_engines(source, plan)
+
+
+def plan_only(request: Request) -> tuple[Checkpoint, Plan]:
+    """As `preflight`, for a model whose weights may be absent or only on the hub: headers are
+    fetched, or shapes derived. Engines that will not load the result are no error here."""
+    source = open_for_plan(request.model, trust_remote_code=request.trust_remote_code)
+    plan = make_plan(
+        source,
+        request.recipe,
+        device=resolve_device(request.device),
+        trust_remote_code=request.trust_remote_code,
+    )
+    if plan.backend.adapter is None and source.derived is None:
+        check_stream(source, plan)
+    beyond = has_experts_or_towers(source, plan) if plan.backend.dense_only else None
+    if beyond:
+        note = f"{plan.backend.name} does not quantize a model with {beyond}; rtn_* methods do"
+        plan = replace(plan, notes=(*plan.notes, note))
     return source, plan
 
 
@@ -78,8 +98,10 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
         note = _state_note(request, plan, source, found, mixture)
         job = _job(request, plan, source, tokens, note)
         result = _work(job, partial, python, request.out, ui)
-        _check_tokens(result, tokens)
-        calibration = {**result.calibration, **mixture} if mixture else None
+        used = result.calibration != NO_DATA
+        if used:
+            _check_tokens(result, tokens)
+        calibration = {**result.calibration, **mixture} if mixture and used else None
         return finish(partial, request, plan, source, found.fingerprint, calibration, result, ui)
 
 

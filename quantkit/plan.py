@@ -17,7 +17,6 @@ from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
 from quantkit.modules import (
     Module,
-    classify,
     expert_count,
     fused_groups,
     linear_modules,
@@ -94,9 +93,7 @@ def make_plan(
         reasons.append(f"{code}; read that code, then pass --trust-remote-code")
     if reasons:
         raise _refusal(checkpoint.path, recipe, reasons)
-    modules = classify({name: info.shape for name, info in checkpoint.tensors.items()},
-                       checkpoint.config)  # fmt: skip
-    return _assign(checkpoint, recipe, scheme, linear_modules(modules))
+    return _assign(checkpoint, recipe, scheme, linear_modules(checkpoint.modules))
 
 
 def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: list[Module]) -> Plan:
@@ -145,8 +142,7 @@ def plan_of_layers(
     loads = support(method.layout, method.algorithm, recipe.scheme)
     if loads.export_only:
         notes = (*notes, loads.describe())
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    modules = [m for m in classify(shapes, checkpoint.config) if m.name in layers]
+    modules = [m for m in checkpoint.modules if m.name in layers]
     bits = sum(_bits(m.shape, layers[m.name]) for m in modules)
     replaced = {module.tensor for module in modules}
     estimate = _estimate(checkpoint, replaced, round(bits / 8))

@@ -75,7 +75,7 @@ def _run(
                 pass_fds=(events_of_child,),
                 start_new_session=True,
                 cwd=job_file.parent,
-                env=_environment(events_of_child),
+                env=child_environment() | {"QUANTKIT_EVENTS_FD": str(events_of_child)},
             )
     except OSError as error:
         os.close(events)
@@ -95,7 +95,7 @@ def _run(
         os.close(events)
 
 
-def _environment(events: int) -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """The child's environment: no downloads, no unsafe unpickling, the same hashes every run."""
     child = dict(os.environ)
     child.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
@@ -104,7 +104,6 @@ def _environment(events: int) -> dict[str, str]:
         TOKENIZERS_PARALLELISM="false",
         PYTHONUNBUFFERED="1",
         PYTHONHASHSEED="0",
-        QUANTKIT_EVENTS_FD=str(events),
         QUANTKIT_PARENT_PID=str(os.getpid()),
     )
     return child

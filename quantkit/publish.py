@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -10,6 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantkit.errors import InputError
+
+RESUME_FOLDER = ".stream"
+"""In `DIR.partial`: what a run that can be resumed remembers, until the output is complete."""
 
 
 @contextmanager
@@ -23,7 +27,7 @@ def staged(
     leaves a `DIR.partial` without a lock, which the next run takes over.
 
     Raises InputError when `target` exists and `overwrite` is not given, when the place is not
-    writable, or when another live run holds the same output.
+    writable or becomes full, or when another live run holds the same output.
     """
     check_target(target, overwrite=overwrite)
     partial = target.with_name(target.name + ".partial")
@@ -33,9 +37,11 @@ def staged(
             _clear(partial)
         yield partial
         _publish(partial, target, overwrite=overwrite)
-    except BaseException:
+    except BaseException as error:
         if not resumable or not any(partial.iterdir()):
             shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(partial, resumable) from error
         raise
     finally:
         os.close(lock)
@@ -120,6 +126,15 @@ def _publish(partial: Path, target: Path, *, overwrite: bool) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         partial.rename(target)
+
+
+def _full(partial: Path, resumable: bool) -> InputError:
+    return InputError(
+        f"No space is left under {partial.parent} to complete {partial.name} "
+        f"({shutil.disk_usage(partial.parent).free / 1e6:.0f} MB are free).",
+        hint=f"free some space, then run the same command{' with --resume' if resumable else ''}",
+        code="output.no_space",
+    )
 
 
 def _not_writable(parent: Path) -> InputError:

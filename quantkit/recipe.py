@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from quantkit.engines import engines
 from quantkit.errors import InputError
 from quantkit.gates import parse_gate
 from quantkit.modules import PRESETS
@@ -56,6 +57,25 @@ class Override(_Strict):
         return value if value == "keep" else _scheme_name(value)
 
 
+class Serve(_Strict):
+    """Where the result must load; a plan that one of these would refuse is refused itself."""
+
+    engines: list[str] = []
+    tp: list[Annotated[int, Field(gt=0)]] = Field([1], min_length=1)
+    """Tensor-parallel sizes."""
+    gpu: str | None = None
+
+    @field_validator("engines")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in engines():
+                raise ValueError(
+                    f"no rules are known for {name!r}, only for {', '.join(engines())}"
+                )
+        return value
+
+
 class Recipe(_Strict):
     """One quantization job without the model."""
 
@@ -79,6 +99,7 @@ class Recipe(_Strict):
     shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s*(KB|MB|GB|TB)$")
     seed: int = 0
     python: str | None = None
+    serve: Serve = Serve()
 
     @field_validator("scheme")
     @classmethod

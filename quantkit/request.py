@@ -15,7 +15,8 @@ from quantkit.verify import VerifyReport
 class Request:
     """One `quantkit quantize`: `model` is a directory or a Hub name; paths are the user's.
 
-    `resume`, `memory` (bytes), `jobs` (threads) and `executor` are for the streaming backend.
+    `resume`, `memory` (bytes), `jobs` (worker processes) and `executor` are for the streaming
+    backend.
     """
 
     model: str

@@ -2,7 +2,8 @@
 
 The library's tensors are not touched. Its `config.json` gives the `quantization_config`; all other
 keys, and every sidecar, come from the source model, so that nothing a library normalises, drops or
-adds (temporary paths, times, rewritten tokenizers) reaches the user.
+adds (temporary paths, times, rewritten tokenizers) reaches the user. Lists of modules get the names
+by which the engines look for them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 
 from quantkit import __version__
 from quantkit.checkpoint import INDEX_SUFFIX, Checkpoint, read_json
+from quantkit.engines.complete import completed
 from quantkit.errors import BackendError
 from quantkit.formats.gguf_file import gguf_in
 from quantkit.job import Result
 from quantkit.plan import Plan
+from quantkit.publish import RESUME_FOLDER
 
 SCHEMA_VERSION = 1
 PROVENANCE = "quantkit.json"
@@ -51,7 +54,8 @@ def seal(out: Path, source: Checkpoint, *, trust_remote_code: bool) -> list[str]
         )
     config = dict(source.config)
     if isinstance(quantization, dict):
-        config["quantization_config"] = without_volatile(quantization)
+        settings = completed(without_volatile(quantization), source.config)
+        config["quantization_config"] = settings
     custom_code = sorted(p.name for p in source.path.glob("*.py"))
     if custom_code and not trust_remote_code and config.pop("auto_map", None):
         notes.append(f"custom code left out ({', '.join(custom_code)}); auto_map removed")
@@ -60,13 +64,16 @@ def seal(out: Path, source: Checkpoint, *, trust_remote_code: bool) -> list[str]
     for name in [*sidecars, *(custom_code if trust_remote_code else [])]:
         shutil.copyfile(source.path / name, out / name)
     for path in sorted(out.iterdir()):
+        if path.name == RESUME_FOLDER:
+            continue
         if _belongs(path, sidecars, custom_code):
             path.chmod(0o644)
         else:
             notes.append(f"removed {path.name}, which the library left behind")
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in sorted(_QUANTIZATION_FILES & {p.name for p in out.glob("*.json")}):
-        write_json(out / name, without_volatile(read_json(out / name)))
+        document = without_volatile(read_json(out / name))
+        write_json(out / name, completed(document, source.config))
     return notes
 
 

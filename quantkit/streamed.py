@@ -13,11 +13,11 @@ from quantkit.finish import finish
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.registry import packing, writer_named
 from quantkit.job import Reporter, Result
-from quantkit.modules import classify, linear_modules
 from quantkit.plan import Plan
 from quantkit.publish import check_space, staged
 from quantkit.request import Outcome, Request
-from quantkit.seal import write_json
+from quantkit.seal import CARD, PROVENANCE, write_json
+from quantkit.seam import ignore_list
 from quantkit.verify import Written
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outcome:
     """Quantize shard by shard, then seal, verify and publish.
 
-    A run that stops for any reason leaves its finished shards in `DIR.partial` for `--resume`.
+    A run that stops for any reason, up to the end of verification, leaves its finished shards in
+    `DIR.partial` for `--resume`.
     Raises InputError (`stream.*`, `source.*`, `resume.*`, `output.*`) and CheckError.
     """
     from quantkit.streaming.job import StreamOptions
@@ -58,8 +59,9 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
         config = quantization_config(source, plan, layers)
         write_json(partial / "config.json", {"quantization_config": config})
         plan = replace(plan, layers={name: spec.scheme for name, spec in layers.items()})
-        clear_state(partial)
-        return finish(
+        for name in (PROVENANCE, CARD):
+            (partial / name).unlink(missing_ok=True)
+        outcome = finish(
             partial,
             request,
             plan,
@@ -70,6 +72,8 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
             ui,
             Written(done.digests, done.source_digests, done.sqnr_db),
         )
+        clear_state(partial)
+        return outcome
 
 
 def check_stream(source: Checkpoint, plan: Plan) -> None:
@@ -100,16 +104,8 @@ def _written_layers(source: Checkpoint, plan: Plan) -> dict[str, LayerSpec]:
 def quantization_config(
     source: Checkpoint, plan: Plan, layers: Mapping[str, LayerSpec]
 ) -> dict[str, Any]:
-    """What config.json says of the streamed layers, in the layout that the recipe chose.
-
-    A tied output head has no tensor but is a module of the engines, so it is always among those
-    left in 16 bit.
-    """
-    shapes = {name: info.shape for name, info in source.tensors.items()}
-    modules = linear_modules(classify(shapes, source.config))
-    kept = [m.name for m in modules if m.name in plan.kept and m.kind != "embedding"]
-    heads = [m.name for m in modules if m.kind == "head"]
-    ignore = kept if heads else [*kept, "lm_head"]
+    """What config.json says of the streamed layers, in the layout that the recipe chose."""
+    ignore = ignore_list(source, plan.kept)
     return writer_named(plan.method.layout).quantization_config(layers, ignore)
 
 

@@ -49,7 +49,7 @@ class Progress:
     def __init__(self, result: Result) -> None:
         self.result = result
         self.name = ""
-        self.started = 0.0
+        self.started = self.used = 0.0
         descriptor = os.environ.pop("QUANTKIT_EVENTS_FD", "")
         self.descriptor = int(descriptor) if descriptor else None
         if self.descriptor is not None:
@@ -62,7 +62,7 @@ class Progress:
 
     def stage(self, name: str, total: int = 0, unit: Unit = "steps") -> None:
         self.finish()
-        self.name, self.started = name, time.monotonic()
+        self.name, self.started, self.used = name, time.monotonic(), time.process_time()
         self.send("stage", name=name, total=total, unit=unit)
 
     def advance(self, done: int) -> None:
@@ -74,13 +74,17 @@ class Progress:
             self.send("note", text=text)
 
     def finish(self) -> None:
-        """End the current stage: its seconds and its peak of resident memory."""
+        """End the current stage: its seconds, those of its processors, its peak of memory."""
         peak = take_peak_rss()
         self.result.peak_rss_bytes = max(self.result.peak_rss_bytes, peak)
         if self.name:
-            seconds = round(time.monotonic() - self.started, 3)
             self.result.stages.append(
-                {"name": self.name, "seconds": seconds, "peak_rss_bytes": peak}
+                {
+                    "name": self.name,
+                    "seconds": round(time.monotonic() - self.started, 3),
+                    "cpu_seconds": round(time.process_time() - self.used, 3),
+                    "peak_rss_bytes": peak,
+                }
             )
         self.name = ""
 
@@ -164,7 +168,7 @@ def _code(error: BaseException, job: Job | None, stage: str) -> str:
         chain.append(inner)
     if isinstance(error, JobError):
         return error.code
-    if any(_is_out_of_memory(e) for e in chain):
+    if any(is_out_of_memory(e) for e in chain):
         return "worker.out_of_memory"
     if any(_is_no_space(e) for e in chain) or (job is not None and _disk_is_full(job)):
         return "worker.no_space"
@@ -172,7 +176,7 @@ def _code(error: BaseException, job: Job | None, stage: str) -> str:
     return "worker.import_failed" if missing or stage == "import" else "worker.failed"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Python's, the accelerators' (torch.OutOfMemoryError) and torch's CPU allocator's."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return (

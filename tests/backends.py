@@ -5,6 +5,11 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from quantkit.checkpoint import open_checkpoint
+from quantkit.engines import judge
+from quantkit.formats.registry import detect
+from quantkit.verify.engines import candidate
+from quantkit.verify.subject import examine
 from tests.cli import QUICK, Run, quantkit
 
 G64 = ("--set", "group_size=64")
@@ -70,6 +75,14 @@ LIBRARIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
             "msmodelslim_w4a4_dynamic",
             (*TUNED, "--set", "calibration.samples=3"),
         ),
+        "msmodelslim_practice": (
+            "msmodelslim_w8a8_dynamic",
+            ("--set", "options.practice=default/default-w8a8"),
+        ),
+        "msmodelslim_practice_without_data": (
+            "msmodelslim_w8a16",
+            ("--set", "options.practice=default/default-w8a16"),
+        ),
     },
 }  # fmt: skip
 """Library → output → its method and settings."""
@@ -88,3 +101,26 @@ def make(library: str, model: Path, root: Path) -> dict[str, Run]:
     names = list(LIBRARIES[library])
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(names, pool.map(one, names), strict=True))
+
+
+VLLM_LOADS = (
+    "llmcompressor_fp8_dynamic", "llmcompressor_w8a8", "llmcompressor_w4a16", "gptqmodel_w4a16",
+    "autoround_w4a16", "autoround_gptq", "autoround_llm_compressor",
+)  # fmt: skip
+"""Outputs that vLLM really loads."""
+
+_ABOUT_NAMES = ("engine.ignore_", "engine.mixed_", "engine.target_", "engine.quantized_router")
+
+
+def engine_alarms(path: Path, *engines: str, names_only: bool = True) -> list[str]:
+    """What the replay of the engines has against a checkpoint that is known to be sound.
+
+    `names_only` leaves out what is true of the demo model's shapes and of export-only formats.
+    """
+    checkpoint = open_checkpoint(path)
+    subject = examine(checkpoint, detect(checkpoint))
+    found = judge(candidate(subject), engines, (1,))
+    reasons = (reason for verdict in found for reason in verdict.reasons)
+    return [
+        f"{r.code}: {r.text}" for r in reasons if not names_only or r.code.startswith(_ABOUT_NAMES)
+    ]

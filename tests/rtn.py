@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint import open_checkpoint
+from quantkit.engines.aliases import expanded
 from quantkit.formats import awq, compressed_tensors_config, gptq
 from quantkit.formats.base import LayerSpec
 from quantkit.modules import classify, linear_modules
@@ -46,6 +47,7 @@ def rtn(
     packing = PACKINGS.get(layout) or compressed_tensors_config.packing_of(scheme)
     spec = LayerSpec(scheme, packing, (0, 0))
     ignore = [m.name for m in modules if m.name not in layers and m.kind != "embedding"]
+    ignore = expanded(ignore, checkpoint.config)
     writer = {"gptq": gptq, "awq": awq}.get(layout, compressed_tensors_config)
     config = {
         **checkpoint.config,

@@ -12,7 +12,7 @@ import pytest
 
 from quantkit.checkpoint import open_checkpoint
 from quantkit.verify import verify
-from tests.backends import LIBRARIES, make
+from tests.backends import LIBRARIES, VLLM_LOADS, engine_alarms, make
 from tests.cli import Run, quantkit
 from tests.helpers import cut_layers, edit_json
 
@@ -65,6 +65,16 @@ def test_the_output_is_flat_and_verifies_without_its_provenance(
     report = verify(bare_copy(out, tmp_path / "bare"), two_layers)
     assert report.ok, report.errors
     assert report.layers[0].sqnr_db > 0
+
+
+@pytest.mark.parametrize(("library", "name"), [n for n in NAMES if "gguf" not in n[1]])
+def test_the_engines_find_their_names_in_its_lists(
+    made: Callable[[str, str], Path], library: str, name: str
+) -> None:
+    out = made(library, name)
+    assert not engine_alarms(out, "vllm", "sglang")
+    if name in VLLM_LOADS:
+        assert not engine_alarms(out, "vllm", names_only=False)
 
 
 @pytest.mark.parametrize(("library", "name"), NAMES)
@@ -236,3 +246,51 @@ def test_a_damaged_gguf_file_does_not_verify(
         broken = bare_copy(good, tmp_path / str(number))
         (broken / name).write_bytes(content)
         assert not verify(broken, two_layers).ok, what
+
+
+def test_the_runtime_computes_a_gguf_file_as_transformers_does(
+    made: Callable[[str, str], Path], two_layers: Path, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from quantkit.errors import InputError
+    from quantkit.formats.gguf_file import open_gguf
+    from quantkit.runtime import load
+    from quantkit.runtime.load import open_path
+
+    path = made("autoround", "autoround_gguf_q4_k_m")
+    held = open_gguf(path)
+    ours = load(path, dtype="float32")
+    ids = torch.randint(3, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
+    theirs: Any = AutoModelForCausalLM.from_pretrained(
+        path, gguf_file=held.file.name, dtype=torch.float32
+    )
+    with torch.inference_mode():
+        assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-3)
+    source = open_path(path)
+    for name, weight in theirs.named_parameters():
+        assert torch.equal(source.plain(name, tuple(weight.shape), torch.float32), weight), name
+    assert ours.layout == "gguf"
+    assert not ours.weights_only
+    assert {layer.scheme for layer in ours.layers} == {
+        tensor.type for tensor in held.tensors.values() if tensor.quantized
+    }
+    asked = json.loads((two_layers / "config.json").read_text())
+    for key in ("hidden_size", "num_key_value_heads", "vocab_size", "tie_word_embeddings"):
+        assert getattr(ours.config, key) == asked[key]
+
+    with pytest.raises(InputError, match="int4_cpu does not read"):
+        load(path, kernel="int4_cpu")
+    raw, at = held.file.read_bytes(), held.tensors["blk.1.ffn_down.weight"].raw.tobytes()
+    changes = {
+        "tensor.nonfinite": raw.replace(at[:256], b"\xff" * 256),
+        "gguf.incomplete": raw.replace(b"llama.embedding_length", b"llama.embedding_lenght"),
+        "runtime.missing_tensor": raw.replace(b"blk.1.ffn_norm.weight", b"blk.1.ffn_nrom.weight"),
+    }
+    for number, (code, content) in enumerate(changes.items()):
+        broken = bare_copy(path, tmp_path / str(number))
+        (broken / held.file.name).write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            load(broken)
+        assert caught.value.code == code

@@ -25,6 +25,8 @@ from tests.cli import QUICK, command, quantkit, refused
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors
 
 FP8 = ("--method", "modelopt_fp8")
+METHODS = ["modelopt_fp8", "llmcompressor_fp8_dynamic"]
+"""One of ModelOpt and one of another library, for what must not depend on the backend."""
 
 
 def only_config(model: Path) -> None:
@@ -84,13 +86,16 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_model_is_refused_by_name(small_model: Path, tmp_path: Path, case: str) -> None:
+def test_a_broken_model_is_refused_by_name(
+    small_model: Path, tmp_path: Path, case: str, method: str
+) -> None:
     damage, telling = BROKEN[case]
     model = copy_checkpoint(small_model, tmp_path / "model")
     damage(model)
     out = tmp_path / "out"
-    refused(quantkit("quantize", model, *FP8, "--out", out, *QUICK), 1, *telling)
+    refused(quantkit("quantize", model, "--method", method, "--out", out, *QUICK), 1, *telling)
     assert not out.exists()
     assert not out.with_name("out.partial").exists()
 
@@ -184,9 +189,12 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
     assert [p.name for p in small_disk.iterdir()] == ["filler"]
 
 
-def test_a_disk_that_fills_up_loses_nothing(small_model: Path, small_disk: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_disk_that_fills_up_loses_nothing(
+    small_model: Path, small_disk: Path, method: str
+) -> None:
     arguments = command(
-        "quantize", small_model, *FP8, "--out", small_disk / "out", *QUICK,
+        "quantize", small_model, "--method", method, "--out", small_disk / "out", *QUICK,
         "--set", "shard_size=5MB",
     )  # fmt: skip
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as run:
@@ -201,11 +209,13 @@ def test_a_disk_that_fills_up_loses_nothing(small_model: Path, small_disk: Path)
     assert not (small_disk / "out.partial").exists()
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("delay", [0.3, 4.0])
 def test_ctrl_c_at_any_moment_leaves_nothing(
-    small_model: Path, tmp_path: Path, delay: float
+    small_model: Path, tmp_path: Path, delay: float, method: str
 ) -> None:
-    arguments = command("quantize", small_model, *FP8, "--out", tmp_path / "out", *QUICK)
+    out = tmp_path / "out"
+    arguments = command("quantize", small_model, "--method", method, "--out", out, *QUICK)
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as run:
         time.sleep(delay)
         run.send_signal(signal.SIGINT)
@@ -254,8 +264,10 @@ def test_an_unusable_request_costs_no_torch_import(tmp_path: Path) -> None:
     )
 
 
-def test_two_runs_into_one_output(small_model: Path, tmp_path: Path) -> None:
-    arguments = command("quantize", small_model, *FP8, "--out", tmp_path / "out", *QUICK)
+@pytest.mark.parametrize("method", METHODS)
+def test_two_runs_into_one_output(small_model: Path, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "out"
+    arguments = command("quantize", small_model, "--method", method, "--out", out, *QUICK)
     with (
         subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as first,
         subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as second,

@@ -15,6 +15,7 @@ from quantkit.environments.managed import Spec, check, create, ready, remove, sp
 from quantkit.errors import BackendError, InputError
 from tests.cli import quantkit, refused
 
+ROOT = Path(__file__).parent.parent
 TINY = Spec("tiny", "tiny_library", "tests", ("tiny-library==1.0",))
 SCRIPT = "tiny-hello"
 
@@ -116,6 +117,11 @@ def test_the_command_line_lists_checks_and_refuses() -> None:
     assert run.code == 3
     assert "not made yet" in run.out
     refused(quantkit("env", "create", "nosuch"), 1, "msmodelslim")
+    pins = ROOT / "quantkit" / "environments" / "msmodelslim.txt"
+    refused(
+        quantkit("env", "create", "msmodelslim", "--wheels", "nowhere"), 1,
+        f"hint: pip download --dest nowhere --requirement {pins}",
+    )  # fmt: skip
     assert quantkit("env", "remove", "msmodelslim", "--json").document["removed"] == []
     assert ready("msmodelslim") is None
     assert spec_named("msmodelslim").library == "msmodelslim"

@@ -20,10 +20,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS: dict[str, int] = {
     "errors": 0, "gates": 0, "units": 0, "schemes": 0, "job": 0, "cache": 0, "resources": 0,
     "worker": 0, "modules": 0, "checkpoint": 1,
-    "engines": 1, "formats": 2, "registry": 3, "recipe": 3, "hub": 3, "scan": 3, "statefile": 3,
-    "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4, "streaming": 4,
+    "engines": 1, "derive": 2, "formats": 2, "registry": 3, "recipe": 3, "hub": 3, "scan": 3,
+    "statefile": 3, "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4,
+    "seam": 4, "streaming": 4,
     "verify": 4, "process": 4, "card": 5, "origin": 5, "seal": 5, "demo": 5, "request": 5,
-    "finish": 5, "runtime": 4, "validate": 6, "streamed": 6, "pipeline": 6, "cli": 7,
+    "finish": 5, "runtime": 4, "serving": 5, "validate": 6, "streamed": 6, "pipeline": 6,
+    "measure": 7, "cli": 7,
     "__main__": 8, "__init__": 0,
 }  # fmt: skip
 """Every part of the package with its level: imports point to the same level or a lower one."""
@@ -55,6 +57,10 @@ def test_imports_point_one_way(file: Path) -> None:
         ours = [name for name in imports(file) if name.startswith("quantkit.")]
         assert all(name.startswith(allowed) for name in ours), ours
         return
+    if file.parent.name == "drivers":
+        ours = [name for name in imports(file) if name.startswith("quantkit.")]
+        assert all(name.startswith("quantkit.serving.drivers") for name in ours), ours
+        return
     level = LAYERS[own_part(file)]
     for name in imports(file):
         target = part(name) if name.startswith("quantkit") else None
@@ -62,7 +68,13 @@ def test_imports_point_one_way(file: Path) -> None:
             assert LAYERS[target] <= level, f"{file.name} (level {level}) imports {name}"
 
 
-@pytest.mark.parametrize("name", ["__init__.py", "worker.py", "job.py", "backends/__init__.py"])
+STANDARD_LIBRARY_ONLY = (
+    "__init__.py", "worker.py", "job.py", "backends/__init__.py", "serving/__init__.py",
+    "serving/worker.py", "serving/drivers/__init__.py", "serving/drivers/base.py",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STANDARD_LIBRARY_ONLY)
 def test_the_worker_side_starts_with_the_standard_library_alone(name: str) -> None:
     foreign = {
         module.split(".")[0]
@@ -108,13 +120,19 @@ FLAGS = {
         "--restore", "--out", "--model", "--device", "--python", "--trust-remote-code",
         "--overwrite", "--json",
     },
-    "verify": {"--source", "--json"},
+    "verify": {"--source", "--engine", "--tp", "--gpu", "--json"},
     "validate": {
         "--baseline", "--engine", "--kernel", "--device", "--data", "--samples", "--tasks",
         "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
     },
-    "plan": {"--method", "--recipe", "--set", "--trust-remote-code", "--json"},
+    "plan": {
+        "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",
+        "--trust-remote-code", "--json",
+    },
     "methods": {"--json"},
+    "launch": {"--engine", "--tp", "--exec", "--json"},
+    "platforms": {"--method", "--gpu", "--json"},
+    "kernels": {"--kernel", "--device", "--json"},
     "demo": {"--method", "--out", "--set", "--json"},
 }  # fmt: skip
 """Scripts depend on these: a flag is added here on purpose or not at all."""

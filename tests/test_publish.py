@@ -106,3 +106,19 @@ def test_space_is_checked_with_the_numbers(tmp_path: Path) -> None:
     stat = os.statvfs(tmp_path)
     with pytest.raises(InputError, match="GB free"):
         check_space(tmp_path / "out", stat.f_bavail * stat.f_frsize + 10**12, "the checkpoint")
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_a_disk_that_becomes_full_at_the_end_is_told(resumable: bool, tmp_path: Path) -> None:
+    """/dev/full answers every write as a full disk does."""
+
+    def run() -> None:
+        with staged(tmp_path / "out", overwrite=False, resumable=resumable) as partial:
+            (partial / "weights").write_text("done")
+            Path("/dev/full").write_text("the last file")
+
+    with pytest.raises(InputError, match="No space is left") as caught:
+        run()
+    assert caught.value.code == "output.no_space"
+    assert ("--resume" in caught.value.hint) == resumable
+    assert (tmp_path / "out.partial" / "weights").exists() == resumable

@@ -12,7 +12,7 @@ from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
 from quantkit.runtime.activations import round_groups
 from quantkit.runtime.kernels import int4_cpu, int8_cpu
-from quantkit.runtime.kernels.base import Kernel
+from quantkit.runtime.kernels.base import GPU_ONLY, Kernel
 from quantkit.runtime.kernels.select import KERNELS, choose, names
 from quantkit.runtime.layer import Layer, centred, contiguous_groups, describe
 from quantkit.schemes import SCHEMES, NumberFormat, Scheme
@@ -55,9 +55,17 @@ SHAPES: dict[str, tuple[Scheme, tuple[int, int]]] = {
 }  # fmt: skip
 
 
-def random_weight(scheme: Scheme, shape: tuple[int, int]) -> QuantWeight:
+def random_weight(
+    scheme: Scheme, shape: tuple[int, int], device: torch.device = CPU
+) -> QuantWeight:
     """Codes, scales and zero points over the whole range of a scheme."""
-    generator = torch.Generator().manual_seed(sum(shape))
+    with torch.device(device):
+        return _random_weight(scheme, shape, torch.Generator(device).manual_seed(sum(shape)))
+
+
+def _random_weight(
+    scheme: Scheme, shape: tuple[int, int], generator: torch.Generator
+) -> QuantWeight:
     number, grid = scheme.weight, scheme.weight.scale_shape(shape)
     scale = torch.rand(grid, generator=generator) * 0.02 + 0.001
     zero = None
@@ -149,7 +157,7 @@ FITTING = [
     pytest.param(kernel, name, id=f"{kernel.NAME}-{name}")
     for kernel in KERNELS
     for name in SHAPES
-    if kernel.rejects(layer_of(name)[0]) is None
+    if kernel.unavailable(CPU) != GPU_ONLY and kernel.rejects(layer_of(name)[0]) is None
 ]
 
 

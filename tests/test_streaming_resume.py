@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ import torch
 
 from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import BackendError, InputError
+from quantkit.job import Unit
+from quantkit.pipeline import quantize
+from quantkit.recipe import load_recipe
+from quantkit.request import Request
 from quantkit.streaming.run import clear_state
 from tests.streaming import stream, write_model
+from tests.test_streaming_load import Quiet
 
 ROOT = Path(__file__).parent.parent
 CHILD = (
@@ -199,6 +205,34 @@ def test_other_settings_are_refused(other: dict[str, Any], model: Path, tmp_path
     with pytest.raises(InputError, match="other settings") as caught:
         stream(model, out, settings.pop("scheme"), resume=True, **settings)
     assert caught.value.code == "resume.other_settings"
+
+
+class Stops(Quiet):
+    """A user who presses Ctrl-C when a stage begins."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def stage(self, name: str, total: int = 0, unit: Unit = "steps") -> None:
+        if name == self._name:
+            raise KeyboardInterrupt
+
+
+def test_a_stop_while_the_result_is_verified_costs_no_shard(
+    small_model: Path, tmp_path: Path
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    request = Request(str(small_model), load_recipe("rtn_mxfp8"), out, device="cpu", jobs=1)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(request, Stops("verify"))
+    (partial / "quantkit.json").write_text("{}")  # as a kill later on would leave it
+    before = (partial / "model.safetensors").stat().st_mtime_ns
+    document = quantize(replace(request, resume=True), Quiet()).provenance
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    assert {path.name for path in out.iterdir()} >= {"config.json", "quantkit.json", "README.md"}
+    assert not list(out.glob(".*"))
+    assert not partial.exists()
+    assert not [note for note in document["notes"] if "removed" in note]
 
 
 FULL = """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,6 +18,8 @@ from quantkit.errors import InputError
 from quantkit.formats import awq, compressed_tensors, compressed_tensors_config, gptq
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.dequantize import dequantize
+from quantkit.streaming.crew import hands
+from quantkit.streaming.job import StreamOptions
 from tests.helpers import copy_checkpoint, edit_tensors
 from tests.rtn import tiny_moe
 from tests.streaming import (
@@ -143,11 +147,15 @@ def test_experts_of_a_mixture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("scheme", ["fp8_dynamic", "nvfp4a16", "w4a16:32"])
-def test_fused_experts_become_one_layer_each(scheme: str, transposed: bool, tmp_path: Path) -> None:
-    """The same bytes as the same experts stored one by one."""
+@pytest.mark.parametrize(
+    ("scheme", "inner"), [("fp8_dynamic", 96), ("nvfp4a16", 96), ("w4a16:32", 96), ("mxfp8", 32)]
+)
+def test_fused_experts_become_one_layer_each(
+    scheme: str, inner: int, transposed: bool, tmp_path: Path
+) -> None:
+    """The same bytes as the same experts stored one by one, also where gate and up are square."""
     generator = torch.Generator().manual_seed(0)
-    experts, hidden, inner = 4, 64, 96
+    experts, hidden = 4, 64
     gate, up, down = (
         torch.randn(experts, *shape, generator=generator).bfloat16()
         for shape in ((inner, hidden), (inner, hidden), (hidden, inner))
@@ -231,7 +239,6 @@ def test_a_kept_layer_of_an_fp8_source_comes_out_in_16_bit(
     name = "model.layers.1.mlp.up_proj.weight"
     edit = load_file(bf16 / "model-00001-of-00001.safetensors")[name]
     checkpoint = open_checkpoint(fp8)
-    from quantkit.streaming.job import StreamOptions
     from quantkit.streaming.run import stream_quantize
 
     out = tmp_path / "out"
@@ -242,6 +249,24 @@ def test_a_kept_layer_of_an_fp8_source_comes_out_in_16_bit(
     written = tensors_of(out)
     assert torch.equal(written[name], edit)
     assert f"{name}_scale_inv" not in written
+
+
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "experts"])
+def test_block_scales_that_do_not_fit_are_refused(wrong: str, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    shape, grid = (256, 192), (2, 2)
+    scale = torch.ones(grid[::-1] if wrong == "experts" else grid)
+    if wrong == "shape":
+        scale = torch.ones(2, 1)
+    elif wrong == "dtype":
+        scale = scale.to(torch.int32)
+    codes = torch.ones(*((3, *shape) if wrong == "experts" else shape)).to(torch.float8_e4m3fn)
+    model = write_model(
+        tmp_path / "model", [{name: codes, f"{name}_scale_inv": scale}], {"hidden_size": 192}
+    )
+    with pytest.raises(InputError, match="_scale_inv") as caught:
+        stream(model, tmp_path / "out", "fp8_dynamic")
+    assert caught.value.code == "stream.block_scales"
 
 
 def spoil(directory: Path, name: str, value: float = float("nan")) -> None:
@@ -279,6 +304,17 @@ def test_nan_layers_stay_in_16_bit_with_what_is_fused_with_them(
         assert result.digests[f"{name}.weight"] == result.source_digests[f"{name}.weight"]
     assert any("model.embed_tokens.weight" in note for note in result.notes)
     assert f"{layer}.o_proj" in result.relative_error
+
+
+def test_a_nan_expert_keeps_the_experts_beside_it_in_16_bit(tmp_path: Path) -> None:
+    model = tiny_moe(tmp_path / "moe")
+    spoil(model, "model.layers.0.mlp.experts.2.down_proj.weight")
+    result = stream(model, tmp_path / "out", "mxfp8", on_nan="keep16")
+    layers = plain_layers(open_checkpoint(model), scheme_named("mxfp8"))
+    assert set(result.kept) == {
+        name for name in layers if name.startswith("model.layers.0.mlp.experts")
+    }
+    assert any(name.startswith("model.layers.1.mlp.experts") for name in result.relative_error)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +394,16 @@ def test_memory_limits_the_threads(small_model: Path, tmp_path: Path) -> None:
         stream(small_model, tmp_path / "a", "fp8_dynamic", memory=50_000_000)
     assert "--memory" in caught.value.hint
     stream(small_model, tmp_path / "b", "fp8_dynamic", memory=10**10)
+
+
+def test_workers_share_the_session_of_the_command_but_not_its_group() -> None:
+    """So Ctrl-C is the command's alone, and a priority by session is theirs too."""
+    with hands(2, "cpu", StreamOptions()) as crew:
+        crew.start()
+        workers = [process.pid for process in psutil.Process().children(recursive=True)]
+        assert len(workers) >= 3
+        assert {os.getsid(pid) for pid in workers} == {os.getsid(0)}
+        assert os.getpgid(0) not in {os.getpgid(pid) for pid in workers}
 
 
 def test_scalars_integers_and_empty_tensors_are_copied(tmp_path: Path) -> None:

@@ -152,8 +152,10 @@ def test_worker_sees_its_own_environment_only(
     assert foreign == {"quantkit", "worker_adapters", "__main__"} - sys.stdlib_module_names
 
 
-def test_stages_have_their_own_peak_memory(tmp_path: Path) -> None:
+def test_stages_have_their_own_peak_memory_and_processor_time(tmp_path: Path) -> None:
     result = run(tmp_path, "grows")
+    used = {stage["name"]: stage["cpu_seconds"] for stage in result.stages}
+    assert used["large"] > used["small"]
     peaks = {stage["name"]: stage["peak_rss_bytes"] for stage in result.stages}
     assert peaks["large"] > 200 << 20
     assert peaks["small"] < 100 << 20

@@ -23,12 +23,14 @@ from msmodelslim.core.quant_service.modelslim_v1.quant_service import (
     ModelslimV1QuantService,
     ModelslimV1QuantServiceConfig,
 )
+from msmodelslim.ir.norm_bias import RMSNormBias
+from msmodelslim.ir.rms_norm import RMSNorm
 from msmodelslim.model import PluginModelFactory
 from msmodelslim.utils.security.model import SafeGenerator
 
 from quantkit.backends.common import check_followed, folded, logs_as_notes, norms, seed_everything
 from quantkit.backends.witness import Tokens, Witness
-from quantkit.job import Job, JobInputError, Reporter, Result
+from quantkit.job import NO_DATA, Job, JobInputError, Reporter, Result
 
 _PATH = re.compile(r"[\w/.-]+", re.ASCII)
 """Paths that the library writes to; it refuses any other character."""
@@ -47,7 +49,11 @@ _TUNING_ITERS = 400
 def run(job: Job, report: Reporter, result: Result) -> None:
     """Quantize `job.model` and save it into `job.out`."""
     seed_everything(job)
-    tokens = Tokens(job) if job.tokens else None
+    practice = _practice(job)
+    tokens = Tokens(job) if job.tokens and _needs_data(practice["spec"]) else None
+    if job.tokens and tokens is None:
+        report.note("the practice needs no calibration data, and none was used")
+        result.calibration = NO_DATA
     witness = Witness(tokens, report)
     with tempfile.TemporaryDirectory() as work, logs_as_notes("msmodelslim", report):
         report.stage("load")
@@ -59,14 +65,16 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         model = adapter.init_model(_device(job))
         before = norms(model)
         adapter.init_model = lambda **_: model
+        for norm in (RMSNorm, RMSNormBias):
+            _keep_dtype(norm)
         adapter.handle_dataset = lambda *_: _samples(tokens, job)
         service = ModelslimV1QuantService(
             ModelslimV1QuantServiceConfig(), _NoText(), ContextFactory(enable_debug=False)
         )
         out = Path(job.out) if _PATH.fullmatch(job.out) else Path(work, "out")
-        practice = PracticeConfig.model_validate(_practice(job))
+        config = PracticeConfig.model_validate(practice).extract_quant_config()
         with witness.watch(model, "quantize"):
-            service.quantize(practice.extract_quant_config(), adapter, out, _device(job))
+            service.quantize(config, adapter, out, _device(job))
         if out != Path(job.out):
             shutil.copytree(out, job.out, dirs_exist_ok=True)
         result.folds = folded(before, norms(model))
@@ -74,6 +82,13 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     check_followed(job, quantized)
     if tokens is not None:
         result.calibration = witness.summary(len(quantized))
+
+
+def _keep_dtype(norm: Any) -> None:
+    """Make a norm that smoothing puts in answer in the model's dtype: it gives float32 of a model
+    in 16 bit, which the next layer refuses."""
+    forward = norm.forward
+    norm.forward = lambda self, hidden: forward(self, hidden).to(hidden.dtype)
 
 
 class _NoText:
@@ -106,6 +121,19 @@ def _practice(job: Job) -> dict[str, Any]:
     size = max(1, round(job.shard_size / 1e9))
     practice["spec"]["save"] = [{"type": "ascendv1_saver", "part_file_size": size}]
     return practice
+
+
+def _needs_data(spec: dict[str, Any]) -> bool:
+    """Whether a step looks at activations: all do but rounding, where the input has no static
+    scale."""
+    stages = [spec, *(spec.get("prior") or [])]
+    steps = [step for stage in stages for step in stage.get("process") or []]
+    inputs = [(step.get("qconfig") or {}).get("act") or {"dtype": "float"} for step in steps]
+    return any(
+        step.get("type") != "linear_quant"
+        or not (given.get("dtype") == "float" or given.get("scope") == "per_token")
+        for step, given in zip(steps, inputs, strict=True)
+    )
 
 
 def _steps(job: Job) -> Iterator[dict[str, Any]]:
@@ -151,6 +179,7 @@ def _named_practice(name: str) -> dict[str, Any]:
     for file in (Path(name), shipped / f"{name}.yaml"):
         if file.is_file():
             practice: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+            _check_version(name, practice)
             return practice
     known = sorted(str(f.relative_to(shipped).with_suffix("")) for f in shipped.rglob("*.yaml"))
     raise JobInputError(
@@ -158,6 +187,16 @@ def _named_practice(name: str) -> dict[str, Any]:
         hint=f"name one of the files under {shipped}, without .yaml",
         code="msmodelslim.no_practice",
     )
+
+
+def _check_version(name: str, practice: dict[str, Any]) -> None:
+    version = practice.get("apiversion") if isinstance(practice, dict) else None
+    if version != "modelslim_v1":
+        raise JobInputError(
+            f"The practice {name} is of the apiversion {version!r}; only modelslim_v1 runs here.",
+            hint="quantkit methods  # or name a practice of modelslim_v1",
+            code="msmodelslim.practice_version",
+        )
 
 
 def _for_transformers_4(model: Path, work: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,23 +18,27 @@ Name = Annotated[str, typer.Argument(help="An environment's name: quantkit env l
 @app.command("list")
 def list_command(as_json: options.Json = False) -> None:
     """List the environments: what each is for, and whether it is made."""
-    from quantkit.environments.managed import ready, specs
+    from quantkit.environments.managed import ready, specs, unavailable
 
     out = Output(as_json=as_json)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": spec.name,
             "purpose": spec.purpose,
             "packages": len(spec.pins),
             "key": spec.key,
             "python": str(spec.python) if ready(spec.name) else None,
+            "unavailable": unavailable(spec),
         }
         for spec in specs().values()
     ]
     out.table(
         "",
         ["environment", "for", "packages", "made"],
-        [(r["name"], r["purpose"], r["packages"], r["python"] or "no") for r in rows],
+        [
+            (r["name"], r["purpose"], r["packages"], r["python"] or r["unavailable"] or "no")
+            for r in rows
+        ],
     )
     out.document({"schema_version": 1, "environments": rows})
 

@@ -16,8 +16,11 @@ from quantkit.cli import (
     demo,
     env,
     export,
+    kernels,
+    launch,
     methods,
     plan,
+    platforms,
     quantize,
     recipes,
     validate,
@@ -39,7 +42,10 @@ app.command("export")(export.export_command)
 app.command("verify")(verify.verify_command)
 app.command("validate")(validate.validate_command)
 app.command("plan")(plan.plan_command)
+app.command("launch")(launch.launch_command)
 app.command("methods")(methods.methods_command)
+app.command("platforms")(platforms.platforms_command)
+app.command("kernels")(kernels.kernels_command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(calibration.app, name="calibration")
 app.add_typer(env.app, name="env")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from quantkit.errors import InputError
+
+if TYPE_CHECKING:
+    from quantkit.verify import EngineRequest
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face directory or a Hub name.")]
 Method = Annotated[str, typer.Option("--method", "-m", help="A method name: quantkit methods.")]
@@ -23,4 +28,33 @@ TrustRemoteCode = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace DIR once the new checkpoint verified.")
 ]
+Engines = Annotated[
+    str, typer.Option("--engine", help="Engines that must load it: vllm, sglang or both.")
+]
+TensorParallel = Annotated[str, typer.Option("--tp", help="Tensor-parallel sizes, such as 1,2,4.")]
+GpuName = Annotated[str, typer.Option("--gpu", help="The device it is served on: h100, mi300x, …")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+def serve_sets(engine: str, tp: str, gpu: str) -> list[str]:
+    """--engine, --tp and --gpu as changes of the recipe."""
+    named = {"engines": f"[{engine}]" if engine else "", "tp": f"[{tp}]" if tp else "", "gpu": gpu}
+    return [f"serve.{key}={value}" for key, value in named.items() if value]
+
+
+def engine_request(engine: str, tp: str, gpu: str) -> EngineRequest | None:
+    """--engine, --tp and --gpu of a command without a recipe; None without --engine."""
+    from quantkit.engines import engine_named
+    from quantkit.verify import EngineRequest
+
+    if not engine:
+        return None
+    names = tuple(engine_named(name.strip()).engine for name in engine.split(","))
+    sizes = [size.strip() for size in tp.split(",")]
+    if not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise InputError(
+            f"--tp {tp} is no list of tensor-parallel sizes.",
+            hint="for example --tp 1,2,4,8",
+            code="request.tp",
+        )
+    return EngineRequest(names, tuple(map(int, sizes)), gpu or None)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from quantkit.cli import options
 from quantkit.cli.output import Output
-from quantkit.errors import InputError
+from quantkit.errors import EXIT_INPUT, InputError
 
 if TYPE_CHECKING:
     from quantkit.checkpoint import Checkpoint
@@ -21,20 +23,38 @@ def plan_command(
     method: options.Method = "",
     recipe: options.RecipeFile = "",
     sets: options.Sets = [],  # noqa: B006
+    engine: options.Engines = "",
+    tp: options.TensorParallel = "",
+    gpu: options.GpuName = "",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time one layer for real, and estimate the whole.")
+    ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Say what would be done to every layer, what it would cost, or why it cannot be done."""
-    from quantkit.pipeline import preflight
+    """Say what would be done to every layer, what it costs, and which engine will load it.
+
+    Exit 1 when an engine that was asked for will not.
+    """
+    from quantkit.pipeline import plan_only
     from quantkit.request import Request
 
+    asked = options.serve_sets(engine, tp, gpu)
     request = Request(
         model=model,
-        recipe=chosen_recipe(method, recipe, "", sets),
+        recipe=chosen_recipe(method, recipe, "", [*sets, *asked]),
         out=Path("unused"),
         trust_remote_code=trust_remote_code,
     )
-    show_plan(Output(as_json=as_json), *preflight(request))
+    ui = Output(as_json=as_json)
+    source, plan = plan_only(request)
+    seconds = None
+    if measure:
+        from quantkit.measure import measured_seconds
+
+        seconds = measured_seconds(request, source, plan, ui)
+    if not show_plan(ui, source, plan, seconds):
+        raise typer.Exit(EXIT_INPUT)
 
 
 def chosen_recipe(method: str, recipe: str, calibration: str, sets: list[str]) -> Recipe:
@@ -58,12 +78,18 @@ def chosen_recipe(method: str, recipe: str, calibration: str, sets: list[str]) -
     return load_recipe(method or recipe, tuple(changes))
 
 
-def show_plan(ui: Output, source: Checkpoint, plan: Plan) -> None:
-    """The plan as a table, or as a document with every module in it."""
+def show_plan(
+    ui: Output, source: Checkpoint, plan: Plan, seconds: dict[str, float] | None = None
+) -> bool:
+    """The plan as a table, or as a document with every module in it; whether every engine that
+    the recipe asks for will load the result."""
     from quantkit.engines import support
+    from quantkit.seam import ignore_list, verdicts
 
     estimate = plan.estimate
     loads = support(plan.method.layout, plan.method.algorithm, plan.recipe.scheme)
+    found = verdicts(source, plan)
+    good = not plan.recipe.serve.engines or all(v.loads for v in found)
     quantized = Counter(scheme.name for scheme in plan.layers.values())
     kept = Counter(plan.kept.values())
     ui.table(
@@ -75,11 +101,17 @@ def show_plan(ui: Output, source: Checkpoint, plan: Plan) -> None:
             ("bits a weight", f"{plan.bits_per_weight:.2f} in quantized layers"),
             ("size", f"{estimate.source / 1e6:.0f} MB → {estimate.output / 1e6:.0f} MB"),
             ("memory", f"about {estimate.memory / 1e9:.1f} GB"),
+            *([("time", f"about {seconds['total']:.0f} s, by one measured layer")]
+              if seconds else []),
+            *([("shapes", f"derived from {source.derived}: the weights are not here")]
+              if source.derived else []),
             ("KV cache", plan.recipe.kv_cache),
-            ("loads in", loads.describe()),
+            ("read by", loads.describe()),
+            *((v.title, "\n".join([*(f"{r.text} → {r.fix}" for r in v.reasons), *v.notes]))
+              for v in found),
             *(("note", note) for note in plan.notes),
         ],
-    )
+    )  # fmt: skip
     ui.document(
         {
             "schema_version": 1,
@@ -87,11 +119,14 @@ def show_plan(ui: Output, source: Checkpoint, plan: Plan) -> None:
             "recipe": plan.recipe.model_dump(mode="json"),
             "layers": {name: scheme.name for name, scheme in plan.layers.items()},
             "kept": dict(plan.kept),
-            "ignore": sorted(plan.kept),
+            "ignore": ignore_list(source, plan.kept),
             "engines": list(loads.engines),
             "export_only": loads.export_only,
+            "verdicts": [verdict.to_json() for verdict in found],
             "bits_per_weight": plan.bits_per_weight,
-            "estimate": vars(estimate),
+            "estimate": {**vars(estimate), **({"seconds": seconds} if seconds else {})},
+            "derived": source.derived,
             "notes": list(plan.notes),
         }
     )
+    return good

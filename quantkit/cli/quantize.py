@@ -41,7 +41,7 @@ def quantize_command(
     memory: Annotated[
         str, typer.Option("--memory", help="Most memory of an rtn_* run, such as 2GB.")
     ] = "",
-    jobs: Annotated[int | None, typer.Option("--jobs", help="Threads of an rtn_* run.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", help="Workers of an rtn_* run.")] = None,
     executor: Annotated[
         str, typer.Option("--executor", help="Where an rtn_* run works: local or ray.")
     ] = "local",

@@ -21,6 +21,9 @@ def verify_command(
     source: Annotated[
         str, typer.Option("--source", help="The 16-bit model it was made from.")
     ] = "",
+    engine: options.Engines = "",
+    tp: options.TensorParallel = "1",
+    gpu: options.GpuName = "",
     as_json: options.Json = False,
 ) -> None:
     """Check a checkpoint's integrity; exit 4 when there is an error."""
@@ -31,7 +34,12 @@ def verify_command(
     base = resolve_model(source) if source else None
     ui.stage("verify")
     try:
-        report = verify(directory, base, progress=lambda done, _total: ui.advance(done))
+        report = verify(
+            directory,
+            base,
+            progress=lambda done, _total: ui.advance(done),
+            engines=options.engine_request(engine, tp, gpu),
+        )
     finally:
         ui.finish()
     for finding in report.findings:

@@ -17,10 +17,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from quantkit.cache import cache_dir
+from quantkit.device import has_nvidia_gpu
 from quantkit.errors import BackendError, InputError
 
 CHECK_SECONDS = 300
@@ -28,8 +28,9 @@ _CHECK = """
 import importlib, importlib.metadata as metadata, sys
 for pin in sys.argv[2:]:
     name, _, wanted = pin.partition("==")
-    try: found = metadata.version(name).partition("+")[0]
+    try: found = metadata.version(name)
     except metadata.PackageNotFoundError: found = "missing"
+    if "+" not in wanted: found = found.partition("+")[0]
     if found != wanted: sys.exit(f"{name} is {found}, not {wanted}")
 importlib.import_module(sys.argv[1])
 """
@@ -37,12 +38,17 @@ importlib.import_module(sys.argv[1])
 
 @dataclass(frozen=True)
 class Spec:
-    """What an environment holds. `pins` are `name==version`; `library` must import in it."""
+    """What an environment holds. `library` must import in it.
+
+    `pins` are `name==version`, all of them: pip adds nothing (but what torch's build needs).
+    """
 
     name: str
     library: str
     purpose: str
     pins: tuple[str, ...]
+    gpu: bool = False
+    """Whether the library only works beside an NVIDIA GPU."""
 
     @property
     def key(self) -> str:
@@ -60,14 +66,27 @@ class Spec:
 
 
 _KNOWN = {
-    "msmodelslim": ("msmodelslim", "the msmodelslim_* methods; needs an older Transformers"),
+    "msmodelslim": ("msmodelslim", "the msmodelslim_* methods; needs an older Transformers", False),
+    "sglang": ("sglang", "SGLang on NVIDIA GPUs: validate --engine sglang", True),
+    "vllm": ("vllm", "vLLM on CPUs: validate --engine vllm", False),
+    "vllm-cuda": ("vllm", "vLLM on NVIDIA GPUs: validate --engine vllm", True),
 }
-"""Name → the library that must import, and what the environment is for."""
+"""Name → the library that must import, what the environment is for, whether it needs a GPU."""
 
 
 def specs() -> dict[str, Spec]:
-    """Every environment that can be made, by name."""
-    return {name: Spec(name, *known, _pins(name)) for name, known in _KNOWN.items()}
+    """Every environment that quantkit knows, by name."""
+    return {
+        name: Spec(name, library, purpose, _pins(name), gpu)
+        for name, (library, purpose, gpu) in _KNOWN.items()
+    }
+
+
+def unavailable(spec: Spec) -> str | None:
+    """Why the environment cannot be used on this machine, or None."""
+    if spec.gpu and not has_nvidia_gpu():
+        return "it needs an NVIDIA GPU and this machine has none"
+    return None
 
 
 def spec_named(name: str) -> Spec:
@@ -99,12 +118,19 @@ def create(spec: Spec, wheels: Path | None, tell: Callable[[str], None]) -> Path
     """Make the environment unless it works already; returns its interpreter.
 
     `wheels` is a folder of wheels for a machine without a package index. A second run waits for
-    the first and uses what it made. Raises BackendError when pip fails or the result is broken.
+    the first and uses what it made. Raises BackendError when the environment cannot be used on this
+    machine, when pip fails, or when the result is broken.
     """
+    if reason := unavailable(spec):
+        raise BackendError(
+            f"The environment {spec.name} cannot be made here: {reason}.",
+            hint="quantkit env list  # what each is for",
+            code="environment.unavailable",
+        )
     if wheels is not None and not wheels.is_dir():
         raise InputError(
             f"--wheels {wheels} is not a directory.",
-            hint=f"fill it: pip download --dest {wheels} {' '.join(spec.pins[:2])} …",
+            hint=f"pip download --dest {wheels} --requirement {_pin_file(spec.name)}",
             code="environment.no_wheels",
         )
     with _locked(spec, tell):
@@ -141,9 +167,9 @@ def _fill(spec: Spec, staging: Path, wheels: Path | None, tell: Callable[[str], 
     install = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     source = ["--no-index", "--find-links", str(wheels.resolve())] if wheels else []
     torch = [pin for pin in spec.pins if pin.startswith("torch==")]
-    for pins in (torch, spec.pins):  # torch first: alone, its exact version is what is resolved
-        if pins:
-            _run([*install, *source, *pins], spec, "pip")
+    if torch:  # alone and with what its build needs: GPU builds bring their libraries
+        _run([*install, *source, *torch], spec, "pip")
+    _run([*install, *source, "--no-deps", *spec.pins], spec, "pip")
     reason = _check(spec, python)
     if reason:
         raise BackendError(
@@ -198,6 +224,10 @@ def _locked(spec: Spec, tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def _pins(name: str) -> tuple[str, ...]:
-    text = (files("quantkit.environments") / f"{name}.txt").read_text(encoding="utf-8")
+    text = _pin_file(name).read_text(encoding="utf-8")
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return tuple(line for line in lines if line)
+
+
+def _pin_file(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.txt")

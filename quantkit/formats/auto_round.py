@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
+from quantkit.engines.aliases import aliases_of
 from quantkit.errors import InputError
 from quantkit.formats import awq, compressed_tensors, gptq, inventory
 from quantkit.formats.base import Declaration, Format, LayerSpec, Problem, QuantWeight, TensorSpec
@@ -86,6 +87,7 @@ def declare(checkpoint: Checkpoint) -> Declaration:
     ]
     layers, ignored, undeclared = inventory.sort_modules(modules, ignored_by, target)
     names = {*found.holders, *inventory.tied_names(checkpoint.config)}
+    names |= aliases_of(names, checkpoint.config) if extra else set()
     absent = [entry for entry in extra if not _is_regex(entry) and entry not in names]
     kept = {entry for entry in absent if int(extra[entry].get("bits", 4)) >= 16}
     problems = [

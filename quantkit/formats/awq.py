@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from quantkit.engines.aliases import aliases_of
 from quantkit.errors import InputError
 from quantkit.formats import gptq, inventory
 from quantkit.formats.base import Declaration, LayerSpec, QuantWeight, TensorSpec
@@ -75,7 +76,8 @@ def declare(checkpoint: Checkpoint) -> Declaration:
         m for m in inventory.linears(found, checkpoint.config, unpacked) if len(m.shape) == 2
     ]
     layers, ignored, undeclared = inventory.sort_modules(modules, ignored_by, target)
-    names = [*found.holders, *inventory.tied_names(checkpoint.config)]
+    names = {*found.holders, *inventory.tied_names(checkpoint.config)}
+    names |= aliases_of(names, checkpoint.config) if entries else set()
     return Declaration(
         quant_method=NAME,
         layers=layers,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.engines.aliases import merged_aliases
 from quantkit.errors import InputError
 from quantkit.formats.base import LayerSpec
 from quantkit.schemes import Element, Granularity, NumberFormat, ScaleFormat, Scheme, scheme_for
@@ -139,7 +140,7 @@ def quantization_config(layers: Mapping[str, LayerSpec], ignore: Sequence[str]) 
     """The `quantization_config` of a checkpoint with these layers.
 
     Layers of one scheme are targeted as "Linear" less `ignore`, the linear modules left in 16 bit;
-    several schemes target their layers by name.
+    several schemes target their layers by name, and by that of the layer engines merge them into.
     """
     groups: dict[tuple[Scheme, str], list[str]] = {}
     for name, spec in layers.items():
@@ -151,7 +152,7 @@ def quantization_config(layers: Mapping[str, LayerSpec], ignore: Sequence[str]) 
                 "format": packing,
                 "input_activations": _arguments(scheme.input),
                 "output_activations": None,
-                "targets": ["Linear"] if len(groups) == 1 else names,
+                "targets": ["Linear"] if len(groups) == 1 else [*names, *merged_aliases(names)],
                 "weights": _arguments(scheme.weight),
             }
             for index, ((scheme, packing), names) in enumerate(groups.items())

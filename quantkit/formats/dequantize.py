@@ -69,13 +69,13 @@ def dequantize(weight: QuantWeight) -> torch.Tensor:
     rows, columns = weight.q.shape
     scale = effective_scale(weight)
     result = torch.empty(rows, columns, dtype=torch.float32, device=weight.q.device)
-    table = torch.tensor(E2M1_VALUES, device=weight.q.device)
+    table = _code_values(weight.format).to(weight.q.device)
     step = max(1, _BLOCK_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
         values = result[block]
-        if weight.format.element == "fp4_e2m1":
-            codes = weight.q[block].reshape(-1).int()
+        if not weight.format.is_int:
+            codes = weight.q[block].view(torch.uint8).reshape(-1).int()
             torch.index_select(table, 0, codes, out=values.view(-1))
         else:
             values.copy_(weight.q[block])
@@ -87,6 +87,15 @@ def dequantize(weight: QuantWeight) -> torch.Tensor:
         if weight.input_multiplier is not None:
             values.mul_(weight.input_multiplier)
     return result
+
+
+def _code_values(number: NumberFormat) -> torch.Tensor:
+    """The value of every code of a floating-point format, float32."""
+    import torch
+
+    if number.element == "fp4_e2m1":
+        return torch.tensor(E2M1_VALUES)
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def _align(

@@ -12,13 +12,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from quantkit.engines.aliases import aliases_of, merged_aliases
 from quantkit.errors import InputError
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, LayerSpec, Problem, QuantWeight, TensorSpec
 from quantkit.formats.inventory import Parts
 from quantkit.formats.packing import pack_words, unpack_words, words_for
-from quantkit.modules import Module, fused_groups, layer_index
-from quantkit.schemes import Element, NumberFormat, scheme_for
+from quantkit.modules import Module, layer_index
+from quantkit.schemes import Element, NumberFormat, Scheme, scheme_for
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,6 @@ PACKINGS = ("gptq", "gptq_v2")
 FLOATS = ("F16", "BF16", "F32")
 
 _ELEMENTS: dict[int, Element] = {2: "int2", 3: "int3", 4: "int4", 8: "int8"}
-_FUSED_NAMES = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 
 
 def recognises(checkpoint: Checkpoint) -> bool:
@@ -96,7 +96,8 @@ def declare(checkpoint: Checkpoint) -> Declaration:
         m for m in inventory.linears(found, checkpoint.config, unpacked) if len(m.shape) == 2
     ]
     layers, ignored, undeclared = inventory.sort_modules(modules, ignored_by, target)
-    used = {rule_of(name) for name in found.holders}
+    names = found.holders | aliases_of(found.holders, checkpoint.config) if dynamic else ()
+    used = {rule_of(name) for name in names}
     return Declaration(
         quant_method=NAME,
         layers=layers,
@@ -216,10 +217,17 @@ def quantization_config(layers: Mapping[str, LayerSpec], ignore: Sequence[str]) 
     specs = list(layers.values())
     common = max(specs, key=lambda spec: sum(s.scheme == spec.scheme for s in specs))
     kept = [name for name in ignore if layer_index(name) is not None]
-    dynamic: dict[str, Any] = {f"-:{re.escape(name)}$": {} for name in _with_merged(kept)}
+    merged = merged_aliases(kept)
+    dynamic: dict[str, Any] = {
+        f"-:{re.escape(name)}$": {} for name in dict.fromkeys([*kept, *merged])
+    }
+    others: dict[Scheme, list[str]] = {}
     for name, spec in layers.items():
         if spec.scheme != common.scheme:
-            dynamic[f"+:{re.escape(name)}$"] = _settings(spec.scheme.weight)
+            others.setdefault(spec.scheme, []).append(name)
+    for scheme, names in others.items():
+        for name in [*names, *merged_aliases(names)]:
+            dynamic[f"+:{re.escape(name)}$"] = _settings(scheme.weight)
     return {
         **_settings(common.scheme.weight),
         "checkpoint_format": common.packing,
@@ -238,15 +246,6 @@ def _settings(number: NumberFormat) -> dict[str, Any]:
         "group_size": number.group_size or -1,
         "sym": number.symmetric,
     }
-
-
-def _with_merged(names: Sequence[str]) -> list[str]:
-    merged = []
-    for members in fused_groups(names):
-        parent, _, leaf = members[0].rpartition(".")
-        if leaf in _FUSED_NAMES:
-            merged.append(f"{parent}.{_FUSED_NAMES[leaf]}")
-    return [*names, *merged]
 
 
 def _contiguous(number: NumberFormat, columns: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import translate
 from typing import TYPE_CHECKING, Any, Literal
 
+from quantkit.engines.aliases import aliases_of
 from quantkit.formats.base import LayerSpec, TensorSpec, is_kv_cache_tensor
 from quantkit.modules import Module, classify, is_tied, linear_modules, text_config
 
@@ -198,13 +199,17 @@ class Matcher:
         return self.patterns[found[0]].entry if found else None
 
     def unmatched(self, inventory: Inventory, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Entries that name no module of the checkpoint nor its tied head."""
+        """Entries that name no module of the checkpoint nor its tied head, by no engine's name."""
         names = {*inventory.holders, *tied_names(config)}
+        left = self._unused(names, {pattern.entry for pattern in self.patterns})
+        left = self._unused(aliases_of(names, config), left) if left else left
+        entries = (pattern.entry for pattern in self.patterns)
+        return tuple(dict.fromkeys(entry for entry in entries if entry in left))
+
+    def _unused(self, names: set[str], entries: set[str]) -> set[str]:
         used = {index for name in names for index in self._looked_up(name)}
         used |= {i for i, regex in self.regex if any(regex.match(name) for name in names)}
-        entries = {self.patterns[index].entry for index in used}
-        left = (pattern.entry for pattern in self.patterns)
-        return tuple(dict.fromkeys(entry for entry in left if entry not in entries))
+        return entries - {self.patterns[index].entry for index in used}
 
 
 def glob_pattern(entry: str) -> Pattern:
@@ -236,6 +241,13 @@ def sort_modules(
         else:
             undeclared.append(module.name)
     return layers, ignored, tuple(undeclared)
+
+
+def upright(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape with output before input, also of a fused expert tensor stored the other way."""
+    if len(shape) == 3 and _input_first(name, shape, config):
+        return (shape[0], shape[2], shape[1])
+    return shape
 
 
 def _input_first(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:

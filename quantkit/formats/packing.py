@@ -18,7 +18,10 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """uint8 codes 0 … 15 [..., n] → uint8 [..., n/2], the even column in the low nibble."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    import torch
+
+    pairs = _view_rows(codes, torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:

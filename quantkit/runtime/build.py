@@ -12,6 +12,7 @@ from quantkit.modules import is_tied
 from quantkit.runtime.decoder import Block, CacheScales, Decoder, Shape
 from quantkit.runtime.layers import LayerMaker
 from quantkit.runtime.linear import PlainLinear
+from quantkit.runtime.memory import release
 
 Progress = Callable[[int, int], None]
 
@@ -25,6 +26,7 @@ def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = No
     blocks = []
     for index in range(count):
         blocks.append(_block(config, maker, f"model.layers.{index}", shape, eps))
+        release()
         if progress is not None:
             progress(index + 1, count)
     norm = _plain(maker, "model.norm.weight", (hidden,))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -117,8 +118,7 @@ def _pack(weight: QuantWeight, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     """Codes as they are kept, the table that decodes them, and what is left to subtract."""
     number, q = weight.format, weight.q
     if number.element == "fp8_e4m3":
-        every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-        return q.view(torch.uint8), every.to(q.device, dtype), 0
+        return q.view(torch.uint8), _fp8_table(dtype).to(q.device), 0
     if number.bits == 8:
         return q, None, 0
     values = torch.tensor(E2M1_VALUES)
@@ -131,6 +131,19 @@ def _pack(weight: QuantWeight, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     if number.bits == 3:
         return words, None, half
     return words.view(torch.uint8), _byte_table(values, number.bits).to(q.device, dtype), 0
+
+
+def fp8_values(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float8_e4m3fn [rows, n] in another dtype; torch's cast takes seven times as long on a CPU."""
+    if codes.device.type != "cpu":
+        return codes.to(dtype)
+    return _look_up(_fp8_table(dtype), codes.view(torch.uint8))
+
+
+@cache
+def _fp8_table(dtype: torch.dtype) -> torch.Tensor:
+    """[256]: the value of every E4M3 code."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)
 
 
 def _byte_table(values: torch.Tensor, bits: int) -> torch.Tensor:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from quantkit.runtime import rotary
 from quantkit.runtime.cache import KVCache
+from quantkit.runtime.mlp import silu_mul
 from quantkit.runtime.norm import rms_norm
 from quantkit.runtime.rotary import Rotary, head_dim, rotate
 
@@ -93,8 +94,7 @@ class Block(nn.Module):
         normed = rms_norm(x, self.input_norm, self.eps)
         x += self.out(self._attend(self.qkv(normed), step, index))
         normed = rms_norm(x, self.mlp_norm, self.eps)
-        gate, up = self.gate_up(normed).chunk(2, dim=-1)
-        x += self.down(silu(gate).mul_(up))
+        x += self.down(silu_mul(self.gate_up(normed)))
         return x
 
     def _attend(self, qkv: torch.Tensor, step: Step, index: int) -> torch.Tensor:

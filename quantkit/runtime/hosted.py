@@ -17,6 +17,7 @@ from quantkit.modules import fused_groups, is_tied
 from quantkit.runtime.build import Progress
 from quantkit.runtime.layers import LayerMaker
 from quantkit.runtime.linear import PlainLinear
+from quantkit.runtime.memory import release
 
 
 class HostedNetwork(nn.Module):
@@ -123,6 +124,7 @@ def _replace_linears(model: Any, maker: LayerMaker, progress: Progress | None) -
         made = maker.separate(members, shapes, has_bias)
         for member, module in zip(members, made, strict=True):
             model.set_submodule(member, module)
+        release()
         if progress is not None:
             progress(index + 1, len(names))
 

@@ -15,7 +15,8 @@ from quantkit.schemes import Scheme
 class Layer:
     """What a kernel must compute: y[m, out] = quantize(x[m, in]) @ W.T, both in `dtype`.
 
-    `shape` is [out, in]. `has_zero_point` says that integer codes are not centred on zero.
+    `shape` is [out, in]. `has_zero_point` says that integer codes are not centred on zero, and
+    `whole_zero_points` that what they are relative to is one of them.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Layer:
     shape: tuple[int, int]
     dtype: torch.dtype
     has_zero_point: bool = False
+    whole_zero_points: bool = True
 
     @property
     def quantizes_input(self) -> bool:
@@ -33,7 +35,9 @@ def describe(name: str, scheme: Scheme, weight: QuantWeight, dtype: torch.dtype)
     """The layer that a weight (as `centred` leaves it) makes under `scheme`."""
     rows, columns = weight.q.shape
     own = Scheme(scheme.name, weight.format, scheme.input)
-    return Layer(name, own, (rows, columns), dtype, weight.zero_point is not None)
+    zero = weight.zero_point
+    whole = zero is None or bool((zero == zero.round()).all())
+    return Layer(name, own, (rows, columns), dtype, zero is not None, whole)
 
 
 def centred(weight: QuantWeight) -> QuantWeight:

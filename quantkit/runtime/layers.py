@@ -11,7 +11,7 @@ from torch import nn
 
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime.fuse import Fuse, harmonize, join
-from quantkit.runtime.kernels.select import choose
+from quantkit.runtime.kernels.select import Choice, choose
 from quantkit.runtime.layer import centred, contiguous_groups, describe
 from quantkit.runtime.linear import JoinedLinear, PlainLinear, QuantLinear
 from quantkit.runtime.source import Source
@@ -27,6 +27,11 @@ class LayerRecord:
     kernel: str
     refused: dict[str, str]
     weights_only: bool
+
+    @classmethod
+    def of(cls, module: str, scheme: Scheme, choice: Choice) -> LayerRecord:
+        refused = dict(choice.refused)
+        return cls(module, scheme.name, choice.kernel.NAME, refused, choice.weights_only)
 
 
 @dataclass
@@ -99,12 +104,7 @@ class LayerMaker:
         weight, order = contiguous_groups(names[0], weight)
         layer = describe(names[0], scheme, weight, self.dtype)
         choice = choose(layer, self.device, self.kernels)
-        self.records += [
-            LayerRecord(
-                name, scheme.name, choice.kernel.NAME, dict(choice.refused), choice.weights_only
-            )
-            for name in names
-        ]
+        self.records += [LayerRecord.of(name, scheme, choice) for name in names]
         return QuantLinear(layer, choice, weight, order)
 
     def _plain(

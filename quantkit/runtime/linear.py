@@ -76,6 +76,8 @@ class QuantLinear(nn.Module):
         self.packed: Any = choice.kernel.prepare(
             replace(weight, bias=None, input_multiplier=None), layer
         )
+        if weight.q.is_cuda:  # kernels may read it before those ahead of them have ended
+            torch.cuda.synchronize(weight.q.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])

@@ -9,11 +9,14 @@ import torch
 
 from quantkit.checkpoint import open_checkpoint, read_json
 from quantkit.errors import InputError
+from quantkit.formats.gguf_file import gguf_in
 from quantkit.runtime.build import Progress, build_decoder
 from quantkit.runtime.decoder import unsupported
 from quantkit.runtime.fuse import Fuse
+from quantkit.runtime.gguf import open_gguf_source
 from quantkit.runtime.hosted import build_hosted
-from quantkit.runtime.layers import LayerMaker
+from quantkit.runtime.kernels import dequantized
+from quantkit.runtime.layers import LayerMaker, LayerRecord
 from quantkit.runtime.model import Runtime
 from quantkit.runtime.source import Source, open_source
 
@@ -30,27 +33,55 @@ def load(
     dtype: str = "auto",
     progress: Progress | None = None,
 ) -> Runtime:
-    """Load a checkpoint of any known layout, or a 16-bit one.
+    """Load a checkpoint of any known layout, a GGUF file's directory, or a 16-bit one.
 
     `kernel` is "auto" or the one kernel that every quantized layer must get; `fuse="none"` leaves
     the scales of fused groups as the file has them; `dtype` is that of the config unless named;
     `progress` gets (decoder layers done, in all). Weights are read one tensor at a time. Raises
     InputError for a checkpoint that is not consistent in itself, and for a kernel that cannot run.
     """
-    checkpoint = open_checkpoint(Path(path))
-    source = open_source(checkpoint)
+    source = open_path(Path(path))
+    check_kernel(source, kernel)
     config = read_config(source)
     maker = LayerMaker(
         source,
         pick_device(device),
-        _dtype(config, dtype),
+        pick_dtype(config, dtype),
         [] if kernel == "auto" else [kernel],
         fuse,
     )
     build = build_hosted if unsupported(config) else build_decoder
     network = build(config, maker, progress)
     _check_all_used(source)
-    return Runtime(config, network, maker.records, source.layout, _stop_tokens(source, config))
+    records = maker.records + expanded_records(source)
+    return Runtime(config, network, records, source.layout, _stop_tokens(source, config))
+
+
+def open_path(path: Path) -> Source:
+    """A directory of safetensors with its config.json, or one with a GGUF file.
+
+    Raises InputError for what cannot be understood or contradicts itself; reads no weights.
+    """
+    return open_gguf_source(path) if gguf_in(path) else open_source(open_checkpoint(path))
+
+
+def expanded_records(source: Source) -> list[LayerRecord]:
+    """How the modules of a layout are computed whose weights are dequantized as they are read."""
+    return [
+        LayerRecord(module, kind, dequantized.NAME, {}, weights_only=False)
+        for module, kind in source.expanded.items()
+    ]
+
+
+def check_kernel(source: Source, kernel: str) -> None:
+    """InputError (`kernel.refused`) for a kernel that a layout without codes does not have."""
+    if source.expanded and kernel not in ("auto", dequantized.NAME):
+        raise InputError(
+            f"{source.checkpoint.path} is a {source.layout} file, whose weights are computed "
+            f"dequantized; the kernel {kernel} does not read them.",
+            hint=f"--kernel auto or {dequantized.NAME}",
+            code="kernel.refused",
+        )
 
 
 def read_config(source: Source) -> Any:
@@ -74,7 +105,10 @@ def read_config(source: Source) -> Any:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU where there is one; InputError for a device that is not there."""
+    """ "auto" is the first GPU where there is one; InputError for a device that is not there.
+
+    A GPU named by its number becomes the current one: Triton starts kernels there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -86,10 +120,13 @@ def pick_device(name: str) -> torch.device:
             hint="--device auto, cpu or cuda:N",
             code="runtime.device",
         ) from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
-def _dtype(config: Any, name: str) -> torch.dtype:
+def pick_dtype(config: Any, name: str) -> torch.dtype:
+    """The dtype to compute in: that of the config for "auto"; InputError for an unknown name."""
     if name != "auto":
         if name not in DTYPES:
             raise InputError(

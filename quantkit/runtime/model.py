@@ -12,7 +12,8 @@ from torch import nn
 from quantkit.errors import InputError
 from quantkit.runtime.cache import KVCache
 from quantkit.runtime.decoder import Decoder
-from quantkit.runtime.generation import Sampling, Streamer, generate
+from quantkit.runtime.generation import Forward, Sampling, Streamer, generate
+from quantkit.runtime.graph import DecodeGraph, unsupported
 from quantkit.runtime.hosted import HostedNetwork
 from quantkit.runtime.kernels.select import packed_tensors
 from quantkit.runtime.layers import LayerRecord
@@ -45,6 +46,7 @@ class Runtime(nn.Module):
         self.layers = layers
         self.layout = layout
         self.stop_tokens = list(stop_tokens)
+        self._graph: DecodeGraph | None = None
         self.eval()
 
     @property
@@ -134,12 +136,12 @@ class Runtime(nn.Module):
                 hint="pad on the left: tokenizer.padding_side = 'left'",
                 code="runtime.right_padding",
             )
-        cache = self.network.new_cache(input_ids.shape[0], input_ids.shape[1] + max_new_tokens)
+        capacity = input_ids.shape[1] + max_new_tokens
         padding = self.config.pad_token_id if pad_token_id is None else pad_token_id
         if padding is None:
             padding = stops[0] if stops else 0
         return generate(
-            lambda ids, mask: self.network(ids, mask, cache, 1),
+            self._forward(input_ids.shape[0], capacity),
             input_ids,
             attention_mask,
             new_tokens=max_new_tokens,
@@ -148,3 +150,14 @@ class Runtime(nn.Module):
             sampling=Sampling(do_sample, temperature, top_k, top_p, seed),
             streamer=streamer,
         )
+
+    def _forward(self, batch: int, capacity: int) -> Forward:
+        """What computes the steps of a generation: on a GPU a captured graph, kept for the next."""
+        if isinstance(self.network, Decoder) and unsupported(self.network) is None:
+            if self._graph is None or not self._graph.fits(batch, capacity):
+                self._graph = None
+                self._graph = DecodeGraph(self.network, batch, capacity)
+            self._graph.begin()
+            return self._graph.forward
+        cache = self.network.new_cache(batch, capacity)
+        return lambda ids, mask: self.network(ids, mask, cache, 1)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from quantkit.runtime.mlp import fused_on
+
 
 class Rotary:
     """Tables for positions 0 … n - 1, [n, 1, head_dim / 2], made longer on demand."""
@@ -27,6 +29,10 @@ class Rotary:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [..., heads, head_dim] turned: the first half pairs with the second (Llama's order)."""
+    if x.dim() == 4 and x.stride(2) == x.shape[3] and fused_on(x.device):
+        from quantkit.runtime.gpu import elementwise
+
+        return elementwise.rotate(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     result = torch.empty_like(x)
     left, right = result.chunk(2, dim=-1)

@@ -42,15 +42,20 @@ class Source:
         """Every module that is declared quantized."""
         return {} if self.subject is None else dict(self.subject.declaration.layers)
 
+    @property
+    def expanded(self) -> dict[str, str]:
+        """Modules whose quantized weights `plain` gives dequantized, with their format's name."""
+        return {}
+
     def has(self, name: str) -> bool:
         return name in self.checkpoint.tensors
 
     def plain(self, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> torch.Tensor:
         """A 16- or 32-bit tensor in `dtype`; InputError when absent, mis-shaped, coded or NaN."""
-        self._require(name)
+        self.require(name)
         info = self.checkpoint.tensors[name]
         if shape is not None and info.shape != shape:
-            raise self._wrong_shape(name, info.shape, shape)
+            raise wrong_shape(name, info.shape, shape)
         if info.dtype not in FLOATS:
             raise InputError(
                 f"{name} is {info.dtype} and nothing declares it quantized.",
@@ -58,7 +63,7 @@ class Source:
                 code="runtime.unexpected_codes",
             )
         tensor = self._read(name).to(dtype)
-        _check_finite(name, tensor)
+        check_finite(name, tensor)
         return tensor
 
     def quantized(self, module: str, shape: tuple[int, int], bias: bool) -> QuantWeight:
@@ -69,7 +74,7 @@ class Source:
         assert self.subject is not None
         spec = self.subject.declaration.layers[module]
         if spec.shape != shape or spec.experts:
-            raise self._wrong_shape(module, spec.shape, shape)
+            raise wrong_shape(module, spec.shape, shape)
         parts = self.subject.parts[module]
         wanted = self.subject.expected[module]
         names = {suffix: parts[suffix].name for suffix in wanted if suffix in parts}
@@ -80,7 +85,7 @@ class Source:
             findings = check_weight(module, weight, spec, None)
         _refuse(self.checkpoint, findings)
         if bias and weight.bias is None:
-            self._require(f"{module}.bias")
+            self.require(f"{module}.bias")
         return weight
 
     def bias(
@@ -95,22 +100,14 @@ class Source:
         left = self.checkpoint.tensors.keys() - self.used
         return sorted(name for name in left if not is_kv_cache_tensor(name))
 
-    def _require(self, name: str) -> None:
-        if name not in self.checkpoint.tensors:
+    def require(self, name: str) -> None:
+        """InputError when the checkpoint has no such tensor."""
+        if not self.has(name):
             raise InputError(
                 f"{self.checkpoint.path} has no tensor {name}.",
                 hint=f"quantkit verify {self.checkpoint.path}",
                 code="runtime.missing_tensor",
             )
-
-    def _wrong_shape(
-        self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]
-    ) -> InputError:
-        return InputError(
-            f"{name} has shape {list(found)}; the config asks for {list(wanted)}.",
-            hint="put the config.json of the model that these weights belong to beside them",
-            code="runtime.wrong_shape",
-        )
 
     def _read(self, name: str) -> torch.Tensor:
         self.used.add(name)
@@ -140,6 +137,15 @@ def open_source(checkpoint: Checkpoint) -> Source:
     return Source(checkpoint, subject)
 
 
+def wrong_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> InputError:
+    """The refusal of a tensor that the config has no place for."""
+    return InputError(
+        f"{name} has shape {list(found)}; the config asks for {list(wanted)}.",
+        hint="put the config.json of the model that these weights belong to beside them",
+        code="runtime.wrong_shape",
+    )
+
+
 def _refuse(checkpoint: Checkpoint, findings: Sequence[Finding]) -> None:
     if findings:
         more = f" (and {len(findings) - 1} more errors)" if len(findings) > 1 else ""
@@ -150,7 +156,8 @@ def _refuse(checkpoint: Checkpoint, findings: Sequence[Finding]) -> None:
         )
 
 
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """InputError (`tensor.nonfinite`) when a value is NaN or infinite."""
     low, high = torch.aminmax(tensor)
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise InputError(

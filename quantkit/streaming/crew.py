@@ -117,7 +117,7 @@ class Workers:
         self._server = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, root, device, *map(str, theirs)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors,
-            pass_fds=theirs, start_new_session=True,
+            pass_fds=theirs, process_group=0,
         )  # fmt: skip
         for _, their in pairs:
             their.close()
@@ -144,7 +144,7 @@ class Workers:
         """See `Crew`."""
         for connection in self._sockets:
             self._receive(connection)
-            connection.send(self._options)
+            self._send(connection, self._options)
 
     def do(
         self, orders: Iterable[Order | Slice], answered: Answered, progress: Progress | None = None
@@ -159,7 +159,7 @@ class Workers:
             if order is None:
                 busy.discard(connection)
             else:
-                connection.send(order)
+                self._send(connection, order)
                 busy.add(connection)
 
         for connection in self._sockets:
@@ -176,6 +176,12 @@ class Workers:
             if progress:
                 progress(done)
             self.memory.look()
+
+    def _send(self, connection: Connection, value: StreamOptions | Order | Slice) -> None:
+        try:
+            connection.send(value)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._lost() from None
 
     def _receive(self, connection: Connection) -> tuple[Any, ...]:
         try:

@@ -40,7 +40,8 @@ def working_bytes(work: Work, layout: Layout) -> int:
     part = work.pieces[0].source
     needed = block_rows(part, work.pieces[0].scheme.weight, "cpu") * part.columns * _BYTES_A_WEIGHT
     if part.transposed:
-        needed += part.tensor.bytes // part.tensor.shape[0]
+        matrices = 2 if work.pieces[0].fused else 1  # measured for the global scale beside it
+        needed += matrices * part.tensor.bytes // part.tensor.shape[0]
     if layout != "compressed-tensors":
         needed += sum(entry_bytes(*entry) for entry in work.outputs.values())
     return needed

@@ -25,8 +25,9 @@ WRITING = ".writing"
 class StreamOptions:
     """The choices that shape the output's bytes, beside each layer's scheme.
 
-    `clip="mse"` searches each integer scale for the least squared error; `on_nan="keep16"` leaves
-    layers with NaN or infinity, and those fused with them, in 16 bit instead of refusing them.
+    `clip="mse"` searches each integer scale for the least squared error (where two are equal but
+    for rounding, a GPU may choose the other); `on_nan="keep16"` leaves layers with NaN or infinity,
+    and those that must have the same scheme, in 16 bit instead of refusing them.
     """
 
     layout: Layout = "compressed-tensors"

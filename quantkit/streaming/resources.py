@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from math import ceil
 
 from quantkit.errors import InputError
 from quantkit.streaming.cut import working_bytes
@@ -33,10 +34,11 @@ def worker_count(
     )
     fitting = (memory - BASE_BYTES) // each
     if fitting < 1:
+        needed = ceil((BASE_BYTES + each) / 1e6)
         raise InputError(
-            f"--memory {memory / 1e6:.0f}MB is too little: one worker needs "
-            f"{(BASE_BYTES + each) / 1e6:.0f} MB here, its libraries included.",
-            hint=f"--memory {(BASE_BYTES + each) / 1e6 + 1:.0f}MB or more",
+            f"--memory {memory / 1e6:.0f}MB is too little: one worker needs {needed} MB here, its "
+            "libraries included.",
+            hint=f"--memory {needed}MB or more",
             code="stream.memory",
         )
     return min(count, fitting)

@@ -144,7 +144,7 @@ def _quantize_cells(
     if number.scale == "e4m3":
         assert global_scale is not None
         stored = _e4m3_scale(largest / top, global_scale)
-        scale = stored.float() / global_scale
+        scale = decode_e4m3(stored).mul_(E4M3_UNIT).div_(global_scale)
     elif number.scale == "e8m0":
         scale = _power_of_two(largest, 2 if four_bits else 8)
         stored = (127 + scale.float().log2()).to(torch.uint8)
@@ -234,8 +234,13 @@ def _levels(
 
 
 def _e4m3_scale(local: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    scale = (global_scale * local).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
-    return torch.where(scale == 0, 0.125, scale).to(torch.float8_e4m3fn)
+    scale = (global_scale * local).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    bits = scale.view(torch.uint8)
+    return torch.where(bits == 0, _E4M3_EIGHTH, bits).view(torch.float8_e4m3fn)
+
+
+_E4M3_EIGHTH = 0x20
+"""0.125: what a zero scale becomes."""
 
 
 def _power_of_two(largest: torch.Tensor, offset: int) -> torch.Tensor:
@@ -257,21 +262,26 @@ _LAYOUT: dict[torch.dtype, tuple[int, int, torch.dtype]] = {
 """Dtype → bits of mantissa, exponent bias, integer of the same width."""
 
 
+_EXPONENT, _ONE = 0x7F800000, 0x3F800000
+_THREE_HALVES_OF_2_22 = 0x0B400000
+"""Added to the bits of a power of two p in float32: 1.5 × 2**22 × p, whose last place is p / 2."""
+
+
 def _round_e2m1(scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and values of the nearest E2M1 number, ties to even, of float32 in [-6, 6].
 
-    The three terms count steps of 1/2 up to 2, of 1 up to 4 and of 2 up to 6.
+    The step is p / 2 for the power of two p at or under the magnitude, and at least 1/2: a number
+    with that last place, added and taken away, rounds to it.
     """
-    negative = scaled.add_(0.0).view(torch.int32).bitwise_right_shift(28).bitwise_and_(8)
-    size = scaled.abs()
-    halves = (size * 2).clamp_(max=4).round_()
-    ones = size.clamp(2, 4).round_()
-    twos = size.mul_(0.5).clamp_(2, 3).round_()
-    rounded = (ones - 6).add_(halves, alpha=0.5).add_(twos, alpha=2)
-    codes = (
-        halves.add_(ones).add_(twos).sub_(4).to(torch.uint8).bitwise_or_(negative.to(torch.uint8))
-    )
-    return codes, rounded.copysign_(scaled)
+    bits = scaled.add_(0.0).view(torch.int32)
+    anchor = bits.bitwise_and(_EXPONENT).clamp_(min=_ONE).add_(_THREE_HALVES_OF_2_22)
+    negative = bits.bitwise_right_shift(28).to(torch.int8).bitwise_and_(8)
+    rounded = scaled.add(anchor.view(torch.float32)).sub_(anchor.view(torch.float32))
+    halves = (rounded * 2).to(torch.int8).abs_()
+    codes = halves.clamp(max=4).add_(negative).sub_(4)
+    codes.add_(halves.clamp(4, 8).bitwise_right_shift_(1))
+    codes.add_(halves.clamp_(8, 12).bitwise_right_shift_(2))
+    return codes.view(torch.uint8), rounded
 
 
 E4M3_UNIT = 2.0**8

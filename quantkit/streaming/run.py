@@ -14,7 +14,7 @@ from typing import Literal
 
 from quantkit.checkpoint import INDEX_SUFFIX, Checkpoint, TensorInfo
 from quantkit.errors import InputError
-from quantkit.modules import fused_groups
+from quantkit.modules import expert_groups, fused_groups
 from quantkit.schemes import Scheme
 from quantkit.streaming.crew import Crew, hands
 from quantkit.streaming.execute import run_tasks
@@ -118,7 +118,7 @@ def _sources(tasks: Sequence[ShardTask]) -> Iterator[TensorInfo]:
 def _nonfinite_layers(
     crew: Crew, tasks: Sequence[ShardTask], layers: Mapping[str, Scheme]
 ) -> dict[str, str]:
-    """Layer → why it stays in 16 bit: it, or one that engines fuse with it, holds NaN."""
+    """Layer → why it stays in 16 bit: it, or one that must have the same scheme, holds NaN."""
     pieces = [piece for task in tasks for work in task.works for piece in work.pieces]
     owner = {piece.source: piece.layer for piece in pieces}
     bad: set[str] = set()
@@ -129,11 +129,11 @@ def _nonfinite_layers(
 
     crew.do(owner, answered)
     kept = dict.fromkeys(sorted(bad), "holds NaN or infinite values")
-    for group in fused_groups(layers):
+    for group in [*fused_groups(layers), *expert_groups(layers)]:
         culprit = next((name for name in group if name in bad), None)
         for name in group:
             if culprit:
-                kept.setdefault(name, f"fused with {culprit}, which holds NaN or infinite values")
+                kept.setdefault(name, f"goes with {culprit}, which holds NaN or infinite values")
     return kept
 
 

@@ -20,10 +20,10 @@ from typing import Any
 from quantkit import __version__
 from quantkit.checkpoint import Checkpoint, read_header
 from quantkit.errors import InputError, QuantkitError
+from quantkit.publish import RESUME_FOLDER
 from quantkit.schemes import Scheme
 from quantkit.streaming.job import LayerError, ShardRecord, ShardTask, StreamOptions, WorkRecord
 
-FOLDER = ".stream"
 STATE_VERSION = 1
 
 
@@ -53,7 +53,7 @@ class State:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._folder = out / FOLDER
+        self._folder = out / RESUME_FOLDER
 
     def begin(self, job: Mapping[str, Any]) -> None:
         """Forget what is there and start anew."""

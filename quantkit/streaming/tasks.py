@@ -21,6 +21,7 @@ from quantkit.streaming.encode import declared, refusal
 from quantkit.streaming.job import Layout, Outputs, Piece, ShardTask, Slice, Work, entry_bytes
 
 FLOATS = ("BF16", "F16", "F32")
+SCALES = (*FLOATS, "F8_E8M0")
 INVERSE_SCALE = "_scale_inv"
 
 
@@ -33,6 +34,7 @@ def plan_shards(
     bytes of a file, and for two outputs of one name.
     """
     _refuse_overlaps(checkpoint)
+    _refuse_scales(checkpoint)
     slices = {module: _slices(checkpoint, module) for module in layers}
     _refuse_misfits(slices, layers, layout)
     shared = _shared_slices(slices, layers)
@@ -70,16 +72,16 @@ def _slices(checkpoint: Checkpoint, module: str) -> dict[str, Slice]:
         return {module: Slice(tensor, 0, rows, columns, scale=scale, block=block)}
     if f"{tensor.name}_bias" in checkpoint.tensors:
         raise _unknown_experts(tensor, "comes with a bias, as experts with interleaved rows do")
-    return dict(_expert_slices(tensor, module, checkpoint.config))
+    return dict(_expert_slices(tensor, module, checkpoint))
 
 
 def _expert_slices(
-    tensor: TensorInfo, module: str, config: Mapping[str, Any]
+    tensor: TensorInfo, module: str, checkpoint: Checkpoint
 ) -> Iterator[tuple[str, Slice]]:
     parent, _, leaf = module.removesuffix(".weight").rpartition(".")
     leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
     experts, height, width = tensor.shape
-    transposed = stored_transposed(tensor, config)
+    transposed = stored_transposed(tensor, checkpoint)
     outputs, inputs = (width, height) if transposed else (height, width)
     rows = outputs // len(leaves)
     for expert in range(experts):
@@ -88,18 +90,23 @@ def _expert_slices(
             yield f"{parent}.{expert}.{name}", part
 
 
-def stored_transposed(tensor: TensorInfo, config: Mapping[str, Any]) -> bool:
-    """Whether a fused expert tensor holds each expert as [in, out]: told by the hidden size.
+def stored_transposed(tensor: TensorInfo, checkpoint: Checkpoint) -> bool:
+    """Whether a fused expert tensor holds each expert as [in, out]: told by the hidden size; where
+    both dimensions are that, or neither, by the other tensors of the same experts.
 
-    Raises InputError when both dimensions, or neither, are the hidden size.
+    Raises InputError when none of them tells.
     """
-    hidden = text_config(config).get("hidden_size")
-    down = tensor.name.removesuffix(".weight").endswith("down_proj")
-    first, last = (size == hidden for size in tensor.shape[1:])
-    if first == last:
-        what = f"does not show which dimension is the input (the hidden size is {hidden})"
-        raise _unknown_experts(tensor, what)
-    return first if not down else last
+    hidden = text_config(checkpoint.config).get("hidden_size")
+    suffix = ".weight" if tensor.name.endswith(".weight") else ""
+    parent, _, own = tensor.name.removesuffix(suffix).rpartition(".")
+    for leaf in (own, "down_proj", "gate_up_proj", "up_proj"):
+        info = checkpoint.tensors.get(f"{parent}.{leaf}{suffix}")
+        if info and len(info.shape) == 3:
+            first, last = (size == hidden for size in info.shape[1:])
+            if first != last:
+                return last if leaf == "down_proj" else first
+    what = f"does not show which dimension is the input (the hidden size is {hidden})"
+    raise _unknown_experts(tensor, what)
 
 
 def _unknown_experts(tensor: TensorInfo, what: str) -> InputError:
@@ -129,7 +136,7 @@ def _shared_slices(
 
 def _copy(tensor: TensorInfo, checkpoint: Checkpoint) -> Work:
     scale = checkpoint.tensors.get(tensor.name + INVERSE_SCALE)
-    if scale is None or len(tensor.shape) != 2:
+    if scale is None:
         return Work(tensor, (), None, {tensor.name: (tensor.dtype, tensor.shape)})
     rows, columns = tensor.shape
     block = _weight_block(checkpoint.config)
@@ -192,6 +199,29 @@ def _refuse_misfits(
             hint="--set group_size=64 (a size that fits), or --set on_misfit=keep16",
             code="stream.misfit",
         )
+
+
+def _refuse_scales(checkpoint: Checkpoint) -> None:
+    """Refuse inverse scales that are not a grid of square blocks over their FP8 matrix."""
+    high, wide = _weight_block(checkpoint.config)
+    for name, scale in checkpoint.tensors.items():
+        if not _is_inverse_scale(name, checkpoint):
+            continue
+        tensor = checkpoint.tensors[name.removesuffix(INVERSE_SCALE)]
+        grid = (-(-tensor.shape[0] // high), -(-tensor.shape[-1] // wide)) if tensor.shape else ()
+        if tensor.dtype != "F8_E4M3" or len(tensor.shape) != 2 or scale.shape != grid:
+            raise InputError(
+                f"{name} {list(scale.shape)} does not fit {tensor.name} {list(tensor.shape)} "
+                f"({tensor.dtype}) in blocks of {high} × {wide}.",
+                hint="FP8 sources are read in DeepSeek's layout: 2-D F8_E4M3, a scale a block",
+                code="stream.block_scales",
+            )
+        if scale.dtype not in SCALES:
+            raise InputError(
+                f"{name} is stored as {scale.dtype}, which is not read as block scales.",
+                hint=f"scales may be {', '.join(SCALES)}",
+                code="stream.block_scales",
+            )
 
 
 def _refuse_overlaps(checkpoint: Checkpoint) -> None:

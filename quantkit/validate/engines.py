@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from quantkit.errors import InputError
 from quantkit.validate.builtin import open_builtin
+from quantkit.validate.served import OPENERS
 from quantkit.validate.subject import Opener
 
-ENGINES: dict[str, Opener] = {"builtin": open_builtin}
+ENGINES: dict[str, Opener] = {"builtin": open_builtin, **OPENERS}
 
 
 def opener(name: str) -> Opener:

@@ -70,19 +70,23 @@ def measure(
             if progress:
                 progress(done, total)
         first = [clock.first for clock in clocks[1:]]
-        rows.append(
-            ThroughputRow(
-                batch=batch,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                prefill_tokens_s=_spread([batch * prompt_tokens / seconds for seconds in first]),
-                decode_tokens_s=_spread(
-                    [batch * (new_tokens - 1) / clock.rest for clock in clocks[1:]]
-                ),
-                first_token_s=_spread(first),
-            )
-        )
+        rest = [clock.rest for clock in clocks[1:]]
+        rows.append(row(batch, prompt_tokens, new_tokens, first, rest))
     return Throughput(load_seconds, runtime.memory_bytes, rows)
+
+
+def row(
+    batch: int, prompt_tokens: int, new_tokens: int, first: Sequence[float], rest: Sequence[float]
+) -> ThroughputRow:
+    """The row of repeated runs: seconds up to the first token, and from there to the last."""
+    return ThroughputRow(
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        prefill_tokens_s=_spread([batch * prompt_tokens / seconds for seconds in first]),
+        decode_tokens_s=_spread([batch * (new_tokens - 1) / seconds for seconds in rest]),
+        first_token_s=_spread(first),
+    )
 
 
 def _generate(runtime: Runtime, batch: int, prompt_tokens: int, new_tokens: int) -> Clock:

@@ -1,6 +1,7 @@
 """The integrity check of a finished checkpoint: ours or anyone's, with or without its source."""
 
 from quantkit.verify.findings import (
+    EngineRequest,
     Finding,
     LayerFidelity,
     PlannedLayers,
@@ -9,4 +10,7 @@ from quantkit.verify.findings import (
 )
 from quantkit.verify.run import verify
 
-__all__ = ["Finding", "LayerFidelity", "PlannedLayers", "VerifyReport", "Written", "verify"]
+__all__ = [
+    "EngineRequest", "Finding", "LayerFidelity", "PlannedLayers", "VerifyReport", "Written",
+    "verify",
+]  # fmt: skip

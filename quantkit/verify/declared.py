@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from quantkit.schemes import Scheme
 from quantkit.verify.findings import Finding, error, warning
 from quantkit.verify.subject import FLOAT_DTYPES, Subject
 
@@ -15,6 +16,7 @@ def check_declared(subject: Subject) -> tuple[list[Finding], set[str]]:
     findings = [
         Finding(p.code, p.severity, p.message, p.hint) for p in subject.declaration.problems
     ]
+    findings += _check_pairs(subject)
     broken: set[str] = set()
     for module in subject.declaration.layers:
         wrong = list(_check_layer(subject, module))
@@ -25,6 +27,38 @@ def check_declared(subject: Subject) -> tuple[list[Finding], set[str]]:
         findings += _check_kept(subject, module)
     findings += _check_ignore_entries(subject, findings)
     return findings, broken
+
+
+def _check_pairs(subject: Subject) -> Iterator[Finding]:
+    """Activations that no kernel multiplies with the declared weights: an edited config.
+
+    FP4 weights with two-level scales go with such activations or 16 bit; MX weights with MX or
+    dynamic FP8 activations; integers stored as such with integers.
+    """
+    seen: set[Scheme] = set()
+    for module, spec in subject.declaration.layers.items():
+        scheme = spec.scheme
+        if scheme in seen or scheme.input is None:
+            continue
+        seen.add(scheme)
+        weight, given = scheme.weight, scheme.input
+        if weight.scale == "e4m3" and weight.group_size == 16:
+            fits = (given.element, given.scale, given.group_size) == ("fp4_e2m1", "e4m3", 16)
+        elif weight.scale == "e8m0":
+            fits = given.scale == "e8m0" or (given.element == "fp8_e4m3" and given.dynamic)
+        elif spec.packing == "int-quantized":
+            fits = given.is_int
+        else:
+            continue
+        if not fits:
+            yield error(
+                "declared.scheme_pair",
+                f"{module} declares {weight.element} weights (scales {weight.scale}) with "
+                f"{given.element} activations (scales {given.scale}, group {given.group_size}); no "
+                "kernel multiplies these",
+                _EXPORT_AGAIN,
+                module,
+            )
 
 
 def _check_layer(subject: Subject, module: str) -> Iterator[Finding]:

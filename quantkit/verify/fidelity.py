@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _BLOCK_ELEMENTS = 1 << 17
 """Elements a block of rows: source, target and codes of one block stay in the cache."""
 
+_LARGEST_E2M1 = 7
+"""FP4's code of 6, without its sign bit."""
+_LARGEST_E4M3 = 448.0
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -57,11 +61,13 @@ def compare(
     *,
     columns: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    unclipped: bool = False,
 ) -> Sums:
     """Compare a quantized weight with `source` [out, in] scaled by `rows` [out], `columns` [in].
 
     The input multiplier of the weight is undone in the target: T is what the quantizer saw.
     Column sums are made where columns are scaled, because only there can one be wrong by itself.
+    `unclipped` leaves out the elements whose code is at an end of its range.
     """
     import torch
 
@@ -82,6 +88,9 @@ def compare(
             target = target * columns
         if rows is not None:
             target = target * rows[block, None]
+        if unclipped:
+            inside = ~_at_an_end(weight, block)
+            target, actual = target * inside, actual * inside
         products = (target * target, target * actual, actual * actual)
         for total, into, product in zip(by_column, sums, products, strict=True):
             grouped = product if order is None else product[:, order]
@@ -98,6 +107,18 @@ def plain(weight: torch.Tensor) -> QuantWeight:
     import torch
 
     return QuantWeight(NumberFormat("int8", "tensor"), weight, torch.ones(1, 1))
+
+
+def _at_an_end(weight: QuantWeight, rows: slice) -> torch.Tensor:
+    """Which elements of some rows hold the largest or the smallest value of their format."""
+    codes = weight.q[rows]
+    if weight.format.element == "fp4_e2m1":
+        return codes % 8 == _LARGEST_E2M1
+    if weight.format.element == "fp8_e4m3":
+        codes, ends = codes.float(), (-_LARGEST_E4M3, _LARGEST_E4M3)
+    else:
+        ends = (int(weight.q.min()), int(weight.q.max()))
+    return (codes <= ends[0]) | (codes >= ends[1])
 
 
 def _cells(weight: QuantWeight, columns: int) -> tuple[int, torch.Tensor | None]:

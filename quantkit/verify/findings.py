@@ -65,6 +65,15 @@ class PlannedLayers:
 
 
 @dataclass(frozen=True)
+class EngineRequest:
+    """Engines that must load the checkpoint, at these tensor-parallel sizes, on this device."""
+
+    engines: tuple[str, ...]
+    sizes: tuple[int, ...] = (1,)
+    gpu: str | None = None
+
+
+@dataclass(frozen=True)
 class LayerFidelity:
     """How close one layer's dequantized weight is to the source: SQNR in dB, and its floor."""
 

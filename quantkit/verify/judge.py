@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,14 +36,18 @@ def floor_db(scheme: Scheme | None) -> float:
     return KEPT_FLOOR_DB if scheme is None else scheme.sqnr_floor_db
 
 
-def faults(sums: Sums, scheme: Scheme | None) -> list[str]:
-    """What is wrong with single cells or columns, in words; empty when nothing is."""
+def faults(sums: Sums, scheme: Scheme | None, unclipped: Callable[[], Sums]) -> list[str]:
+    """What is wrong with single cells or columns, in words; empty when nothing is.
+
+    A method that tunes its clipping may shrink a row or cell on purpose, so that one which is off
+    must be off in `unclipped` too: the sums over codes inside of their range.
+    """
     bits = 16 if scheme is None else scheme.weight.bits
-    target, cross, actual = sums.target, sums.cross, sums.actual
-    whole_rows = target.sum(1, True), cross.sum(1, True), actual.sum(1, True)
+    rows, cells = _rows_and_cells(sums, bits)
+    if scheme is not None and (rows is not None or cells is not None):
+        rows, cells = _rows_and_cells(sums, bits, unclipped())
     found = []
-    rows = _off(whole_rows, _ROW_TOLERANCE[bits])
-    cells = _off((target, cross, actual), _CELL_TOLERANCE[bits])
+    target = sums.target
     if rows is not None:
         found.append(_say(rows, "rows", target.shape[0], f"row {rows.row}"))
     elif cells is not None:
@@ -55,6 +60,29 @@ def faults(sums: Sums, scheme: Scheme | None) -> list[str]:
             count = first.numel()
             found.append(_say(channels, "input channels", count, f"channel {channels.column}"))
     return found
+
+
+def _rows_and_cells(
+    sums: Sums, bits: int, unclipped: Sums | None = None
+) -> tuple[_Off | None, _Off | None]:
+    """The rows and the cells that are off."""
+    cells = (sums.target, sums.cross, sums.actual)
+    whole = (cells[0].sum(1, True), cells[1].sum(1, True), cells[2].sum(1, True))
+    gains: list[torch.Tensor | None] = [None, None]
+    if unclipped is not None:
+        inside = (unclipped.target, unclipped.cross)
+        gains = [_gain(inside[0].sum(1, True), inside[1].sum(1, True)), _gain(*inside)]
+    return (
+        _off(whole, _ROW_TOLERANCE[bits], gain_inside=gains[0]),
+        _off(cells, _CELL_TOLERANCE[bits], gain_inside=gains[1]),
+    )
+
+
+def _gain(target: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    """cross / target; infinite where there is nothing to compare."""
+    import torch
+
+    return torch.where(target > 0, cross / target, torch.inf)
 
 
 def overall_gain(sums: Sums) -> float | None:
@@ -88,6 +116,7 @@ def _off(
     sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     tolerance: float,
     aligned: float = _ALIGNED,
+    gain_inside: torch.Tensor | None = None,
 ) -> _Off | None:
     """The cells that are scaled copies of their target, by another factor than 1."""
     import torch
@@ -97,6 +126,8 @@ def _off(
     gain = torch.where(significant, cross / target, 1.0)
     copies = cross * cross >= aligned * target * actual
     distance = torch.where(significant & copies, (gain - 1).abs(), 0.0)
+    if gain_inside is not None:
+        distance = torch.where((gain_inside - 1).abs() > tolerance, distance, 0.0)
     off = distance > tolerance
     if not bool(off.any()):
         return None

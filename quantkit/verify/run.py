@@ -13,7 +13,9 @@ from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
 from quantkit.formats.gguf_file import gguf_in
 from quantkit.formats.registry import detect, is_quantized
+from quantkit.verify.engines import check_engines, check_gguf
 from quantkit.verify.findings import (
+    EngineRequest,
     Finding,
     PlannedLayers,
     VerifyReport,
@@ -53,16 +55,20 @@ def verify(
     plan: PlannedLayers | None = None,
     progress: Progress | None = None,
     written: Written | None = None,
+    engines: EngineRequest | None = None,
 ) -> VerifyReport:
     """Check a finished checkpoint, alone, against its quantkit.json, and against its source.
 
     `plan` is what the recipe asked for (taken from quantkit.json when absent); `progress` gets
     (layers done, layers in all). With `written`, which needs the source, the tensors' values are
-    not read again: their writer measured them. Whatever is wrong becomes a finding; only a path
+    not read again: their writer measured them. `engines` that will not load the checkpoint are
+    errors. Whatever is wrong becomes a finding; only a path
     that does not exist, or a source that cannot be read, raises InputError.
     """
     if gguf_in(path):
-        return verify_gguf(path, source, plan, progress)
+        report = verify_gguf(path, source, plan, progress)
+        report.findings += check_gguf(engines)
+        return report
     start = time.monotonic()
     base = None if source is None else _as_source(open_checkpoint(source))
     report = VerifyReport(path, "unknown", source)
@@ -84,6 +90,7 @@ def verify(
         )
     else:
         _check(report, subject, base, plan, progress, written)
+        report.findings += check_engines(subject, engines)
     report.seconds = time.monotonic() - start
     return report
 

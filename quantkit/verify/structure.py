@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from quantkit.modules import fused_groups
+from quantkit.modules import expert_groups, fused_groups
 from quantkit.schemes import Scheme
 from quantkit.verify.findings import Finding, error, info, warning
-from quantkit.verify.reading import read_tensor
+from quantkit.verify.reading import read_tensor, same_bytes
 from quantkit.verify.subject import Subject
 
 
@@ -88,12 +88,11 @@ def _check_groups(subject: Subject, groups: Sequence[tuple[str, ...]]) -> Iterat
 
 
 def _check_experts(subject: Subject, linear: Sequence[str]) -> Iterator[Finding]:
-    layers: dict[str, dict[Scheme | None, str]] = defaultdict(dict)
-    for name in linear:
-        head, found, _ = name.partition(".experts.")
-        if found:
-            layers[head].setdefault(_scheme(subject, name), name)
-    for parent, schemes in layers.items():
+    for members in expert_groups(linear):
+        parent = members[0].partition(".experts.")[0]
+        schemes: dict[Scheme | None, str] = {}
+        for name in members:
+            schemes.setdefault(_scheme(subject, name), name)
         if len(schemes) > 1:
             listed = ", ".join(f"{name} {_describe(scheme)}" for scheme, name in schemes.items())
             yield error(
@@ -116,8 +115,10 @@ def _check_fp4_globals(
             continue
         for what, names in roles.items():
             infos = [i for m in members if (i := subject.part(m, *names)) is not None]
+            if len(infos) < len(members) or all(same_bytes(infos[0], i) for i in infos[1:]):
+                continue
             values = {i.name: read_tensor(i).float().flatten().tolist() for i in infos}
-            if len(infos) == len(members) and len(set(map(tuple, values.values()))) > 1:
+            if len(set(map(tuple, values.values()))) > 1:
                 parent = members[0].rpartition(".")[0]
                 listed = ", ".join(
                     f"{m.rpartition('.')[2]} {v[0]:.6g}"

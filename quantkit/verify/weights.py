@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from quantkit.formats import inventory
@@ -77,15 +78,10 @@ class Weights:
             if spec is not None:
                 result.findings += check_weight(module, weight, spec, source)
             if source is not None and not result.findings:
-                sums = self.compare(module, weight, source)
-                self._judge(result, sums, expert)
+                sums = self._judge(result, weight, source, expert)
                 if keep_gain:
                     result.gain = sums.row_gain()
         return result
-
-    def compare(self, module: str, weight: QuantWeight, source: torch.Tensor) -> Sums:
-        """The sums of a layer against its source, folded as the layer's norm says."""
-        return compare(weight, source, columns=self.columns.get(module))
 
     def check_pair(
         self, first: str, second: str, gain: torch.Tensor
@@ -106,12 +102,8 @@ class Weights:
         if columns is None:
             return None
         folded = self.columns.get(second, torch.ones(())) * columns
-        self._judge(
-            one,
-            compare(weights[0], sources[0], rows=gain, columns=self.columns.get(first)),
-            None,
-        )
-        self._judge(other, compare(weights[1], sources[1], columns=folded), None)
+        self._judge(one, weights[0], sources[0], None, rows=gain)
+        self._judge(other, weights[1], sources[1], None, columns=folded)
         one.gain = gain
         return (one, other) if one.ok and other.ok else None
 
@@ -129,7 +121,7 @@ class Weights:
             source = self._source(other, None)
             if source is None or tuple(source.shape) != spec.shape:
                 continue
-            sums = self.compare(module, weight, source)
+            sums = compare(weight, source, columns=self.columns.get(module))
             if sums.sqnr_db >= floor_db(spec.scheme):
                 return other
         return None
@@ -157,8 +149,22 @@ class Weights:
             parts = self.source.parts(module, expert)
         return self.source.weight(parts) if parts else None
 
-    def _judge(self, result: LayerCheck, sums: Sums, expert: int | None) -> None:
-        """Add what a comparison says; of several experts the worst counts."""
+    def _judge(
+        self,
+        result: LayerCheck,
+        weight: QuantWeight,
+        source: torch.Tensor,
+        expert: int | None,
+        *,
+        rows: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+    ) -> Sums:
+        """Compare with the source, scaled by `rows`, and by `columns` or else as the layer's norm
+        says, and add what that says; of several experts the worst counts."""
+        if columns is None:
+            columns = self.columns.get(result.module)
+        against = partial(compare, weight, source, rows=rows, columns=columns)
+        sums = against()
         spec = self.subject.declaration.layers.get(result.module)
         scheme = spec.scheme if spec else None
         sqnr = sums.sqnr_db
@@ -177,7 +183,7 @@ class Weights:
                     result.module,
                 )
             )
-            return
+            return sums
         result.faults += [
             error(
                 "scale.wrong",
@@ -185,8 +191,9 @@ class Weights:
                 "quantize the layer again; some of its scales, or their order, are damaged",
                 result.module,
             )
-            for text in faults(sums, scheme)
+            for text in faults(sums, scheme, partial(against, unclipped=True))
         ]
+        return sums
 
 
 def check_weights(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -30,3 +32,41 @@ class Kernel(Protocol):
 
     def apply(self, x: torch.Tensor, packed: Any) -> torch.Tensor:
         """y [m, out] in the dtype of x [m, in], contiguous; no bias."""
+
+
+GPU_ONLY = "runs on a CUDA GPU"
+
+
+def no_gpu(device: torch.device, least: tuple[int, int] = (8, 0)) -> str | None:
+    """Why the device is no GPU of at least this compute capability that torch can use, or None."""
+    if device.type != "cuda":
+        return GPU_ONLY
+    if not torch.cuda.is_available():
+        return "this torch sees no GPU"
+    found = torch.cuda.get_device_capability(device)
+    if found < least:
+        wanted, there = (".".join(map(str, pair)) for pair in (least, found))
+        return f"needs compute capability {wanted}, and {device} has {there}"
+    return None
+
+
+@cache
+def no_triton() -> str | None:
+    """Why there is no Triton to compile a kernel with, or None."""
+    return None if find_spec("triton") else "needs Triton: pip install triton"
+
+
+@cache
+def no_gluon() -> str | None:
+    """Why there is no Gluon, Triton's language with explicit layouts, or None."""
+    reason = no_triton()
+    if reason is None and not find_spec("triton.experimental"):
+        reason = "needs a Triton that has Gluon: pip install 'triton>=3.6'"
+    return reason
+
+
+def not_bfloat16(layer: Layer) -> str | None:
+    """Why the layer's dtype is not the one that a kernel for bfloat16 computes in, or None."""
+    if layer.dtype == torch.bfloat16:
+        return None
+    return f"computes in bfloat16, not {str(layer.dtype).removeprefix('torch.')}"

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime.activations import quantize_codes, round_groups
-from quantkit.runtime.compact import CompactWeight, compact
+from quantkit.runtime.compact import CompactWeight, compact, fp8_values
 from quantkit.runtime.layer import Layer
 from quantkit.schemes import NumberFormat
 
@@ -72,7 +72,8 @@ def _quantized(x: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, torch.Ten
     if number.scale != "float":
         return round_groups(x, number, packed.input_scale), packed.input_scale
     codes = quantize_codes(x, number, packed.input_scale, packed.input_zero_point)
-    values = codes.values.to(x.dtype)
+    fp8 = number.element == "fp8_e4m3"
+    values = fp8_values(codes.values, x.dtype) if fp8 else codes.values.to(x.dtype)
     if codes.zero_point is not None:
         values = values - codes.zero_point.to(x.dtype)
     if number.granularity != "group":

@@ -11,10 +11,18 @@ import torch
 from quantkit.errors import InputError
 from quantkit.runtime.kernels import (
     dequantized,
+    fp4_triton,
+    fp8_block_triton,
+    fp8_scaled_mm,
     int4_cpu,
+    int4_tinygemm,
+    int4_triton,
     int8_cpu,
+    int8_triton,
     int8_weight_cpu,
     reference,
+    sglang,
+    weight8_triton,
 )
 from quantkit.runtime.kernels.base import Kernel
 from quantkit.runtime.layer import Layer
@@ -23,6 +31,13 @@ KERNELS: tuple[Kernel, ...] = (
     int8_cpu,
     int4_cpu,
     int8_weight_cpu,
+    fp8_scaled_mm,
+    fp8_block_triton,
+    int8_triton,
+    int4_triton,
+    int4_tinygemm,
+    weight8_triton,
+    fp4_triton,
     reference,
     dequantized,
 )
@@ -49,10 +64,11 @@ def names() -> list[str]:
 def choose(layer: Layer, device: torch.device, allowed: Sequence[str] = ()) -> Choice:
     """The first kernel that fits, of those in `allowed` and in its order (empty: all, ours).
 
+    A name in `allowed` is a kernel's, or that of one of SGLang's GEMM backends.
     Raises InputError (`kernel.refused`) with all reasons when none of `allowed` fits.
     """
-    refused: dict[str, str] = {}
-    for kernel in _candidates(allowed):
+    candidates, refused = _candidates(allowed, device)
+    for kernel in candidates:
         reason = kernel.unavailable(device) or kernel.rejects(layer)
         if reason is None:
             weights_only = kernel.NAME == dequantized.NAME and layer.quantizes_input
@@ -66,18 +82,31 @@ def choose(layer: Layer, device: torch.device, allowed: Sequence[str] = ()) -> C
     )
 
 
-def _candidates(allowed: Sequence[str]) -> tuple[Kernel, ...]:
+def _candidates(
+    allowed: Sequence[str], device: torch.device
+) -> tuple[Sequence[Kernel], dict[str, str]]:
+    """The kernels to try, and SGLang's backends among the names that none of them stands for."""
     if not allowed:
-        return KERNELS
+        return KERNELS, {}
     known = {kernel.NAME: kernel for kernel in KERNELS}
-    unknown = [name for name in allowed if name not in known]
-    if unknown:
-        raise InputError(
-            f"There is no kernel {unknown[0]!r}; known are {', '.join(known)}.",
-            hint="quantkit kernels",
-            code="kernel.unknown",
-        )
-    return tuple(known[name] for name in allowed)
+    found, refused = [], {}
+    for name in allowed:
+        if name in known:
+            found.append(known[name])
+        elif name in sglang.names():
+            reason = sglang.refusal(name, device, list(known))
+            if reason is None:
+                found += [known[own] for own in sglang.kernels_of(name)]
+            else:
+                refused[name] = reason
+        else:
+            raise InputError(
+                f"There is no kernel {name!r}; known are {', '.join(known)}, and SGLang's "
+                f"{', '.join(sglang.names())}.",
+                hint="quantkit kernels",
+                code="kernel.unknown",
+            )
+    return found, refused
 
 
 def packed_tensors(packed: Any) -> Iterator[torch.Tensor]:

@@ -1,0 +1,75 @@
+"""`quantkit kernels [DIR]`: what can compute here and why not, and which kernel each layer gets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli import options
+from quantkit.cli.output import Output
+
+
+def kernels_command(
+    directory: Annotated[
+        Path | None, typer.Argument(help="A checkpoint: which kernel would each layer get?")
+    ] = None,
+    kernel: Annotated[
+        str, typer.Option("--kernel", help="Only this kernel, or SGLang's name of a GEMM backend.")
+    ] = "auto",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """List the kernels of the builtin runtime, in the order in which they are preferred."""
+    from quantkit.device import resolve_device
+    from quantkit.runtime.kernels import sglang
+    from quantkit.runtime.load import pick_device
+    from quantkit.runtime.preview import available, preview
+
+    out = Output(as_json=as_json)
+    found = pick_device(resolve_device(device))
+    kernels = available(found)
+    autos = {option: sglang.auto(option, found) for option in sglang.OPTIONS}
+    backends = [
+        {"option": b.option, "name": b.name, "reason": sglang.why_not(b, found)}
+        for b in sglang.BACKENDS
+    ]
+    document = {
+        "schema_version": 1,
+        "device": str(found),
+        "kernels": [{"name": name, "reason": reason} for name, reason in kernels.items()],
+        "gemm_backends": backends,
+        "gemm_backend_auto": autos,
+    }
+    if directory is None:
+        out.table(
+            f"kernels on {found}, in order",
+            ["kernel", "runs here"],
+            [(name, reason or "yes") for name, reason in kernels.items()],
+        )
+        out.table(
+            "SGLang's GEMM backends",
+            ["backend", "option", "runs here"],
+            [(b["name"], f"--{b['option']}", b["reason"] or "yes") for b in backends],
+        )
+        for option, name in autos.items():
+            out.text(f"--{option} auto here: {name or 'none'}")
+    else:
+        records = preview(directory, found, kernel)
+        document["layers"] = [vars(record) for record in records]
+        alike = Counter(
+            (r.scheme, r.kernel, "\n".join(f"{n}: {why}" for n, why in r.refused.items()))
+            for r in records
+        )
+        out.table(
+            f"{directory} on {found}",
+            ["scheme", "layers", "kernel", "why none before it"],
+            [(scheme, n, chosen, why or "-") for (scheme, chosen, why), n in alike.items()],
+        )
+        if any(record.weights_only for record in records):
+            out.text("weights only: activations that the scheme quantizes are computed in 16 bit")
+        if not records:
+            out.text("no layer is quantized")
+    out.document(document)

@@ -1,0 +1,8 @@
+"""A model without its weights: names and shapes from what is there of it (index, config, headers).
+
+Enough to plan with. Whatever is not read from a header is marked as derived.
+"""
+
+from quantkit.derive.open import open_headers, remote_checkpoint
+
+__all__ = ["open_headers", "remote_checkpoint"]

@@ -1,0 +1,106 @@
+"""Open a model for planning: headers where they are, rules where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint import (
+    DTYPE_BITS,
+    INDEX_SUFFIX,
+    Checkpoint,
+    TensorInfo,
+    open_checkpoint,
+    read_header,
+    read_json,
+    read_weight_map,
+)
+from quantkit.derive.names import derived_names, is_known
+from quantkit.derive.shapes import derived_shape
+from quantkit.derive.sizes import sizes
+from quantkit.errors import InputError
+from quantkit.modules import text_config
+
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def open_headers(path: Path) -> Checkpoint:
+    """The checkpoint in a directory, of which all or some shards may be absent.
+
+    The tensors of absent shards get the shapes that the family's rules give them, and
+    `Checkpoint.derived` says from what. Raises InputError as `open_checkpoint` for anything else
+    that is wrong, and (`plan.underivable`) where the config lacks the sizes or names no known
+    family.
+    """
+    indices = sorted(path.glob(f"*{INDEX_SUFFIX}")) if path.is_dir() else []
+    if indices:
+        weight_map = read_weight_map(path, indices[0])
+        absent = {file for file in weight_map.values() if not (path / file).is_file()}
+        return _with_absent(path, weight_map, absent) if absent else open_checkpoint(path)
+    config_only = path.is_dir() and (path / "config.json").is_file()
+    if config_only and not any(path.glob("*.safetensors")) and not _other_weights(path):
+        return from_config(path, read_json(path / "config.json"))
+    return open_checkpoint(path)
+
+
+def from_config(path: Path, config: dict[str, Any]) -> Checkpoint:
+    """The checkpoint that the family's rules derive from a config.json."""
+    if not is_known(config):
+        raise InputError(
+            f"{path} has no weights and no index, and the tensor names of the family "
+            f"{config.get('model_type', 'unknown')!r} cannot be derived from its config.",
+            hint="add model.safetensors.index.json; it is enough for a plan",
+            code="plan.underivable",
+        )
+    names = derived_names(config, sizes(config))
+    tensors = _derived(path / "model.safetensors", names, config)
+    return Checkpoint(path, config, tensors, derived="config.json")
+
+
+def _with_absent(path: Path, weight_map: Mapping[str, str], absent: set[str]) -> Checkpoint:
+    config = read_json(path / "config.json")
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values()) - absent):
+        tensors |= read_header(path / file)
+    for file in sorted(absent):
+        names = [name for name, place in weight_map.items() if place == file]
+        tensors |= _derived(path / file, names, config)
+    ordered = {name: tensors[name] for name in weight_map if name in tensors}
+    if len(absent) < len(set(weight_map.values())):
+        return Checkpoint(path, config, ordered, derived="the index and present shards")
+    return Checkpoint(path, config, ordered, derived="the index and config.json")
+
+
+def _derived(file: Path, names: Iterable[str], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    size = sizes(config)
+    if not (size.hidden and size.heads and size.vocabulary):
+        raise InputError(
+            f"{file.parent}/config.json does not state hidden_size, num_attention_heads and "
+            "vocab_size, from which shapes are derived.",
+            hint="give a directory with its weights, or with the model's own config.json",
+            code="plan.underivable",
+        )
+    text = text_config(config)
+    stated = str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "")
+    dtype = _DTYPES.get(stated.removeprefix("torch."), "BF16")
+    found, start = {}, 8
+    for name in names:
+        shape = derived_shape(name, config, size)
+        end = start + prod(shape) * DTYPE_BITS[dtype] // 8
+        found[name] = TensorInfo(name, dtype, shape, file, start, end)
+        start = end
+    return found
+
+
+def _other_weights(path: Path) -> bool:
+    return any(any(path.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf"))
+
+
+def remote_checkpoint(path: Path, headers: Mapping[str, TensorInfo]) -> Checkpoint:
+    """A snapshot without weights, with the headers that the hub was asked for."""
+    return replace(
+        Checkpoint(path, read_json(path / "config.json"), headers), derived="the hub's headers"
+    )

@@ -1,0 +1,126 @@
+"""What an engine takes its layers for, against what the checkpoint holds for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from quantkit.engines.belief import Reader
+from quantkit.engines.candidate import Candidate, Part
+from quantkit.engines.data import Engine, Family
+from quantkit.engines.names import Layer
+from quantkit.engines.readers import reader
+from quantkit.engines.reasons import Reason
+from quantkit.schemes import Scheme
+
+
+def check_names(
+    engine: Engine, family: Family, candidate: Candidate, layers: Sequence[Layer]
+) -> Iterator[Reason]:
+    """Reasons of codes `engine.mixed_group`, `engine.ignore_unmatched`, `engine.ignore_overreach`,
+    `engine.target_mismatch` and `engine.quantized_router`."""
+    read = reader(engine, family, candidate)
+    for layer in layers:
+        kinds = _kinds(layer)
+        if len(kinds) > 1:
+            yield _mixed(engine, layer)
+        elif _built_plain(family, layer):
+            if kinds != {None}:
+                yield Reason(
+                    "engine.quantized_router",
+                    f"{engine.name} builds {layer.name} in 16 bit; the checkpoint holds it as "
+                    f"{_name(layer.parts[0].scheme)}",
+                    "keep it in 16 bit (ignore: @routers)",
+                    layer.name,
+                )
+        elif read is not None:
+            yield from _compare(engine, layer, kinds != {None}, read)
+
+
+def _compare(engine: Engine, layer: Layer, held: bool, read: Reader) -> Iterator[Reason]:
+    belief = read(layer)
+    if belief.mixed:
+        yield Reason(
+            "engine.ignore_partial",
+            f"{engine.name} finds an ignore entry for some members of {layer.name} "
+            f"({_leaves(layer)}) and none for others",
+            "list all members, or none",
+            layer.name,
+        )
+    elif belief.quantized and not held:
+        yield Reason(
+            "engine.ignore_unmatched",
+            f"{engine.name} takes {layer.name} for quantized, since no ignore entry matches that "
+            f"name; its weights are 16 bit",
+            f"add {layer.name!r} to the ignore list (quantize writes every engine's names)",
+            layer.name,
+        )
+    elif held and not belief.quantized:
+        because = f"the entry {belief.entry!r} names it" if belief.entry else "no target names it"
+        yield Reason(
+            "engine.ignore_overreach",
+            f"{engine.name} takes {layer.name} for 16 bit, since {because}; the checkpoint "
+            f"holds it as {_name(layer.parts[0].scheme)}",
+            "write the entry as the whole name of the module that it means"
+            if belief.entry
+            else f"add {layer.name!r} to the targets",
+            layer.name,
+        )
+    elif held and len(layer.parts) > 1 and not layer.experts:
+        alone = {read(Layer(part.name, (part,), layer.split)).settings for part in layer.parts}
+        if belief.settings not in alone and None not in alone:
+            yield Reason(
+                "engine.target_mismatch",
+                f"{engine.name} gives {layer.name} the settings {_shown(belief.settings)}; its "
+                f"members are stored with {', '.join(sorted(map(_shown, alone)))}",
+                f"name {layer.name!r} beside its members, with the same settings",
+                layer.name,
+            )
+
+
+def _built_plain(family: Family, layer: Layer) -> bool:
+    tower = family.plain_towers and layer.parts[0].kind == "tower"
+    return layer.leaf in family.plain or tower
+
+
+def _kinds(layer: Layer) -> set[Scheme | None]:
+    return {part.scheme for part in layer.parts}
+
+
+def _mixed(engine: Engine, layer: Layer) -> Reason:
+    if layer.experts:
+        shown: Mapping[Any, str] = {part.scheme: part.name for part in layer.parts}
+        listed = ", ".join(f"{name} {_name(scheme)}" for scheme, name in shown.items())
+        return Reason(
+            "engine.mixed_experts",
+            f"{engine.name} holds all experts of {layer.name} in one scheme: {listed}",
+            "give all experts of a block the same scheme",
+            layer.name,
+        )
+    listed = ", ".join(f"{_leaf(part)} {_name(part.scheme)}" for part in layer.parts)
+    return Reason(
+        "engine.mixed_group",
+        f"{engine.name} merges {_leaves(layer)} into {layer.name}, one layer of one scheme: "
+        f"{listed}",
+        "give all of them the same scheme and group size, or keep all of them in 16 bit",
+        layer.name,
+    )
+
+
+def _leaf(part: Part) -> str:
+    return part.name.rpartition(".")[2]
+
+
+def _leaves(layer: Layer) -> str:
+    return ", ".join(_leaf(part) for part in layer.parts)
+
+
+def _name(scheme: Scheme | None) -> str:
+    if scheme is None:
+        return "16 bit"
+    size = scheme.weight.group_size
+    return f"{scheme.name} (group {size})" if size else scheme.name
+
+
+def _shown(settings: object) -> str:
+    return ", ".join(map(str, settings)) if isinstance(settings, tuple) else str(settings)

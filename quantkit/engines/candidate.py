@@ -1,0 +1,52 @@
+"""What the rules of an engine look at: a checkpoint, or a plan for one, without its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.modules import Kind
+from quantkit.schemes import Scheme
+
+BY_ALGORITHM = ("modelopt", "ascend")
+"""Layouts whose rules go by the library's own name of the algorithm."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One linear module of the checkpoint: `shape` is [out, in], or [experts, out, in].
+
+    scheme: None for 16 bit. packing: the variant of the layout; for ModelOpt and Ascend the
+    library's name of the algorithm.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    scheme: Scheme | None = None
+    packing: str = ""
+
+    @property
+    def rows(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    def rule_name(self, layout: str) -> str:
+        """What its kind of quantization is called in an engine's rules for the layout."""
+        assert self.scheme is not None
+        return self.packing if layout in BY_ALGORITHM else self.scheme.name
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`config` is config.json, `settings` the quantization settings as an engine reads them."""
+
+    config: Mapping[str, Any]
+    layout: str
+    settings: Mapping[str, Any]
+    parts: Mapping[str, Part]
+    kv_cache: str = "none"

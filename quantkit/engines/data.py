@@ -1,0 +1,183 @@
+"""The engines as data: one YAML file an engine and range of versions, read into these classes.
+
+`docs/engines.md` says what every key means and how to add a version. An unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+DATA = Path(__file__).parent / "data"
+
+Merges = Mapping[str, tuple[str, ...]]
+"""Last part of a merged layer's name → those of its members, in the order they are stacked."""
+
+Renaming = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How an engine builds the models of some `model_type`s.
+
+    merges: what becomes one layer. told: the part of it that the quantization settings know of
+    (an ignore list that names the members of an untold merge is not understood).
+    stored: layers that the checkpoint holds merged already → "qkv" or "pair" (two equal parts).
+    plain: last name parts of layers that are built in 16 bit whatever the settings say.
+    rename: checkpoint name → engine name; maps: the same for the entries of the settings.
+    plain_towers: whether vision and audio towers are built in 16 bit.
+    """
+
+    types: tuple[str, ...]
+    merges: Merges
+    told: Merges
+    stored: Mapping[str, str] = field(default_factory=dict)
+    plain: frozenset[str] = frozenset()
+    rename: Renaming = ()
+    maps: Renaming = ()
+    plain_towers: bool = False
+    known: bool = True
+
+
+@dataclass(frozen=True)
+class SchemeRule:
+    """What an engine asks of a scheme.
+
+    sm: the least compute capability; native: the one from which no weight-only detour is taken.
+    moe: whether experts have a kernel ("only": nothing else has). groups: group sizes with one.
+    symmetric: whether only symmetric weights load ("gptq": in that packing). block: how 128 × 128
+    blocks must divide ("merged": every part but the last; "input": the input dimension).
+    tiles: whether a shard must fit Marlin's tiles as it is, 64 × 128 or 128 × 64 (output × input).
+    multiple_of: what the input dimension of a shard must be divisible by.
+    """
+
+    sm: int = 0
+    native: int = 0
+    moe: bool | Literal["only"] = False
+    groups: tuple[int, ...] | None = None
+    symmetric: bool | Literal["gptq"] = False
+    block: Literal["merged", "input"] | None = None
+    tiles: bool | Literal["gptq"] = False
+    multiple_of: int = 1
+    amd: bool | tuple[str, ...] | None = None
+    npu: bool | None = None
+
+
+@dataclass(frozen=True)
+class FormatRule:
+    """What an engine takes of a layout; `schemes` by scheme, or by the library's algorithm for
+    ModelOpt and Ascend. `mixed`: one algorithm a layer; `packings`: None is all of them."""
+
+    schemes: Mapping[str, SchemeRule]
+    kv_cache: tuple[str, ...] = ()
+    nvidia: bool = True
+    amd: bool = False
+    npu: bool = False
+    act_order: bool = True
+    mixed: bool = False
+    packings: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine in one range of versions; `read` is the version whose sources were read."""
+
+    engine: str
+    name: str
+    distribution: tuple[str, ...]
+    versions: str
+    read: str
+    families: tuple[Family, ...]
+    otherwise: Family
+    rows: frozenset[str]
+    whole: frozenset[str]
+    match: Mapping[str, str]
+    formats: Mapping[str, FormatRule]
+
+    @property
+    def minimum_version(self) -> str:
+        return self.versions.removeprefix(">=").partition(",")[0]
+
+    def family(self, config: Mapping[str, Any]) -> Family:
+        """The family of a model's config.json: of its own type, else of its language model's."""
+        nested = (config.get(key) for key in ("text_config", "llm_config", "thinker_config"))
+        types = [config.get("model_type")]
+        types += [c.get("model_type") for c in nested if isinstance(c, dict)]
+        for model_type in types:
+            for family in self.families:
+                if model_type in family.types:
+                    return family
+        return self.otherwise
+
+
+@cache
+def engines() -> dict[str, Engine]:
+    """Every engine whose rules are known, by name: the newest file of each."""
+    found: dict[str, Engine] = {}
+    for file in sorted(DATA.glob("*-*.yaml"), key=lambda f: _numbers(f.stem.rpartition("-")[2])):
+        engine = _engine(yaml.load(file.read_text(encoding="utf-8"), _LOADER))  # noqa: S506
+        found[engine.engine] = engine
+    return dict(sorted(found.items(), reverse=True))
+
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def _engine(raw: dict[str, Any]) -> Engine:
+    merges = {
+        name: {fused: tuple(members) for fused, members in group.items()}
+        for name, group in raw.pop("merges").items()
+    }
+    layers = raw.pop("layers")
+    return Engine(
+        families=tuple(_family(entry, merges) for entry in raw.pop("families")),
+        otherwise=_family({"types": [], "known": False, **raw.pop("otherwise")}, merges),
+        rows=frozenset(layers["rows"]),
+        whole=frozenset(layers["whole"]),
+        formats={name: _format(entry) for name, entry in raw.pop("formats").items()},
+        distribution=tuple(raw.pop("distribution")),
+        read=str(raw.pop("read")),
+        **raw,
+    )
+
+
+def _family(raw: dict[str, Any], merges: Mapping[str, Merges]) -> Family:
+    def union(names: list[str]) -> Merges:
+        return {fused: members for name in names for fused, members in merges[name].items()}
+
+    rename = _renaming(raw.get("rename", ()))
+    return Family(
+        types=tuple(raw.pop("types")),
+        merges=union(raw["merges"]),
+        told=union(raw.pop("told", raw["merges"])),
+        plain=frozenset(raw.pop("plain", ())),
+        rename=rename,
+        maps=_renaming(raw.pop("maps")) if "maps" in raw else rename,
+        **{key: value for key, value in raw.items() if key not in ("merges", "rename")},
+    )
+
+
+def _renaming(pairs: Any) -> Renaming:
+    return tuple((str(old), str(new)) for old, new in pairs)
+
+
+def _format(raw: dict[str, Any]) -> FormatRule:
+    schemes = {name: _scheme(entry) for name, entry in raw.pop("schemes").items()}
+    for key in ("kv_cache", "packings"):
+        if key in raw:
+            raw[key] = tuple(raw[key])
+    return FormatRule(schemes=schemes, **raw)
+
+
+def _scheme(raw: dict[str, Any]) -> SchemeRule:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return SchemeRule(**values)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))

@@ -1,0 +1,42 @@
+"""Ascend: the type that `quant_model_description.json` gives every tensor."""
+
+from __future__ import annotations
+
+from quantkit.engines.belief import (
+    ALWAYS_SPLIT,
+    MIXED,
+    NOT,
+    Belief,
+    Reader,
+    expert_names,
+)
+from quantkit.engines.candidate import Candidate
+from quantkit.engines.names import Layer
+
+
+def ascend(candidate: Candidate) -> Reader:
+    """By type of a layer's weight, of all its members where it is merged; FLOAT is 16 bit."""
+    types = candidate.settings
+    every = {**ALWAYS_SPLIT, "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa")}
+
+    def kind(name: str) -> str:
+        short = name.removeprefix("language_model.")
+        found = types.get(f"{name}.weight", types.get(f"{short}.weight"))
+        return str(found or types.get(f"language_model.{name}.weight", ""))
+
+    def read(layer: Layer) -> Belief:
+        if layer.head:
+            return NOT
+        names: tuple[str, ...] = (layer.name,)
+        if layer.experts:
+            names = tuple(expert_names(layer))
+        elif layer.leaf in every and len(layer.parts) > 1:
+            parent = layer.name[: -len(layer.leaf)]
+            names = tuple(f"{parent}{leaf}" for leaf in every[layer.leaf])
+        kinds = {kind(name) for name in names}
+        if len(kinds) > 1:
+            return MIXED
+        only = kinds.pop()
+        return NOT if only in ("", "FLOAT") else Belief(True, only)
+
+    return read

@@ -1,0 +1,95 @@
+"""compressed-tensors: `ignore`, and the targets of `config_groups`.
+
+vLLM compares whole names, SGLang also endings; both take `re:` entries as regular expressions from
+the start of the name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from quantkit.engines.belief import (
+    MIXED,
+    NOT,
+    YES,
+    Belief,
+    Reader,
+    each,
+    expert_names,
+    mapped,
+    mapped_name,
+    members,
+)
+from quantkit.engines.candidate import Candidate
+from quantkit.engines.data import Family
+from quantkit.engines.names import Layer
+
+
+class Entries:
+    """A list of exact names and `re:` patterns; `suffix` lets a name match from any dot on."""
+
+    def __init__(self, entries: Iterable[str], suffix: bool = False) -> None:
+        found = list(entries)
+        self.exact = {e for e in found if not e.startswith("re:")}
+        self.patterns = {e: re.compile(e[3:]) for e in found if e.startswith("re:")}
+        self.suffix = suffix
+
+    def match(self, name: str) -> str | None:
+        """The entry that names `name`, or None."""
+        if name in self.exact:
+            return name
+        if self.suffix:
+            parts = name.split(".")
+            ends = (".".join(parts[start:]) for start in range(1, len(parts)))
+            ending = next((end for end in ends if end in self.exact), None)
+            if ending is not None:
+                return ending
+        return next((e for e, pattern in self.patterns.items() if pattern.match(name)), None)
+
+
+def compressed_tensors(family: Family, candidate: Candidate, *, suffix: bool) -> Reader:
+    """The ignore list first, then the targets: by name, by class "Linear", by merged members.
+
+    `suffix` is SGLang's way: a name also matches from any dot on, and the class comes before the
+    members of a merged layer.
+    """
+    ignore = Entries(mapped(candidate.settings.get("ignore") or (), family), suffix)
+    groups: dict[str, str] = {}
+    for name, group in (candidate.settings.get("config_groups") or {}).items():
+        if group.get("weights") is not None:
+            for entry in group.get("targets") or ():
+                groups.setdefault(mapped_name(entry, family), name)
+    named = Entries(groups)
+    by_class = groups.get("Linear")
+
+    def target(layer: Layer) -> Belief:
+        direct = named.match(layer.name)
+        if direct is not None:
+            return Belief(True, groups[direct])
+        if suffix and by_class is not None and not layer.head:
+            return Belief(True, by_class)
+        found = [named.match(name) for name in members(layer, family)]
+        if len(layer.parts) > 1 and None not in found:
+            return Belief(True, groups[str(found[0])])
+        return Belief(True, by_class) if by_class is not None and not layer.head else NOT
+
+    def read(layer: Layer) -> Belief:
+        if layer.experts:
+            kinds = [_expert(name, ignore, named, groups) for name in expert_names(layer)]
+            return kinds[0] if len(set(kinds)) == 1 else MIXED
+        direct = ignore.match(layer.name)
+        if direct is not None:
+            return Belief(quantized=False, entry=direct)
+        ignored = each(members(layer, family), ignore.match)
+        return target(layer) if ignored == YES else ignored
+
+    return read
+
+
+def _expert(name: str, ignore: Entries, named: Entries, groups: Mapping[str, str]) -> Belief:
+    entry = ignore.match(name)
+    if entry is not None:
+        return Belief(quantized=False, entry=entry)
+    target = named.match(name) or ("Linear" if "Linear" in groups else None)
+    return NOT if target is None else Belief(True, groups[target])

@@ -1,0 +1,119 @@
+"""GPTQ's `dynamic`, AWQ's `modules_to_not_convert`, AutoRound's `extra_config`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from quantkit.engines.belief import (
+    MIXED,
+    NOT,
+    YES,
+    Belief,
+    Reader,
+    each,
+    mapped,
+    mapped_name,
+    members,
+)
+from quantkit.engines.candidate import Candidate
+from quantkit.engines.data import Family
+from quantkit.engines.names import Layer
+
+
+def gptq(candidate: Candidate, *, stored: bool) -> Reader:
+    """`dynamic` rules on the engine's name of a layer, the first match first.
+
+    `stored` is vLLM's way: which layers are quantized it reads from the tensors.
+    """
+    rules = [
+        (rule, re.compile(rule.removeprefix("+:").removeprefix("-:")), changes)
+        for rule, changes in (candidate.settings.get("dynamic") or {}).items()
+    ]
+    head = bool(candidate.settings.get("lm_head"))
+
+    def read(layer: Layer) -> Belief:
+        if layer.head and not head:
+            return NOT
+        if stored and not layer.experts:  # vLLM reads which tensors are packed
+            kinds = {part.scheme is not None for part in layer.parts}
+            if len(kinds) > 1:
+                return MIXED
+            if not kinds.pop():
+                return NOT
+        for rule, pattern, changes in rules:
+            if pattern.match(layer.name):
+                if rule.startswith("-:"):
+                    return Belief(quantized=False, entry=rule)
+                return Belief(True, _gptq_settings(candidate.settings, changes))
+        return Belief(True, _gptq_settings(candidate.settings, {}))
+
+    return read
+
+
+def _gptq_settings(base: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[object, ...]:
+    return tuple({**base, **changes}.get(key) for key in ("bits", "group_size", "sym"))
+
+
+def awq(family: Family, candidate: Candidate, *, whole: bool) -> Reader:
+    """Entries match anywhere in a name; `whole` (SGLang) does not take merged layers apart."""
+    entries = mapped(candidate.settings.get("modules_to_not_convert") or (), family)
+    head = bool(candidate.settings.get("lm_head"))
+
+    def match(name: str) -> str | None:
+        return next((entry for entry in entries if entry in name), None)
+
+    def read(layer: Layer) -> Belief:
+        if layer.head and not head:
+            return NOT
+        if not entries and not whole:  # vLLM then reads which tensors are packed
+            kinds = {part.scheme is not None for part in layer.parts}
+            return MIXED if len(kinds) > 1 else Belief(kinds.pop())
+        direct = match(layer.name)
+        if direct is not None:
+            return Belief(quantized=False, entry=direct)
+        return YES if whole else each(members(layer, family), match)
+
+    return read
+
+
+def auto_round(family: Family, candidate: Candidate) -> Reader:
+    """Entries by name or regular expression over the settings of the blocks."""
+    settings = candidate.settings
+    extra = {
+        mapped_name(name, family): entry
+        for name, entry in (settings.get("extra_config") or {}).items()
+    }
+    patterns = [(n, re.compile(n)) for n in extra if any(c in n for c in "*+?^$()[]{}|\\")]
+    blocks = settings.get("block_name_to_quantize") or settings.get("to_quant_block_names") or ()
+    starts = mapped(blocks.split(",") if isinstance(blocks, str) else _flat(blocks), family)
+
+    def of(name: str, quantized: bool) -> Belief:
+        entry = name if name in extra else None
+        if entry is None:
+            entry = next((n for n, pattern in patterns if pattern.search(name)), None)
+        changes = extra[entry] if entry is not None else {}
+        bits = int(changes.get("bits", settings.get("bits", 4) if quantized else 16))
+        if bits >= 16:
+            return Belief(quantized=False, entry=entry)
+        return Belief(True, (bits, *_gptq_settings(settings, changes)[1:]))
+
+    def read(layer: Layer) -> Belief:
+        if layer.name in extra:
+            return of(layer.name, True)
+        inside = not layer.head and (not starts or layer.name.startswith(tuple(starts)))
+        if layer.experts:
+            found = {of(name, inside) for name in extra if name.startswith(layer.name)}
+            return MIXED if len(found) > 1 else next(iter(found), of(layer.name, inside))
+        found = {of(name, inside) for name in members(layer, family)}
+        settled = {(b.quantized, b.settings) for b in found}
+        return MIXED if len(settled) > 1 else next(iter(found))
+
+    return read
+
+
+def _flat(listed: Any) -> list[str]:
+    if isinstance(listed, str):
+        return [listed]
+    return [name for entry in listed for name in _flat(entry)]

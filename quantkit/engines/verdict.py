@@ -1,0 +1,111 @@
+"""Will this engine load that checkpoint at this tensor-parallel size? All reasons, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.engines.agree import check_names
+from quantkit.engines.candidate import Candidate
+from quantkit.engines.data import Engine, engines
+from quantkit.engines.gpus import Gpu
+from quantkit.engines.kernels import check_format, check_schemes, weight_only_note
+from quantkit.engines.names import layers
+from quantkit.engines.reasons import Reason, condensed
+from quantkit.engines.shapes import check_heads, check_shapes
+from quantkit.engines.support import NAMES
+from quantkit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`version` is the engine's version whose sources the rules were read from."""
+
+    engine: str
+    tp: int
+    version: str
+    reasons: tuple[Reason, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def loads(self) -> bool:
+        return not self.reasons
+
+    @property
+    def title(self) -> str:
+        """ "vLLM will not load it", with the tensor-parallel size where that is not 1."""
+        at = f" at tensor-parallel size {self.tp}" if self.tp > 1 else ""
+        verb = "loads it" if self.loads else "will not load it"
+        return f"{NAMES[self.engine]} {verb}{at}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict as plain JSON values."""
+        return {
+            "engine": self.engine,
+            "tp": self.tp,
+            "loads": self.loads,
+            "reasons": [
+                {"code": r.code, "message": r.text, "fix": r.fix, "where": r.where}
+                for r in self.reasons
+            ],
+            "notes": list(self.notes),
+            "rules_of": self.version,
+        }
+
+
+def judge(
+    candidate: Candidate, names: Sequence[str], sizes: Sequence[int], gpu: Gpu | None = None
+) -> list[Verdict]:
+    """A verdict for every engine × tensor-parallel size; the work on names is done once an engine.
+
+    Raises InputError (`request.engine`) for an engine without rules.
+    """
+    return [v for name in names for v in _judge(engine_named(name), candidate, sizes, gpu)]
+
+
+def engine_named(name: str) -> Engine:
+    """The rules of that engine; InputError with the known ones otherwise."""
+    known = engines()
+    if name not in known:
+        raise InputError(
+            f"--engine {name}: no rules are known for it.",
+            hint=f"one of {', '.join(known)}",
+            code="request.engine",
+        )
+    return known[name]
+
+
+def _judge(
+    engine: Engine, candidate: Candidate, sizes: Iterable[int], gpu: Gpu | None
+) -> list[Verdict]:
+    family = engine.family(candidate.config)
+    built = layers(engine, family, candidate.parts.values())
+    always = list(check_format(engine, candidate, gpu))
+    if engine.formats.get(candidate.layout) is not None:
+        always += check_names(engine, family, candidate, built)
+        always += check_schemes(engine, candidate, built, gpu)
+    notes = []
+    if not family.known:
+        kind = candidate.config.get("model_type", "unknown")
+        notes.append(f"{engine.name}: no rules for the family {kind}; those of Llama were taken")
+    note = weight_only_note(engine, candidate, built, gpu)
+    notes += [note] if note else []
+    return [
+        Verdict(
+            engine.engine,
+            tp,
+            engine.read,
+            tuple(
+                condensed(
+                    [
+                        *always,
+                        *check_heads(engine, candidate.config, tp),
+                        *check_shapes(engine, family, candidate, built, tp),
+                    ]
+                )
+            ),
+            tuple(notes),
+        )
+        for tp in sizes
+    ]

@@ -1,0 +1,39 @@
+"""Which kernel each layer of a checkpoint would get on a device: from headers, without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from quantkit.formats.base import LayerSpec
+from quantkit.runtime.kernels.select import KERNELS, choose
+from quantkit.runtime.layer import Layer
+from quantkit.runtime.layers import LayerRecord
+from quantkit.runtime.load import check_kernel, expanded_records, open_path, pick_dtype, read_config
+
+
+def available(device: torch.device) -> dict[str, str | None]:
+    """Every kernel in the order of preference → why it cannot run on the device, or None."""
+    return {kernel.NAME: kernel.unavailable(device) for kernel in KERNELS}
+
+
+def preview(path: Path, device: torch.device, kernel: str = "auto") -> list[LayerRecord]:
+    """The records that `load` would make. Raises what `load` raises before it reads weights.
+
+    An asymmetric weight counts as one with zero points, which loading may find to be all alike.
+    """
+    source = open_path(path)
+    check_kernel(source, kernel)
+    dtype = pick_dtype(read_config(source), "auto")
+    allowed = [] if kernel == "auto" else [kernel]
+    records = []
+    for name, spec in source.layers.items():
+        choice = choose(_layer(name, spec, dtype), device, allowed)
+        records.append(LayerRecord.of(name, spec.scheme, choice))
+    return records + expanded_records(source)
+
+
+def _layer(name: str, spec: LayerSpec, dtype: torch.dtype) -> Layer:
+    number = spec.scheme.weight
+    return Layer(name, spec.scheme, spec.shape, dtype, number.is_int and not number.symmetric)

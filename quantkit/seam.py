@@ -1,0 +1,118 @@
+"""A plan as the engines will see its result: the settings that will be written, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from quantkit.engines import Candidate, Part, Verdict, engines, gpu_named, judge, support
+from quantkit.engines.aliases import expanded
+from quantkit.errors import InputError
+from quantkit.formats.base import LayerSpec
+from quantkit.formats.inventory import upright
+from quantkit.formats.registry import packing, writer_named
+from quantkit.modules import Module, layer_index, linear_modules
+from quantkit.schemes import Scheme
+
+if TYPE_CHECKING:
+    from quantkit.checkpoint import Checkpoint
+    from quantkit.plan import Plan
+
+_WRITERS = ("compressed-tensors", "gptq", "awq")
+
+
+def ignore_list(source: Checkpoint, kept: Mapping[str, str]) -> list[str]:
+    """The ignore list of a checkpoint: what stays in 16 bit, by every engine's names for it.
+
+    A tied output head has no tensor but is a module of the engines, so it is always there.
+    """
+    modules = linear_modules(source.modules)
+    names = [m.name for m in modules if m.name in kept and m.kind != "embedding"]
+    heads = [m.name for m in modules if m.kind == "head"]
+    return expanded(names if heads else [*names, "lm_head"], source.config)
+
+
+def planned(source: Checkpoint, plan: Plan) -> Candidate:
+    """The checkpoint that a plan will write, as far as an engine's rules look at it."""
+    method = plan.method
+    modules = linear_modules(source.modules)
+    parts = {m.name: _part(m, plan.layers.get(m.name), plan, source.config) for m in modules}
+    settings = _settings(source, plan, [m for m in modules if m.name in plan.layers])
+    return Candidate(source.config, method.layout, settings, parts, plan.recipe.kv_cache)
+
+
+def verdicts(source: Checkpoint, plan: Plan) -> list[Verdict]:
+    """What each engine × tensor-parallel size of the recipe, or else every known engine on one
+    device, will do with the result."""
+    serve = plan.recipe.serve
+    gpu = gpu_named(serve.gpu) if serve.gpu else None
+    return judge(planned(source, plan), serve.engines or list(engines()), serve.tp, gpu)
+
+
+def check_engines(source: Checkpoint, plan: Plan) -> Plan:
+    """The plan, with notes on engines that read its layout and yet will not load its result.
+
+    Raises InputError (`plan.engine`) when an engine that the recipe asks for will not.
+    """
+    found = verdicts(source, plan)
+    refused = [v for v in found if not v.loads]
+    if plan.recipe.serve.engines and refused:
+        raise InputError(
+            f"{plan.recipe.name} on {source.path.name}: "
+            + "; ".join(f"{v.title}: {v.reasons[0].text}" for v in refused[:3])
+            + ".",
+            hint=refused[0].reasons[0].fix,
+            code="plan.engine",
+        )
+    method = plan.method
+    readers = support(method.layout, method.algorithm, plan.recipe.scheme).engines
+    notes = [f"{v.title}: {v.reasons[0].text}" for v in refused if v.engine in readers]
+    return replace(plan, notes=(*plan.notes, *notes))
+
+
+def _part(module: Module, scheme: Scheme | None, plan: Plan, config: Mapping[str, Any]) -> Part:
+    variant = "" if scheme is None else _packing(scheme, plan)
+    shape = upright(module.name, module.shape, config)
+    return Part(module.name, module.kind, shape, scheme, variant)
+
+
+def _packing(scheme: Scheme, plan: Plan) -> str:
+    """The variant of the layout, or the library's algorithm where rules go by that."""
+    method = plan.method
+    if method.layout in _WRITERS:
+        return packing(scheme, method.layout)
+    if method.layout == "auto-round":
+        return "gptq" if scheme.weight.symmetric else "gptq_v2"
+    return method.algorithm
+
+
+def _settings(source: Checkpoint, plan: Plan, quantized: list[Module]) -> dict[str, Any]:
+    """The quantization settings as the method's library, or the built-in writer, will say them."""
+    layout, ignore = plan.method.layout, ignore_list(source, plan.kept)
+    if layout in _WRITERS:
+        specs = {
+            m.name: LayerSpec(
+                plan.layers[m.name], _packing(plan.layers[m.name], plan),
+                (m.shape[-2], m.shape[-1]),
+            )
+            for m in quantized
+        }  # fmt: skip
+        return writer_named(layout).quantization_config(specs, ignore)
+    weight = plan.recipe.resolved_scheme().weight
+    if layout == "modelopt":
+        return {"quant_method": layout, "quant_algo": plan.method.algorithm, "ignore": ignore}
+    if layout == "auto-round":
+        inside = [name for name in ignore if layer_index(name) is not None]
+        return {
+            "quant_method": layout,
+            "bits": weight.bits,
+            "group_size": weight.group_size or -1,
+            "sym": weight.symmetric,
+            "extra_config": {name: {"bits": 16} for name in inside},
+        }
+    if layout == "ascend":
+        types = dict.fromkeys(ignore, "FLOAT")
+        types |= {m.name: plan.method.algorithm for m in quantized}
+        return {f"{name}.weight": kind for name, kind in types.items()}
+    return {}

@@ -1,0 +1,1 @@
+"""Real serving engines: a process that loads a checkpoint, and the command that serves it."""

@@ -1,0 +1,153 @@
+"""A real engine as a subject: vLLM, SGLang or Transformers in a process of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit.checkpoint import Checkpoint, open_checkpoint, read_json
+from quantkit.engines import SILENT_GARBAGE
+from quantkit.errors import InputError
+from quantkit.formats.registry import detect, is_quantized
+from quantkit.modules import text_config
+from quantkit.serving.drivers.base import Order
+from quantkit.serving.engines import ENGINES, Engine, find_interpreter
+from quantkit.serving.process import EngineProcess
+from quantkit.validate.subject import Opening, Progress, Throughput
+
+if TYPE_CHECKING:
+    from quantkit.validate.subject import Opener
+
+LONGEST = 4096
+"""No text or prompt of a validation is longer, with what is generated."""
+
+_SEED = 0
+_WEIGHT_ONLY = ("Marlin", "WNA16", "Wna16")
+"""Parts of the names of kernels that compute with 16-bit activations."""
+
+
+class Served:
+    """A checkpoint in an engine process."""
+
+    def __init__(self, checkpoint: Checkpoint, process: EngineProcess) -> None:
+        self.name = process.engine.name
+        self.version = process.version
+        self._process = process
+        self._vocabulary = int(text_config(checkpoint.config)["vocab_size"])
+        self.weights_only = _quantizes_activations(checkpoint) and any(
+            part in kernel for kernel in process.kernels for part in _WEIGHT_ONLY
+        )
+
+    def logprobs(
+        self, windows: NDArray[np.int64], progress: Progress | None = None
+    ) -> NDArray[np.float32]:
+        return np.array(self._process.logprobs(windows.tolist(), progress), dtype=np.float32)
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        return self._process.generate(prompts, new_tokens)
+
+    def throughput(self, progress: Progress | None = None) -> Throughput:
+        """As `throughput.measure`; the first token is timed by runs of one token."""
+        from quantkit.validate.throughput import (
+            BATCHES,
+            NEW_TOKENS,
+            PROMPT_TOKENS,
+            REPEATS,
+            row,
+        )
+
+        total = len(BATCHES) * (REPEATS + 1)
+        draw = random.Random(_SEED)  # noqa: S311
+        rows = []
+        for number, batch in enumerate(BATCHES):
+            prompts = [draw.choices(range(self._vocabulary), k=PROMPT_TOKENS) for _ in range(batch)]
+            first, rest = [], []
+            for repeat in range(REPEATS + 1):
+                one = self._process.seconds(prompts, 1)
+                whole = self._process.seconds(prompts, NEW_TOKENS)
+                if repeat:
+                    first.append(one)
+                    rest.append(max(whole - one, 1e-9))
+                if progress:
+                    progress(number * (REPEATS + 1) + repeat + 1, total)
+            rows.append(row(batch, PROMPT_TOKENS, NEW_TOKENS, first, rest))
+        return Throughput(self._process.load_seconds, self._process.memory_bytes, rows)
+
+    def kernels(self) -> dict[str, int]:
+        return self._process.kernels
+
+    def close(self) -> None:
+        self._process.close()
+
+
+def served(engine: Engine) -> Opener:
+    """How an engine opens a checkpoint directory."""
+
+    def open_served(path: Path, opening: Opening) -> Served:
+        """Start the engine. Raises InputError for a checkpoint that it would load wrongly, and
+        BackendError when its environment is not there or it fails."""
+        checkpoint = open_checkpoint(path)
+        if opening.kernel != "auto":
+            raise InputError(
+                f"--kernel {opening.kernel} is of the builtin runtime; {engine.title} chooses its "
+                "own.",
+                hint="leave --kernel out, or validate with --engine builtin",
+                code="validate.kernel",
+            )
+        _refuse_garbage(checkpoint, engine)
+        python = find_interpreter(engine)
+        return Served(
+            checkpoint, EngineProcess(engine, python, _order(checkpoint, engine, opening))
+        )
+
+    return open_served
+
+
+OPENERS: dict[str, Opener] = {name: served(engine) for name, engine in ENGINES.items()}
+
+
+def _order(checkpoint: Checkpoint, engine: Engine, opening: Opening) -> Order:
+    config = text_config(checkpoint.config)
+    length = min(LONGEST, int(config.get("max_position_embeddings") or LONGEST))
+    heads = int(config["num_attention_heads"])
+    size = int(config.get("head_dim") or config["hidden_size"] // heads)
+    kept = int(config.get("num_key_value_heads") or heads)
+    per_token = 2 * int(config["num_hidden_layers"]) * kept * size * 2
+    return Order(
+        driver=engine.driver,
+        model=str(checkpoint.path.resolve()),
+        device=opening.device,
+        stop=tuple(_stop_tokens(checkpoint, config)),
+        length=length,
+        cache_bytes=2 * length * per_token,
+    )
+
+
+def _stop_tokens(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[int]:
+    """End-of-text ids of generation_config.json, else of config.json, as the runtime has them."""
+    file = checkpoint.path / "generation_config.json"
+    stated = read_json(file).get("eos_token_id") if file.is_file() else None
+    found = config.get("eos_token_id") if stated is None else stated
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def _quantizes_activations(checkpoint: Checkpoint) -> bool:
+    if is_quantized(checkpoint) is None:
+        return False
+    layers = detect(checkpoint).declare(checkpoint).layers.values()
+    return any(spec.scheme.input is not None for spec in layers)
+
+
+def _refuse_garbage(checkpoint: Checkpoint, engine: Engine) -> None:
+    layout = detect(checkpoint).NAME if is_quantized(checkpoint) is not None else ""
+    if engine.name == "transformers" and layout in SILENT_GARBAGE:
+        raise InputError(
+            SILENT_GARBAGE[layout],
+            hint="validate with --engine vllm, sglang or builtin",
+            code="validate.silent_garbage",
+        )

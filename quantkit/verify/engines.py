@@ -1,0 +1,90 @@
+"""A finished checkpoint as the engines will see it: findings of codes `engine.*`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from quantkit.engines import Candidate, Engine, Part, Verdict, engines, gpu_named, judge
+from quantkit.formats import ascend, awq, gptq, modelopt
+from quantkit.formats.inventory import upright
+from quantkit.modules import linear_modules
+from quantkit.verify.findings import EngineRequest, Finding, error, info, warning
+from quantkit.verify.subject import Subject
+
+_SIDE_FILES = {
+    "modelopt": modelopt.SIDE_FILE,
+    "gptq": gptq.SIDE_FILE,
+    "awq": awq.SIDE_FILE,
+    "ascend": ascend.SIDE_FILE,
+}
+
+
+def candidate(subject: Subject) -> Candidate:
+    """What the engines' rules look at: the settings, and what the tensors hold by their headers."""
+    checkpoint, declared = subject.checkpoint, subject.declaration
+    layout = declared.quant_method
+    settings: dict[str, Any] = checkpoint.quantization_config or {}
+    if layout == "ascend" or not settings:
+        settings = checkpoint.documents.get(_SIDE_FILES.get(layout, ""), {})
+    parts = {}
+    for module in linear_modules(subject.modules.values()):
+        spec = None if subject.is_float(module.name) else declared.layers.get(module.name)
+        shape = upright(module.name, module.shape, checkpoint.config)
+        if spec is not None:
+            shape = (spec.experts, *spec.shape) if spec.experts else spec.shape
+        parts[module.name] = Part(
+            module.name,
+            module.kind,
+            shape,
+            spec.scheme if spec else None,
+            spec.packing if spec else "",
+        )
+    return Candidate(checkpoint.config, layout, settings, parts, declared.kv_cache)
+
+
+def check_gguf(asked: EngineRequest | None) -> Iterator[Finding]:
+    """Errors for engines that were asked for and read no GGUF file."""
+    for verdict in judge(Candidate({}, "gguf", {}, {}), asked.engines, (1,)) if asked else ():
+        yield from _findings(verdict, error)
+
+
+def check_engines(subject: Subject, asked: EngineRequest | None) -> Iterator[Finding]:
+    """Errors for engines that were asked for and will not load the checkpoint.
+
+    Where none was asked for: warnings for those that read its layout and schemes and will not load
+    this checkpoint all the same, and a word on those that do not read them.
+    """
+    if not subject.declaration.layers:
+        return
+    this = candidate(subject)
+    gpu = gpu_named(asked.gpu) if asked and asked.gpu else None
+    names = asked.engines if asked else tuple(engines())
+    for verdict in judge(this, names, asked.sizes if asked else (1,), gpu):
+        if verdict.loads:
+            if asked:
+                yield info("engine.loads", f"{verdict.title} (rules of {verdict.version})", "")
+        elif asked:
+            yield from _findings(verdict, error)
+        elif _reads(engines()[verdict.engine], this):
+            yield from _findings(verdict, warning)
+        else:
+            reason = verdict.reasons[0]
+            yield info("engine.not_read", f"{verdict.title}: {reason.message}", reason.fix)
+
+
+def _findings(verdict: Verdict, severity: Any) -> Iterator[Finding]:
+    for reason in verdict.reasons:
+        yield severity(
+            reason.code, f"{verdict.title}: {reason.text}", reason.fix, reason.where or None
+        )
+
+
+def _reads(engine: Engine, this: Candidate) -> bool:
+    """Whether the engine has a rule for every scheme of the checkpoint."""
+    rule = engine.formats.get(this.layout)
+    return rule is not None and all(
+        part.rule_name(this.layout) in rule.schemes
+        for part in this.parts.values()
+        if part.scheme is not None
+    )

@@ -1,0 +1,135 @@
+"""The seam to the engines: every failure that threads describe is refused, every twin accepted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantkit.cli.plan import chosen_recipe
+from quantkit.derive import open_headers
+from quantkit.engines import Verdict
+from quantkit.engines.complete import completed
+from quantkit.plan import make_plan
+from quantkit.seam import verdicts
+from quantkit.verify import EngineRequest, VerifyReport, verify
+from tests.backends import engine_alarms
+from tests.families import BASES
+from tests.helpers import edit_json
+from tests.seeded import PLANS, SEEDS, Asked, Seed
+
+Base = Callable[[str], Path]
+USED = sorted({(seed.base, seed.engine) for seed in SEEDS})
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """A checkpoint of `BASES`, made on first use."""
+    root = tmp_path_factory.mktemp("bases")
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            folder = root / name.replace(" ", "-")
+            made[name] = BASES[name](folder / "model", folder / "out")
+        return made[name]
+
+    return get
+
+
+def verified(path: Path, engine: str) -> VerifyReport:
+    return verify(path, engines=EngineRequest((engine,)))
+
+
+def test_there_are_forty_of_them_in_several_families() -> None:
+    assert len(SEEDS) + len(PLANS) >= 40
+    assert len({seed.base.split()[0] for seed in SEEDS}) >= 8
+    assert all(seed.thread for seed in SEEDS)
+    assert all(case.thread for case in PLANS)
+
+
+@pytest.mark.parametrize(("name", "engine"), USED, ids=lambda value: str(value))
+def test_the_sound_checkpoint_is_accepted(base: Base, name: str, engine: str) -> None:
+    report = verified(base(name), engine)
+    assert report.ok, report.errors
+    assert report.modules_quantized > 0
+    assert "engine.loads" in report.codes("info")
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: seed.name)
+def test_the_broken_one_is_refused(base: Base, seed: Seed, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(base(seed.base), broken)
+    seed.change(broken)
+    report = verified(broken, seed.engine)
+    assert seed.code in report.codes(), report.errors
+    assert all(finding.hint and finding.message for finding in report.errors)
+
+
+ARTIFACTS = (
+    "llmcompressor/fp8_dynamic", "llmcompressor/w8a8", "llmcompressor/w4a16",
+    "llmcompressor/w4a16_asym", "llmcompressor/nvfp4", "llmcompressor/mxfp4", "gptqmodel/w4",
+    "gptqmodel/w8_v2", "autoround/auto_gptq", "autoround/auto_awq", "autoround/awq",
+    "autoround/mxfp4", "modelopt/fp8_kv", "modelopt/fp8_pc_pt", "modelopt/mxfp8", "modelopt/mixed",
+)  # fmt: skip
+"""What the libraries themselves write, less what gives members of a merged layer two schemes."""
+
+LOADED = {"llmcompressor/fp8_dynamic", "llmcompressor/w8a8", "llmcompressor/w4a16",
+          "gptqmodel/w4", "autoround/auto_gptq"}  # fmt: skip
+"""Those that vLLM really loads."""
+
+
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_what_libraries_write_raises_no_alarm(artifact: Base, name: str) -> None:
+    assert not engine_alarms(artifact(name), "vllm", names_only=name not in LOADED)
+
+
+@pytest.mark.parametrize("name", ["llmcompressor/fp8_dynamic", "modelopt/mixed"])
+def test_completed_lists_are_understood_by_every_engine(
+    artifact: Base, name: str, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact(name), copy)
+    assert any("engine.ignore_" in alarm for alarm in engine_alarms(copy, "sglang"))
+    for file in ("config.json", "hf_quant_config.json"):
+        if (copy / file).is_file():
+            edit_json(copy / file, complete)
+    assert not engine_alarms(copy, "vllm", "sglang")
+
+
+def complete(document: dict[str, Any]) -> None:
+    whole = dict(document)
+    if "quantization_config" in document:
+        settings = completed(document["quantization_config"], whole)
+        document["quantization_config"] = settings
+    else:
+        document.update(completed(document, whole))
+
+
+def judged(config: dict[str, Any], method: str, flags: tuple[str, ...], at: Path) -> list[Verdict]:
+    """The verdicts of `quantkit plan` on a config.json without weights."""
+    at.mkdir()
+    (at / "config.json").write_text(json.dumps(config))
+    pairs = list(zip(flags[::2], flags[1::2], strict=True))
+    named = {flag: value for flag, value in pairs if flag != "--set"}
+    serve = [f"serve.engines=[{named['--engine']}]", f"serve.tp=[{named.get('--tp', 1)}]"]
+    serve += [f"serve.gpu={named['--gpu']}"] if "--gpu" in named else []
+    sets = [value for flag, value in pairs if flag == "--set"]
+    source = open_headers(at)
+    return verdicts(source, make_plan(source, chosen_recipe(method, "", "", [*sets, *serve])))
+
+
+@pytest.mark.parametrize("case", PLANS, ids=lambda case: case.name)
+def test_the_plan_is_refused_and_its_twin_is_not(case: Asked, tmp_path: Path) -> None:
+    (verdict,) = judged(case.config, case.method, case.flags, tmp_path / "refused")
+    assert not verdict.loads
+    assert case.code in {reason.code for reason in verdict.reasons}
+    assert all(reason.fix for reason in verdict.reasons)
+    flags = case.flags if case.twin_flags is None else case.twin_flags
+    method = case.twin_method or case.method
+    (twin,) = judged(case.config | case.twin, method, flags, tmp_path / "accepted")
+    assert twin.loads, twin.reasons
