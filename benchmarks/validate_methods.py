@@ -46,8 +46,7 @@ def main() -> None:
             document = validate(request, Output()).to_json()
             document["checkpoint"]["name"] = name
             documents.append(document)
-            failed = [gate["metric"] for gate in document["gates"] if gate["verdict"] == "fail"]
-            print(f"{name}: fails {', '.join(failed) or 'nothing'}", file=sys.stderr)
+            print(" | ".join(row(document)), file=sys.stderr)
     documents.sort(key=lambda document: document["metrics"]["kl_mean"]["value"])
     print("\n".join(table(["checkpoint", "MB", *COLUMNS, "fails"], map(row, documents))))
     if asked.pictures:

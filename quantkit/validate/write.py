@@ -37,7 +37,7 @@ def check_reports(paths: Sequence[Path]) -> None:
     for path in paths:
         if path.suffix not in WRITERS:
             raise InputError(
-                f"--report {path}: there is no report of the kind {path.suffix or path.name!r}.",
+                f"--report {path}: there is no report of the kind {path.suffix or path.name}.",
                 hint=f"end it in {', '.join(WRITERS)}",
                 code="validate.report_kind",
             )
