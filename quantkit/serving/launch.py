@@ -13,16 +13,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quantkit.checkpoint import Checkpoint, open_checkpoint
-from quantkit.engines import NAMES, engine_named, support
+from quantkit.engines import NAMES, Candidate, engine_named, judge
 from quantkit.engines.gpus import platforms
 from quantkit.errors import InputError
 from quantkit.formats.base import Declaration
 from quantkit.formats.gguf_file import gguf_in
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.modules import classify
+from quantkit.verify.engines import candidate
+from quantkit.verify.subject import examine
 
 SERVERS = ("vllm", "sglang")
-_MODELOPT_FLAGS = {"FP8": "modelopt_fp8", "NVFP4": "modelopt_fp4", "W4A16_NVFP4": "modelopt_fp4"}
+_MODELOPT_FLAGS = {
+    "FP8": "modelopt_fp8",
+    "NVFP4": "modelopt_fp4",
+    "NVFP4_AWQ": "modelopt_fp4",
+    "W4A16_NVFP4": "modelopt_fp4",
+}
 _OWN_KERNELS = {"fp8_dynamic": "w8a8_fp8", "w8a8_dynamic": "w8a8_int8"}
 """Scheme → SGLang's flag for its own per-channel kernels, which ignores the checkpoint's config."""
 
@@ -66,9 +73,9 @@ def launch(path: Path, engine: str, tp: int) -> Launch:
     if is_quantized(checkpoint) is None:
         return _command(engine, path, tp, {}, [])
     layout = detect(checkpoint)
-    declared = layout.declare(checkpoint)
-    for spec in declared.layers.values():
-        _refuse(engine, layout.NAME, spec.packing, spec.scheme.name, path)
+    subject = examine(checkpoint, layout)
+    declared = subject.declaration
+    _refuse(engine, candidate(subject), tp, path)
     flags: dict[str, str] = {}
     notes: list[str] = []
     if declared.kv_cache != "none":
@@ -104,25 +111,20 @@ def _command(
 
 
 def _gguf(file: Path, engine: str, tp: int) -> Launch:
-    _refuse(engine, "gguf", "", "gguf_q4_k_m", file)
+    _refuse(engine, Candidate({}, "gguf", {}, {}), tp, file)
     notes = ["the tokenizer is read from the file"] if engine == "sglang" else []
     return _command(engine, file, tp, {}, notes)
 
 
-def _refuse(engine: str, layout: str, algorithm: str, scheme: str, path: Path) -> None:
-    loads = support(layout, algorithm, scheme)
-    if engine in loads.engines:
-        return
-    others = [name for name in loads.engines if name in SERVERS]
-    what = algorithm if layout == "modelopt" else scheme
-    hint = f"quantkit launch {path} --engine {others[0]}" if others else loads.describe()
-    if not others and "llama.cpp" in loads.engines:
-        hint = f"llama-server -m {path}"
-    raise InputError(
-        f"{NAMES[engine]} cannot load {path}: it has no support for {what} in the layout {layout}.",
-        hint=hint,
-        code="launch.will_not_load",
-    )
+def _refuse(engine: str, this: Candidate, tp: int, path: Path) -> None:
+    verdict = judge(this, (engine,), (tp,))[0]
+    if not verdict.loads:
+        reason = verdict.reasons[0]
+        raise InputError(
+            f"{path}: {verdict.title}: {reason.text}.",
+            hint=reason.fix,
+            code="launch.will_not_load",
+        )
 
 
 def _modelopt_flag(checkpoint: Checkpoint, declared: Declaration) -> str | None:
@@ -156,8 +158,12 @@ def _sglang_notes(
         notes.append("for Ascend NPUs; the method is read from quant_model_description.json")
     flag = _gemm_flag(declared)
     if flag:
-        order = ", ".join(platforms()["sglang_gemm"][flag]["auto"])
-        notes.append(f"{flag} is left at auto: the first that runs of {order}")
+        rule = platforms()["sglang_gemm"][flag]
+        special = {**rule.get("first", {}), **rule.get("always", {})}
+        notes.append(
+            f"{flag} is left at auto: the first that runs of {', '.join(rule['auto'])}"
+            + "".join(f"; {name} on SM{sm}" for sm, name in special.items())
+        )
     own = _OWN_KERNELS.get(next(iter(schemes))) if len(schemes) == 1 else None
     if own and layout == "compressed-tensors" and _all_linear(checkpoint, declared):
         other = _command("sglang", path, tp, {"--quantization": own}, [])
