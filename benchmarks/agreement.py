@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.demo import demo_model
@@ -86,7 +87,7 @@ def quantized(name: str, model: Path, work: Path) -> Path:
 
 
 def asked(
-    engine: str, path: Path, windows: np.ndarray, prompts: Sequence[Sequence[int]]
+    engine: str, path: Path, windows: NDArray[np.int64], prompts: Sequence[Sequence[int]]
 ) -> tuple[float, list[list[int]], str, Subject]:
     """Perplexity, greedy answers, the kernels, and the subject, still open."""
     subject = opener(engine)(path, Opening())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
@@ -46,13 +48,14 @@ def blocks_model(tmp_path_factory: pytest.TempPathFactory, small_model: Path) ->
         num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
         tie_word_embeddings=False, eos_token_id=2,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(out)
+    model: Any = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model.to(torch.bfloat16).save_pretrained(out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(small_model / name, out / name)
     return out
 
 
-def perplexity(subject: Subject, windows: np.ndarray) -> float:
+def perplexity(subject: Subject, windows: NDArray[np.int64]) -> float:
     return float(np.exp(-subject.logprobs(windows).mean(dtype=np.float64)))
 
 

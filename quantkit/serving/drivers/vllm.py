@@ -62,7 +62,8 @@ class Vllm:
         self._ask(prompts, max_tokens=new_tokens, min_tokens=new_tokens)
 
     def kernels(self) -> dict[str, int]:
-        return self._engine.apply_model(_kernels)[0]
+        found: dict[str, int] = self._engine.apply_model(_kernels)[0]
+        return found
 
     def memory_bytes(self) -> int:
         return sum(self._engine.apply_model(_weigh))
@@ -73,7 +74,8 @@ class Vllm:
     def _ask(self, prompts: Sequence[Ids], **sampling: Any) -> list[Any]:
         settings = self._sampling(temperature=0, ignore_eos=True, detokenize=False, **sampling)
         asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        return self._engine.generate(asked, settings, use_tqdm=False)
+        outputs: list[Any] = self._engine.generate(asked, settings, use_tqdm=False)
+        return outputs
 
 
 def _kernels(model: Any) -> dict[str, int]:
