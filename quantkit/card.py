@@ -11,7 +11,7 @@ import yaml
 
 from quantkit import __version__
 from quantkit.checkpoint import Checkpoint
-from quantkit.engines import SILENT_GARBAGE, Support, support
+from quantkit.engines import SILENT_GARBAGE, Support
 from quantkit.plan import Plan
 
 _MEASURED = "## Measured"
@@ -54,7 +54,6 @@ def model_card(
 ) -> str:
     """The README.md of a finished checkpoint."""
     recipe = plan.recipe
-    loads = support(plan.method.layout, plan.method.algorithm, plan.recipe.scheme)
     old = front_matter(source)
     head: dict[str, Any] = {}
     if base:
@@ -81,7 +80,7 @@ def model_card(
             "",
             "## Serve",
             "",
-            *_serving(loads, plan.method.layout),
+            *_serving(plan.loads, plan.method.layout),
             "",
             *_measured_section(provenance),
             _MADE,
@@ -168,10 +167,12 @@ def _serving(loads: Support, layout: str) -> list[str]:
         return [f"This is {loads.describe()}."]
     if layout == "gguf":
         return ["```bash", "llama-server -m PATH_TO_THIS_DIRECTORY/*.gguf", "```"]
+    if not {"vllm", "sglang"} & set(loads.loading):
+        return [f"This model's shapes, quantized so, load in: {loads.describe()}."]
     lines = ["```bash"]
-    if "vllm" in loads.engines:
+    if "vllm" in loads.loading:
         lines.append("vllm serve PATH_TO_THIS_DIRECTORY")
-    if "sglang" in loads.engines:
+    if "sglang" in loads.loading:
         flag = " --quantization modelopt" if layout == "modelopt" else ""
         lines.append(f"python -m sglang.launch_server --model-path PATH_TO_THIS_DIRECTORY{flag}")
     lines.append("```")

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 
 from quantkit.checkpoint import DTYPE_BITS, Checkpoint
-from quantkit.engines import support
+from quantkit.engines import Support, support
 from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
 from quantkit.modules import (
@@ -54,6 +54,8 @@ class Plan:
     estimate: Estimate
     bits_per_weight: float
     """Stored bits a weight, over the quantized layers."""
+    loads: Support
+    """Who reads the result, as far as it is known without the engines' rules for shapes."""
 
     @property
     def method(self) -> Method:
@@ -147,7 +149,7 @@ def plan_of_layers(
     replaced = {module.tensor for module in modules}
     estimate = _estimate(checkpoint, replaced, round(bits / 8))
     per_weight = bits / sum(prod(module.shape) for module in modules)
-    return Plan(recipe, backend, layers, kept, notes, estimate, per_weight)
+    return Plan(recipe, backend, layers, kept, notes, estimate, per_weight, loads)
 
 
 def _choose(module: Module, recipe: Recipe, scheme: Scheme) -> Scheme | str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quantkit.engines import Candidate, Part, Verdict, engines, gpu_named, judge, support
+from quantkit.engines import Candidate, Part, Verdict, engines, gpu_named, judge
 from quantkit.engines.aliases import expanded
 from quantkit.errors import InputError
 from quantkit.formats.base import LayerSpec
@@ -65,10 +65,10 @@ def check_engines(source: Checkpoint, plan: Plan) -> Plan:
             hint=refused[0].reasons[0].fix,
             code="plan.engine",
         )
-    method = plan.method
-    readers = support(method.layout, method.algorithm, plan.recipe.scheme).engines
-    notes = [f"{v.title}: {v.reasons[0].text}" for v in refused if v.engine in readers]
-    return replace(plan, notes=(*plan.notes, *notes))
+    refusing = [v for v in refused if v.engine in plan.loads.engines]
+    notes = [f"{v.title}: {v.reasons[0].text}" for v in refusing]
+    loads = replace(plan.loads, refusing=tuple(dict.fromkeys(v.engine for v in refusing)))
+    return replace(plan, notes=(*plan.notes, *notes), loads=loads)
 
 
 def _part(module: Module, scheme: Scheme | None, plan: Plan, config: Mapping[str, Any]) -> Part:

@@ -19,11 +19,11 @@ from quantkit.streaming.run import stream_quantize
 
 def scheme_named(name: str) -> Scheme:
     """`w4a16:64`, `w4a16:64:asymmetric`: a named scheme, its group size, its symmetry."""
-    name, *rest = name.split(":")
+    name, size, symmetry = f"{name}::".split(":")[:3]
     scheme = SCHEMES[name]
-    if rest:
-        scheme = scheme.with_weight(group_size=int(rest[0]))
-    return scheme.with_weight(symmetric=False) if rest[1:] else scheme
+    if size:
+        scheme = scheme.with_weight(group_size=int(size))
+    return scheme.with_weight(symmetric=False) if symmetry else scheme
 
 
 def plain_layers(checkpoint: Checkpoint, scheme: Scheme) -> dict[str, Scheme]:

@@ -15,6 +15,7 @@ from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import load_recipe
+from quantkit.seam import check_engines
 from tests.helpers import copy_checkpoint, edit_json
 
 SMALL: dict[str, Any] = {
@@ -110,6 +111,13 @@ def test_overrides_and_targets(small_model: Path) -> None:
 def test_layers_that_engines_merge_have_one_scheme(small_model: Path, change: str) -> None:
     with pytest.raises(InputError, match="merge into one"):
         plan_for(small_model, "rtn_fp8_dynamic", change)
+
+
+def test_an_engine_that_refuses_the_shapes_does_not_load_it(small_model: Path) -> None:
+    plan = check_engines(open_checkpoint(small_model), plan_for(small_model, "rtn_fp8_block"))
+    assert plan.loads.refusing == ("vllm", "sglang")  # 576 and 192 rows, merged in blocks of 128
+    assert plan.loads.describe() == "Transformers"
+    assert any("vLLM will not load it" in note for note in plan.notes)
 
 
 def test_the_estimate_is_the_size_that_is_written(small_model: Path) -> None:

@@ -83,11 +83,9 @@ def show_plan(
 ) -> bool:
     """The plan as a table, or as a document with every module in it; whether every engine that
     the recipe asks for will load the result."""
-    from quantkit.engines import support
     from quantkit.seam import ignore_list, verdicts
 
     estimate = plan.estimate
-    loads = support(plan.method.layout, plan.method.algorithm, plan.recipe.scheme)
     found = verdicts(source, plan)
     good = not plan.recipe.serve.engines or all(v.loads for v in found)
     quantized = Counter(scheme.name for scheme in plan.layers.values())
@@ -106,7 +104,7 @@ def show_plan(
             *([("shapes", f"derived from {source.derived}: the weights are not here")]
               if source.derived else []),
             ("KV cache", plan.recipe.kv_cache),
-            ("read by", loads.describe()),
+            ("read by", plan.loads.describe()),
             *((v.title, "\n".join([*(f"{r.text} → {r.fix}" for r in v.reasons), *v.notes]))
               for v in found),
             *(("note", note) for note in plan.notes),
@@ -120,8 +118,8 @@ def show_plan(
             "layers": {name: scheme.name for name, scheme in plan.layers.items()},
             "kept": dict(plan.kept),
             "ignore": ignore_list(source, plan.kept),
-            "engines": list(loads.engines),
-            "export_only": loads.export_only,
+            "engines": list(plan.loads.engines),
+            "export_only": plan.loads.export_only,
             "verdicts": [verdict.to_json() for verdict in found],
             "bits_per_weight": plan.bits_per_weight,
             "estimate": {**vars(estimate), **({"seconds": seconds} if seconds else {})},

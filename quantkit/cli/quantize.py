@@ -92,10 +92,9 @@ def _executor(name: str) -> Literal["local", "ray"]:
 
 def show_outcome(ui: Output, outcome: Outcome) -> None:
     """The table of a finished run, and what to type next."""
-    from quantkit.engines import SILENT_GARBAGE, support
+    from quantkit.engines import SILENT_GARBAGE
 
     plan, results = outcome.plan, outcome.provenance["results"]
-    loads = support(plan.method.layout, plan.method.algorithm, plan.recipe.scheme)
     sqnr = results.get("weight_sqnr_db", {})
     rows = [
         ("checkpoint", outcome.out),
@@ -108,7 +107,7 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
                         if sqnr else "not measured"),
         ("verified", f"{outcome.report.tensors_checked} tensors, no errors"),
         ("time", _times(outcome)),
-        ("loads in", loads.describe()),
+        ("loads in", plan.loads.describe()),
     ]  # fmt: skip
     ui.table("", ["", "result"], rows)
     if plan.method.layout in SILENT_GARBAGE:

@@ -37,10 +37,18 @@ SILENT_GARBAGE = {
 
 @dataclass(frozen=True)
 class Support:
-    """Engines that load a layout; `export_only` when neither vLLM nor SGLang is one of them."""
+    """Engines that read a layout; `export_only` when neither vLLM nor SGLang is one of them.
+
+    refusing: those of them whose rules refuse this model's layers all the same (see `judge`).
+    """
 
     layout: str
     engines: tuple[str, ...]
+    refusing: tuple[str, ...] = ()
+
+    @property
+    def loading(self) -> tuple[str, ...]:
+        return tuple(engine for engine in self.engines if engine not in self.refusing)
 
     @property
     def export_only(self) -> bool:
@@ -48,8 +56,10 @@ class Support:
 
     def describe(self) -> str:
         """The engines' names, after "export only" where no serving engine is among them."""
-        named = ", ".join(NAMES[engine] for engine in self.engines)
+        named = ", ".join(NAMES[engine] for engine in self.loading)
         if not self.export_only:
+            if not named:
+                return "no engine known here, for this model's shapes"
             return f"{named} on Ascend NPUs" if self.layout == "ascend" else named
         other = "TensorRT-LLM" if self.layout == "modelopt" else named or "no engine known here"
         return f"export only: neither vLLM nor SGLang loads this format (it is for {other})"

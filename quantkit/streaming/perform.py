@@ -167,4 +167,4 @@ def keep_freed_memory() -> None:
 
 def _bytes(data: torch.Tensor) -> memoryview:
     """The bytes of a tensor, on the CPU."""
-    return data.cpu().contiguous().view(torch.uint8).numpy().data
+    return data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
