@@ -7,7 +7,7 @@ PART is one of
     vllm     prefill and decode, batch 1 and 8, on the demo model, against vLLM's CPU engine
     kernels  INT8 prefill, INT4 and INT8 decode of a random 1.1 B Llama against BF16
     text     perplexity and KL of the demo model against a loop over Transformers' module
-    load     loading a quantized checkpoint against Transformers, seconds and memory
+    load     loading a quantized checkpoint and one forward pass, against Transformers
 
 Sides take turns within one run; figures are medians, ratios quantkit ÷ the other side (rates: more
 is better; seconds and memory: less is). WORKDIR keeps the checkpoints, 7 GB.
@@ -49,9 +49,14 @@ def status(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 before, start = status("VmRSS:"), time.perf_counter()
 model = load(sys.argv[2])
+with torch.inference_mode():
+    model(torch.arange(3, 11)[None])
 print(time.perf_counter() - start, status("VmHWM:") - before)
 """
-"""A child's seconds of loading, and MiB of memory that it took at most, mapped files counted."""
+"""A child's seconds until a first forward pass is done, and the MiB that it took at most.
+
+Without the pass Transformers has mapped the files and read nothing.
+"""
 
 Timer = Callable[[], float]
 

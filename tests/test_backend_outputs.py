@@ -276,7 +276,6 @@ def test_the_runtime_computes_a_gguf_file_as_transformers_does(
     from quantkit.errors import InputError
     from quantkit.formats.gguf_file import open_gguf
     from quantkit.runtime import load
-    from quantkit.runtime.load import open_path
 
     path = made("autoround", "autoround_gguf_q4_k_m")
     held = open_gguf(path)
@@ -287,9 +286,6 @@ def test_the_runtime_computes_a_gguf_file_as_transformers_does(
     )
     with torch.inference_mode():
         assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-3)
-    source = open_path(path)
-    for name, weight in theirs.named_parameters():
-        assert torch.equal(source.plain(name, tuple(weight.shape), torch.float32), weight), name
     assert ours.layout == "gguf"
     assert not ours.weights_only
     assert {layer.scheme for layer in ours.layers} == {

@@ -14,6 +14,7 @@ from quantkit.runtime.fuse import Fuse, harmonize, join
 from quantkit.runtime.kernels.select import Choice, choose
 from quantkit.runtime.layer import centred, contiguous_groups, describe
 from quantkit.runtime.linear import JoinedLinear, PlainLinear, QuantLinear
+from quantkit.runtime.memory import release
 from quantkit.runtime.source import Source
 from quantkit.schemes import Scheme
 
@@ -96,6 +97,7 @@ class LayerMaker:
         for name, shape in zip(names, shapes, strict=True):
             weight = centred(self.source.quantized(name, shape, bias))
             weights.append(_to(weight, self.device))
+            release()
         if self.fuse == "engine" and len(names) > 1 and len(schemes) == 1:
             return harmonize(names, weights, schemes.pop())
         return weights
@@ -105,7 +107,9 @@ class LayerMaker:
         layer = describe(names[0], scheme, weight, self.dtype)
         choice = choose(layer, self.device, self.kernels)
         self.records += [LayerRecord.of(name, scheme, choice) for name in names]
-        return QuantLinear(layer, choice, weight, order)
+        made = QuantLinear(layer, choice, weight, order)
+        release()
+        return made
 
     def _plain(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: bool
