@@ -90,8 +90,6 @@ def asked(
 ) -> tuple[float, list[list[int]], str, Subject]:
     """Perplexity, greedy answers, the kernels, and the subject, still open."""
     subject = opener(engine)(path, Opening())
-    if engine == "builtin" and subject.weights_only:  # engines quantize the activations
-        subject = opener(engine)(path, Opening(kernel="reference"))
     perplexity = float(np.exp(-subject.logprobs(windows).mean(dtype=np.float64)))
     answers = subject.generate(prompts, NEW_TOKENS)
     return perplexity, answers, ", ".join(sorted(subject.kernels())), subject
