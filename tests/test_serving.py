@@ -72,7 +72,7 @@ def test_vllm_loads_and_agrees_with_the_builtin_runtime(
     case: str, demo_model: Path, tmp_path: Path
 ) -> None:
     """On all layers: the perplexity of a cut network is in the millions, and 1 % of it is noise."""
-    agree(rtn(demo_model, tmp_path / "made", CASES[case]), timed=case == "w4a16")
+    agree(rtn(demo_model, tmp_path / "made", CASES[case]), weight_only=case == "w4a16")
 
 
 @pytest.mark.usefixtures("vllm_environment")
@@ -86,10 +86,10 @@ def test_vllm_loads_fp8_blocks_where_the_cpu_can(blocks_model: Path, tmp_path: P
         Path(caught.value.hint.removeprefix("read ")).unlink()
 
 
-def agree(made: Path, *, timed: bool = False) -> None:
+def agree(made: Path, *, weight_only: bool = False) -> None:
     """Assert that vLLM and the builtin runtime give the same for one checkpoint."""
     tokenizer = load_tokenizer(read_tokenizer_info(made))
-    windows = eval_text(None, tokenizer, 4, 128).windows
+    windows = eval_text(None, tokenizer, 8, 256).windows
     _, prompts = canary_prompts(made, tokenizer)
     builtin = opener("builtin")(made, Opening())
     vllm = opener("vllm")(made, Opening())
@@ -97,10 +97,11 @@ def agree(made: Path, *, timed: bool = False) -> None:
         assert vllm.version == "0.32.0"
         assert sum(vllm.kernels().values()) > 0
         assert perplexity(vllm, windows) == pytest.approx(perplexity(builtin, windows), rel=0.01)
-        ours, theirs = builtin.generate(prompts[:3], 2), vllm.generate(prompts[:3], 2)
-        assert [len(ids) for ids in theirs] == [len(ids) for ids in ours]
-        assert same_or_tied(builtin, prompts[:3], ours, theirs)
-        if timed:
+        theirs = vllm.generate(prompts[:3], 2)
+        assert [len(ids) for ids in theirs] == [2, 2, 2]
+        if weight_only:  # 16-bit activations: nothing but ties is left to rounding
+            ours = builtin.generate(prompts[:3], 2)
+            assert same_or_tied(builtin, prompts[:3], ours, theirs)
             speed = vllm.throughput()
             assert speed.memory_bytes > 0
             assert all(row.decode_tokens_s.median > 0 for row in speed.rows)
