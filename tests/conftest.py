@@ -50,6 +50,14 @@ def outputs(
 
 
 @pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The interpreter of the managed vLLM environment, made once in the cache (about 90 s)."""
+    from quantkit.environments.managed import create, spec_named
+
+    return create(spec_named("vllm"), None, print)
+
+
+@pytest.fixture(scope="session")
 def artifact(small_model: Path) -> Callable[[str], Path]:
     """ "LIBRARY/NAME" → a checkpoint that the library itself wrote (see `tests.artifacts`)."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +53,6 @@ def test_what_is_told_is_part_of_what_is_merged(engine: Engine) -> None:
     assert set(engine.match) <= set(engine.formats)
 
 
-def installed_vllm() -> Path | None:
-    """The package folder of the managed vLLM environment, when it is there."""
-    environments = Path(os.environ["QUANTKIT_CACHE"]) / "environments"
-    found = sorted(environments.glob("vllm-*/lib/python*/site-packages/vllm/version.py"))
-    return found[-1].parent if found else None
-
-
 def stated_mapping(file: Path, name: str) -> dict[str, list[str]]:
     """`packed_modules_mapping` of a class, read without importing it."""
     for node in ast.parse(file.read_text()).body:
@@ -75,10 +67,8 @@ def stated_mapping(file: Path, name: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("model_type", CLASSES)
-def test_merges_are_those_of_the_installed_engine(model_type: str) -> None:
-    package = installed_vllm()
-    if package is None:
-        pytest.skip("vLLM is not installed here: quantkit env create vllm")
+def test_merges_are_those_of_the_installed_engine(model_type: str, vllm_python: Path) -> None:
+    (package,) = vllm_python.parents[1].glob("lib/python*/site-packages/vllm")
     module, name = CLASSES[model_type]
     stated = stated_mapping(package / "model_executor" / "models" / f"{module}.py", name)
     ours = engines()["vllm"].family({"model_type": model_type})

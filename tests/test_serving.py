@@ -33,12 +33,6 @@ from tests.test_launch import modelopt
 
 
 @pytest.fixture(scope="module")
-def vllm_environment() -> None:
-    """The managed environment, made once in quantkit's cache (about 90 s)."""
-    create(spec_named("vllm"), None, print)
-
-
-@pytest.fixture(scope="module")
 def blocks_model(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
     """A random Llama all of whose merged layers divide into blocks of 128, with a tokenizer."""
     torch.manual_seed(0)
@@ -67,7 +61,7 @@ CASES: dict[str, Scheme] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.usefixtures("vllm_environment")
+@pytest.mark.usefixtures("vllm_python")
 def test_vllm_loads_and_agrees_with_the_builtin_runtime(
     case: str, demo_model: Path, tmp_path: Path
 ) -> None:
@@ -75,7 +69,7 @@ def test_vllm_loads_and_agrees_with_the_builtin_runtime(
     agree(rtn(demo_model, tmp_path / "made", CASES[case]), weight_only=case == "w4a16")
 
 
-@pytest.mark.usefixtures("vllm_environment")
+@pytest.mark.usefixtures("vllm_python")
 def test_vllm_loads_fp8_blocks_where_the_cpu_can(blocks_model: Path, tmp_path: Path) -> None:
     made = rtn(blocks_model, tmp_path / "made", SCHEMES["fp8_block"])
     if torch.cpu._is_amx_tile_supported():
