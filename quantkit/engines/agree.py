@@ -67,12 +67,12 @@ def _compare(engine: Engine, layer: Layer, held: bool, read: Reader) -> Iterator
             layer.name,
         )
     elif held and len(layer.parts) > 1 and not layer.experts:
-        alone = {read(Layer(part.name, (part,), layer.split)).settings for part in layer.parts}
+        alone = [read(Layer(part.name, (part,), layer.split)).settings for part in layer.parts]
         if belief.settings not in alone and None not in alone:
             yield Reason(
                 "engine.target_mismatch",
                 f"{engine.name} gives {layer.name} the settings {_shown(belief.settings)}; its "
-                f"members are stored with {', '.join(sorted(map(_shown, alone)))}",
+                f"members are stored with {', '.join(sorted(set(map(_shown, alone))))}",
                 f"name {layer.name!r} beside its members, with the same settings",
                 layer.name,
             )

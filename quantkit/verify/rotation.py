@@ -37,7 +37,17 @@ class RotatedWeights(Weights):
 
     rotation: torch.Tensor
 
-    def compare(self, module: str, weight: QuantWeight, source: torch.Tensor) -> Sums:
+    def compare(
+        self,
+        module: str,
+        weight: QuantWeight,
+        source: torch.Tensor,
+        *,
+        rows: torch.Tensor | None = None,  # noqa: ARG002
+        columns: torch.Tensor | None = None,  # noqa: ARG002
+        unclipped: bool = False,  # noqa: ARG002
+    ) -> Sums:
+        """As `Weights.compare`; a turned layer has no row folds, and its clipped codes count."""
         actual, target = dequantize(weight), source.float()
         leaf = module.rpartition(".")[2]
         if leaf in _WRITERS:

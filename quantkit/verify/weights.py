@@ -83,6 +83,22 @@ class Weights:
                     result.gain = sums.row_gain()
         return result
 
+    def compare(
+        self,
+        module: str,
+        weight: QuantWeight,
+        source: torch.Tensor,
+        *,
+        rows: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+        unclipped: bool = False,
+    ) -> Sums:
+        """The sums of a layer against its source, scaled by `rows`, and by `columns` or else as
+        the layer's norm says; `unclipped` as in `fidelity.compare`."""
+        if columns is None:
+            columns = self.columns.get(module)
+        return compare(weight, source, rows=rows, columns=columns, unclipped=unclipped)
+
     def check_pair(
         self, first: str, second: str, gain: torch.Tensor
     ) -> tuple[LayerCheck, LayerCheck] | None:
@@ -121,7 +137,7 @@ class Weights:
             source = self._source(other, None)
             if source is None or tuple(source.shape) != spec.shape:
                 continue
-            sums = compare(weight, source, columns=self.columns.get(module))
+            sums = self.compare(module, weight, source)
             if sums.sqnr_db >= floor_db(spec.scheme):
                 return other
         return None
@@ -159,11 +175,8 @@ class Weights:
         rows: torch.Tensor | None = None,
         columns: torch.Tensor | None = None,
     ) -> Sums:
-        """Compare with the source, scaled by `rows`, and by `columns` or else as the layer's norm
-        says, and add what that says; of several experts the worst counts."""
-        if columns is None:
-            columns = self.columns.get(result.module)
-        against = partial(compare, weight, source, rows=rows, columns=columns)
+        """Compare with the source and add what that says; of several experts the worst counts."""
+        against = partial(self.compare, result.module, weight, source, rows=rows, columns=columns)
         sums = against()
         spec = self.subject.declaration.layers.get(result.module)
         scheme = spec.scheme if spec else None
