@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from quantkit.verify.source import Source
 
 _MALFORMED = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError,
+    ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, re.error,
 )  # fmt: skip
 """What reading settings of the wrong types raises: a config is untrusted input."""
 
@@ -81,18 +82,23 @@ def verify(
             raise
         report.findings.append(from_exception(problem))
     except _MALFORMED as problem:
-        report.findings.append(
-            error(
-                "format.malformed",
-                f"the quantization settings of {path} cannot be understood: {problem!r}",
-                "export the checkpoint again; its config was edited or is of an unknown version",
-            )
-        )
+        report.findings.append(_malformed(path, problem))
     else:
         _check(report, subject, base, plan, progress, written)
-        report.findings += check_engines(subject, engines)
+        try:
+            report.findings += list(check_engines(subject, engines))
+        except _MALFORMED as problem:
+            report.findings.append(_malformed(path, problem))
     report.seconds = time.monotonic() - start
     return report
+
+
+def _malformed(path: Path, problem: Exception) -> Finding:
+    return error(
+        "format.malformed",
+        f"the quantization settings of {path} cannot be understood: {problem!r}",
+        "export the checkpoint again; its config was edited or is of an unknown version",
+    )
 
 
 def _check(
