@@ -1,11 +1,12 @@
-"""Validate checkpoints of one baseline: a table, the pictures of the README, and damaged copies.
+"""Validate checkpoints of one baseline: a table, a picture, and damaged copies.
 
     python benchmarks/validate_methods.py BASELINE DIR... --pictures docs/images
-    python benchmarks/validate_methods.py BASELINE DIR... --damage
+    python benchmarks/validate_methods.py BASELINE DIR... --damage --pictures docs/images
 
 The order within one number format is what counts: 8 bits ≈ baseline < 4 bits tuned < 4 bits rounded
 to nearest < 3 bits < 2 bits. `--damage` validates copies of each checkpoint, damaged in the layer
-in the middle, instead; every one must fail its gates.
+in the middle, instead; every one must fail its gates. The pictures are `methods.png` and, with
+`--damage`, `damaged.png`, the layers of the first copy.
 """
 
 from __future__ import annotations
@@ -44,17 +45,17 @@ def main() -> None:
                 directory, asked.baseline, samples=asked.samples, throughput=False
             )
             document = validate(request, Output()).to_json()
-            document["checkpoint"]["name"] = name
+            document["checkpoint"] |= {"name": name, "method": name}
             documents.append(document)
             print(" | ".join(row(document)), file=sys.stderr)
-    documents.sort(key=lambda document: document["metrics"]["kl_mean"]["value"])
-    print("\n".join(table(["checkpoint", "MB", *COLUMNS, "fails"], map(row, documents))))
     if asked.pictures:
         asked.pictures.mkdir(parents=True, exist_ok=True)
-        scatter_figure(documents).savefig(asked.pictures / "methods.png", dpi=110)
-        layers = layers_figure(documents[0])
-        if layers is not None:
-            layers.savefig(asked.pictures / "layers.png", dpi=110)
+        name = "damaged" if asked.damage else "methods"
+        figure = layers_figure(documents[0]) if asked.damage else scatter_figure(documents)
+        if figure is not None:
+            figure.savefig(asked.pictures / f"{name}.png", dpi=110)
+    documents.sort(key=lambda document: document["metrics"]["kl_mean"]["value"])
+    print("\n".join(table(["checkpoint", "MB", *COLUMNS, "fails"], map(row, documents))))
 
 
 def row(document: dict[str, Any]) -> tuple[str, ...]:
@@ -95,7 +96,9 @@ def damage(directory: Path, what: str) -> bool:
     elif what == "zero point":
         if f"{down}weight_zero_point" not in tensors:
             return False
-        bits = tensors[f"{down}weight_packed"].shape[1] * 32 // 1536
+        bits = (
+            tensors[f"{down}weight_packed"].shape[1] * 32 // int(tensors[f"{down}weight_shape"][1])
+        )
         off = 0x10101010 if bits == 8 else 0x22222222
         tensors[f"{down}weight_zero_point"] ^= off
     else:

@@ -14,12 +14,14 @@ import torch
 
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
+from quantkit.environments.managed import spec_named
 from quantkit.errors import BackendError, InputError
 from quantkit.recipe import load_recipe
 from quantkit.schemes import SCHEMES
 from quantkit.validate import memory
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
+from quantkit.validate.engines import engine_build
 from quantkit.validate.preflight import open_candidate, tokenizer_of
 from quantkit.validate.run import ValidateRequest, validate
 from quantkit.verify import verify
@@ -139,6 +141,19 @@ def test_a_damaged_cache_is_measured_again(tmp_path: Path, monkeypatch: Any) -> 
     file.write_text("{")
     assert cache.value("canary", "q", lambda: [2]) == [2]
     assert cache.value("canary", "q", lambda: [3]) == [2]
+
+
+def test_another_build_of_an_engine_has_a_cache_of_its_own(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
+    assert engine_build("builtin") == engine_build("transformers") == ""
+    with pytest.raises(BackendError, match="not made yet"):
+        engine_build("vllm")
+    python = spec_named("vllm").python
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert engine_build("vllm") == spec_named("vllm").path.name
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {

@@ -1,7 +1,7 @@
 """What a baseline said, kept on disk, so that the next validation does not run it again.
 
-A folder per baseline (its fingerprint) and way of computing (engine, its version, device, torch);
-in it a file per measurement, named by what was asked.
+A folder per baseline (its fingerprint) and way of computing (engine, the environment that holds it,
+device, versions); in it a file per measurement, named by what was asked.
 """
 
 from __future__ import annotations

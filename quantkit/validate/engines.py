@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from quantkit.errors import InputError
+from quantkit.serving.engines import ENGINES as SERVED
+from quantkit.serving.engines import find_interpreter
 from quantkit.validate.builtin import open_builtin
 from quantkit.validate.served import OPENERS
 from quantkit.validate.subject import Opener
@@ -19,3 +21,15 @@ def opener(name: str) -> Opener:
             code="validate.engine",
         )
     return ENGINES[name]
+
+
+def engine_build(name: str) -> str:
+    """What pins the versions of an engine, without starting it: the environment that holds it,
+    whose name changes with every pin; "" for an engine of this environment.
+
+    Raises BackendError when that environment is not made or cannot be used here.
+    """
+    engine = SERVED.get(name)
+    if engine is None or not engine.environments:
+        return ""
+    return find_interpreter(engine).parents[1].name

@@ -23,7 +23,7 @@ from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.canary import canary_prompts, judge
 from quantkit.validate.choices import facts
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
-from quantkit.validate.engines import opener
+from quantkit.validate.engines import engine_build, opener
 from quantkit.validate.measure import (
     BaselineAnswers,
     Lazy,
@@ -137,7 +137,14 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
         return opens(path, Opening(device, kernel, staged(ui, f"load {name}")))
 
     baseline = Lazy(lambda: opened(base.path, "baseline", "auto"))
-    cache = BaselineCache(scanned.fingerprint, info.digest, request.engine, device, *_versions())
+    cache = BaselineCache(
+        scanned.fingerprint,
+        info.digest,
+        request.engine,
+        engine_build(request.engine),
+        device,
+        *_versions(),
+    )
     with explained(f"The baseline {base.path}", their_need):
         try:
             theirs = ask_baseline(baseline, questions, cache, ui)
