@@ -4,8 +4,8 @@ Both get the same token ids: windows of held-out text, and the canary's prompts 
 The judge is the builtin runtime with float32 activations. An `error` is the mean distance of a
 runtime's log-probabilities of the text from the judge's (nats): the smaller one is nearer the
 truth. Where an answer differs, the gap is how far apart the judge holds the two tokens of the first
-difference; it is a tie, which rounding decides, while it is under `noise`: the distance from the
-judge that 99 in 100 log-probabilities of the builtin runtime keep.
+difference. 99 in 100 log-probabilities of the builtin runtime are within `noise` of the judge's:
+a gap, being of two of them, is within rounding up to twice that; a larger one asks for a look.
 
     python benchmarks/agreement.py WORKDIR [--only NAME …] [--windows N] [--layers N]
 

@@ -1,7 +1,8 @@
 """Every scheme in plain PyTorch: activations quantized as the scheme says, codes kept packed.
 
 The product runs in the layer's dtype (bfloat16: the codes are exact in it, sums are float32
-inside) and scales of tensors, tokens and channels multiply the result, as in the engines' kernels.
+inside) and scales of tensors, tokens and channels multiply the result, as in the engines' kernels;
+theirs multiply float32 sums, so that this one rounds to bfloat16 once more.
 """
 
 from __future__ import annotations
