@@ -1,17 +1,21 @@
 """Validate checkpoints of one baseline: a table, a picture, and damaged copies.
 
     python benchmarks/validate_methods.py BASELINE DIR... --pictures docs/images
+    python benchmarks/validate_methods.py BASELINE DIR... --round 3 --round 2
     python benchmarks/validate_methods.py BASELINE DIR... --damage --pictures docs/images
 
 The order within one number format is what counts: 8 bits ≈ baseline < 4 bits tuned < 4 bits rounded
-to nearest < 3 bits < 2 bits. `--damage` validates copies of each checkpoint, damaged in the layer
-in the middle, instead; every one must fail its gates. The pictures are `methods.png` and, with
-`--damage`, `damaged.png`, the layers of the first copy.
+to nearest < 3 bits < 2 bits. `--round BITS` adds a copy of the baseline (a directory) rounded to
+so many bits in groups of 64, in GPTQ's layout, with the clipping of least error. `--damage`
+validates copies of each checkpoint, damaged in the layer in the middle, instead; every one must
+fail its gates. The pictures are `methods.png` and, with `--damage`, `damaged.png`, the layers of
+the first copy.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -19,9 +23,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.checkpoint import read_json
 from quantkit.cli.output import Output
+from quantkit.formats import gptq
+from quantkit.formats.base import LayerSpec, QuantWeight
+from quantkit.schemes import SCHEMES
+from quantkit.streaming.rtn import quantize_rows
 from quantkit.validate.markdown import number, table
 from quantkit.validate.plots import layers_figure, scatter_figure
 from quantkit.validate.run import ValidateRequest, validate
@@ -37,9 +47,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--damage", action="store_true")
+    parser.add_argument("--round", type=int, action="append", default=[], metavar="BITS")
     asked = parser.parse_args()
     documents = []
     with tempfile.TemporaryDirectory() as work:
+        asked.directories += [
+            rounded(Path(asked.baseline), Path(work) / f"{bits} bits, rounded", bits)
+            for bits in asked.round
+        ]
         for name, directory in subjects(asked.directories, Path(work) if asked.damage else None):
             request = ValidateRequest(
                 directory, asked.baseline, samples=asked.samples, throughput=False
@@ -82,6 +97,28 @@ def subjects(directories: list[Path], work: Path | None) -> Iterator[tuple[str, 
             (copy / "quantkit.json").unlink(missing_ok=True)
             if damage(copy, what):
                 yield f"{directory.name}, {what}", copy
+
+
+def rounded(baseline: Path, out: Path, bits: int) -> Path:
+    """The baseline, of one file, with every linear layer of its blocks rounded to nearest."""
+    scheme = SCHEMES[f"w{bits}a16"].with_weight(group_size=64, symmetric=False)
+    shutil.copytree(baseline, out)
+    tensors = load_file(out / "model.safetensors")
+    layers = {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        module, weight = name.removesuffix(".weight"), tensors.pop(name)
+        spec = LayerSpec(scheme, "gptq_v2", (weight.shape[0], weight.shape[1]))
+        rows = quantize_rows(weight, scheme.weight, clip="mse")
+        assert rows.zero_point is not None
+        held = QuantWeight(scheme.weight, rows.codes, rows.scale.float(), rows.zero_point.float())
+        parts = gptq.write(held, spec, torch.float16)
+        tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+        layers[module] = spec
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = read_json(out / "config.json")
+    config["quantization_config"] = gptq.quantization_config(layers, [])
+    (out / "config.json").write_text(json.dumps(config))
+    return out
 
 
 def damage(directory: Path, what: str) -> bool:

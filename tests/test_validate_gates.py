@@ -94,7 +94,7 @@ def test_interval_holds_the_truth_as_often_as_it_says_and_narrows_with_samples()
 
 def test_defaults_are_those_of_the_narrowest_weights_and_the_last_gate_counts() -> None:
     gates = {gate.metric: gate.limit for gate in default_gates({"w8a8_dynamic", "w4a16"})}
-    assert gates["ppl_ratio"] == parse_gate(BY_BITS[4][0]).limit
+    assert gates["ppl_ratio"] == parse_gate(BY_BITS[4][1]).limit
     chosen = chosen_gates(default_gates({"w4a16"}), [PPL], [parse_gate("ppl_ratio<=1.5")])
     assert [gate.limit for gate in chosen if gate.metric == "ppl_ratio"] == [1.5]
 
