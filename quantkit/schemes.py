@@ -83,11 +83,12 @@ class Scheme:
     def sqnr_floor_db(self) -> float:
         """Weight SQNR (10 log10 |W|^2 / |W - Wq|^2) under which a layer counts as broken.
 
-        Chosen well under what any backend reaches on trained weights (about 31 dB FP8, 40 dB
-        INT8, 19 dB 4 bit, 1.3 dB GPTQ in 2 bit and groups of 64) and well over what a wrong scale,
-        swap or permutation leaves (a scale off by 1.5 leaves 6 dB, a permutation -3 dB).
+        Chosen under what any backend reaches on trained weights (about 31 dB FP8, 40 dB INT8, 19 dB
+        4 bit; the worst layer of the demo model by GPTQ in groups of 64: 4.9 dB in 3 bit, -1.1 dB
+        in 2 bit) and over what a wrong scale, swap or permutation leaves (a scale off by 1.5 leaves
+        6 dB of 8 bit and 3 dB of 3 bit, a permutation -3 dB).
         """
-        return {8: 16.0, 4: 9.0, 3: 6.5, 2: 0.0}[self.weight.bits]
+        return {8: 16.0, 4: 9.0, 3: 4.0, 2: -2.0}[self.weight.bits]
 
 
 def _int(bits: int, granularity: Granularity, **more: object) -> NumberFormat:
