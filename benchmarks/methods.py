@@ -7,9 +7,11 @@ so that its perplexity says little and its KL divergence is what to read. With -
 part is compared with that script, and where their tensors differ, so is their quality.
 
     python benchmarks/methods.py [--samples 32] [--length 256] [--only NAME …] [--layers N]
+                                 [--keep FOLDER]
     python benchmarks/methods.py --against [--rounds 3] [--only NAME …] [--layers N]
 
-With --layers every method runs on a copy cut to N layers. Both print a table in Markdown.
+With --layers every method runs on a copy cut to N layers; --keep leaves the checkpoints in FOLDER,
+named after their methods. Both print a table in Markdown.
 """
 
 import argparse
@@ -57,9 +59,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "msmodelslim_w4a4_dynamic": TUNED,
 }
 SLOW = {
-    "autoround_w2a16", "autoround_w3a16", "autoround_w4a16", "autoround_w8a16", "autoround_nvfp4",
-    "autoround_mxfp4", "autoround_gguf_q4_k_m", "llmcompressor_w8a8",
-    "llmcompressor_w4a16_autoround", "modelopt_int4_awq", "modelopt_w4a8_awq",
+    "autoround_nvfp4", "autoround_mxfp4", "llmcompressor_w4a16_autoround",
     "msmodelslim_w4a4_dynamic",
 }  # fmt: skip
 AGAINST = (
@@ -173,7 +173,7 @@ def table(chosen: argparse.Namespace, base: Path, folder: Path) -> None:
                 continue
             more = sets if "calibration" in row["needs"] else []
             with tempfile.TemporaryDirectory() as work:
-                out = Path(work, "out")
+                out = Path(chosen.keep or work, name).resolve()
                 try:
                     run = quantize(model, name, out, [*more, *SETTINGS.get(name, ())])
                 except RuntimeError as error:
@@ -258,7 +258,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--against", action="store_true")
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--keep", type=Path)
     chosen = parser.parse_args()
+    if chosen.keep:
+        chosen.keep.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         if chosen.against:
             layers = chosen.layers or CUT

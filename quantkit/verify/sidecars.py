@@ -54,7 +54,7 @@ def check_alone(checkpoint: Checkpoint) -> list[Finding]:
         findings.append(
             warning(
                 "sidecar.no_tokenizer",
-                f"{checkpoint.path} has no tokenizer; engines need one named apart",
+                "it has no tokenizer; engines need one named apart",
                 "copy the tokenizer files of the source here",
             )
         )
