@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tests.helpers import cut_layers
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads starve the other processes
 os.environ.setdefault("QUANTKIT_CACHE", str(Path(__file__).parent.parent / ".cache"))
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background: children inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
