@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch
 from quantkit.errors import InputError
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
+from quantkit.runtime import vllm_operators
 from quantkit.runtime.activations import round_groups
-from quantkit.runtime.kernels import int4_cpu, int8_cpu
+from quantkit.runtime.kernels import int4_cpu, int8_cpu, int8_vllm
 from quantkit.runtime.kernels.base import GPU_ONLY, Kernel
 from quantkit.runtime.kernels.select import KERNELS, choose, names
 from quantkit.runtime.layer import Layer, centred, contiguous_groups, describe
@@ -162,7 +164,12 @@ FITTING = [
 
 
 @pytest.mark.parametrize(("kernel", "name"), FITTING)
-def test_kernel_computes_the_scheme(kernel: Kernel, name: str) -> None:
+def test_kernel_computes_the_scheme(
+    kernel: Kernel, name: str, request: pytest.FixtureRequest
+) -> None:
+    if kernel.NAME == "int8_vllm":
+        request.getfixturevalue("vllm_python")
+        vllm_operators.missing.cache_clear()
     reason = kernel.unavailable(CPU)
     if reason is not None:
         pytest.skip(f"{kernel.NAME}: {reason}")
@@ -195,6 +202,19 @@ def test_reference_is_exact_in_float32(name: str) -> None:
     found = kernel.apply(x, kernel.prepare(prepared, layer))
     error = (found.double() - wanted).norm() / wanted.norm()
     assert error < 1e-5, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("kernel", [int8_cpu, int8_vllm], ids=lambda kernel: kernel.NAME)
+def test_a_row_of_zeros_stays_zero(kernel: Kernel, vllm_python: Path) -> None:
+    assert vllm_python.is_file()
+    vllm_operators.missing.cache_clear()
+    assert kernel.unavailable(CPU) is None
+    layer, weight = layer_of("w8a8_dynamic")
+    x = torch.randn(3, layer.shape[1]).bfloat16()
+    x[1] = 0
+    found = kernel.apply(x, kernel.prepare(weight, layer))
+    assert bool((found[1] == 0).all())
+    assert bool(found.isfinite().all())
 
 
 def test_static_int8_input_with_a_zero_point() -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, scaled_dot_product_attention
+from torch.nn.functional import embedding
 
 from quantkit.runtime import rotary
+from quantkit.runtime.attention import attend
 from quantkit.runtime.cache import KVCache
 from quantkit.runtime.mlp import silu_mul
 from quantkit.runtime.norm import rms_norm
@@ -118,27 +119,8 @@ class Block(nn.Module):
             values = through_fp8(values, self.cache_scales.values)
         if step.cache is not None:
             keys, values = step.cache.extend(index, keys, values)
-        attended = _attention(queries, keys, values, step)
+        attended = attend(queries, keys, values, step.mask, causal=step.causal)
         return attended.transpose(1, 2).reshape(batch, count, -1)
-
-
-def _attention(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step
-) -> torch.Tensor:
-    """Queries [batch, heads, n, d] over keys and values [batch, kv_heads, all, d].
-
-    One query a head on a CPU: the heads of one key take the place of a text's positions, so that
-    torch reads each key once; alone they take six times as long.
-    """
-    batch, heads, count, width = queries.shape
-    shared = heads != keys.shape[1]
-    if count == 1 and shared and queries.device.type == "cpu":
-        together = queries.reshape(batch, keys.shape[1], -1, width)
-        attended = scaled_dot_product_attention(together, keys, values, attn_mask=step.mask)
-        return attended.reshape(queries.shape)
-    return scaled_dot_product_attention(
-        queries, keys, values, attn_mask=step.mask, is_causal=step.causal, enable_gqa=shared
-    )
 
 
 @dataclass(frozen=True)

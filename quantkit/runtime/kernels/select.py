@@ -19,6 +19,7 @@ from quantkit.runtime.kernels import (
     int4_triton,
     int8_cpu,
     int8_triton,
+    int8_vllm,
     int8_weight_cpu,
     reference,
     sglang,
@@ -28,6 +29,7 @@ from quantkit.runtime.kernels.base import Kernel
 from quantkit.runtime.layer import Layer
 
 KERNELS: tuple[Kernel, ...] = (
+    int8_vllm,
     int8_cpu,
     int4_cpu,
     int8_weight_cpu,

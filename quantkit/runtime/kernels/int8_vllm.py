@@ -1,0 +1,71 @@
+"""INT8 weights and activations on a CPU through vLLM's operators: both in two calls.
+
+One quantizes the rows of the input, one multiplies and scales within oneDNN. With few rows, where
+`int8_cpu` spends its time between small operations, this is several times as fast.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+
+from quantkit.formats.base import QuantWeight
+from quantkit.runtime import vllm_operators
+from quantkit.runtime.kernels import int8_cpu
+from quantkit.runtime.kernels.base import not_bfloat16
+from quantkit.runtime.layer import Layer
+
+NAME = "int8_vllm"
+_PRIMITIVES = 128
+"""Shapes of input whose oneDNN plans a weight keeps, as vLLM has it."""
+
+
+class Handle:
+    """vLLM's own object of one weight, deleted with this one."""
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        pointer = torch.ops._C.create_onednn_scaled_mm_handler(
+            weight.t(), scale, torch.bfloat16, True, False, _PRIMITIVES
+        )
+        self.tensor = torch.tensor(pointer, dtype=torch.int64)
+        weakref.finalize(self, torch.ops._C.release_dnnl_matmul_handler, pointer)
+
+
+class Packed(NamedTuple):
+    """`scale` [out] is the weight's."""
+
+    handle: Handle
+    scale: torch.Tensor
+
+
+def unavailable(device: torch.device) -> str | None:
+    """See `Kernel.unavailable`."""
+    if device.type != "cpu":
+        return "runs on a CPU"
+    return vllm_operators.missing() or int8_cpu.inexact()
+
+
+def rejects(layer: Layer) -> str | None:
+    """See `Kernel.rejects`."""
+    reason = int8_cpu.rejects(layer) or not_bfloat16(layer)
+    if reason is None and layer.scheme.input is not None and not layer.scheme.input.dynamic:
+        return "needs activation scales that are found while running"
+    return reason
+
+
+def prepare(weight: QuantWeight, layer: Layer) -> Packed:  # noqa: ARG001
+    """See `Kernel.prepare`."""
+    scale = weight.scale.float().expand(weight.q.shape[0], 1).reshape(-1).contiguous()
+    return Packed(Handle(weight.q.contiguous(), scale), scale)
+
+
+def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """See `Kernel.apply`."""
+    codes = torch.empty(x.shape, dtype=torch.int8)
+    scale = torch.empty(x.shape[0], 1)
+    torch.ops._C.dynamic_scaled_int8_quant(codes, x.contiguous(), scale, None)
+    result = x.new_empty(x.shape[0], packed.scale.shape[0])
+    torch.ops._C.onednn_scaled_mm(result, codes, scale, None, None, None, packed.handle.tensor)
+    return result

@@ -1,0 +1,47 @@
+"""vLLM's compiled CPU operators, from the managed environment `vllm`, without importing vLLM.
+
+One library registers them as `torch.ops._C`; which of the three it is follows vLLM's own choice
+(`vllm/platforms/cpu.py`, `import_kernels`). It must be built for the torch at hand.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from quantkit.environments.managed import ready
+
+CREATE = "quantkit env create vllm"
+
+
+@cache
+def missing() -> str | None:
+    """Why vLLM's CPU operators are not to be had, or None once they are loaded."""
+    python = ready("vllm")
+    if python is None:
+        return f"needs vLLM's CPU operators: {CREATE}"
+    packages = next(python.parent.parent.glob("lib/python*/site-packages"), None)
+    library = packages and packages / "vllm" / _library()
+    if not packages or not library or not library.is_file():
+        return f"{python.parent.parent} has no CPU operators of vLLM"
+    theirs = _torch_of(packages)
+    if theirs != torch.__version__:
+        return f"vLLM's operators are built for torch {theirs}, this is {torch.__version__}"
+    try:
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"vLLM's operators do not load: {str(error).splitlines()[0]}"
+    return None
+
+
+def _library() -> str:
+    if not torch.cpu._is_avx512_supported():
+        return "_C_AVX2.abi3.so"
+    return "_C.abi3.so" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512.abi3.so"
+
+
+def _torch_of(packages: Path) -> str:
+    folder = next(packages.glob("torch-*.dist-info"), None)
+    return folder.name.removesuffix(".dist-info").removeprefix("torch-") if folder else "unknown"
