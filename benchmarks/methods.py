@@ -59,7 +59,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "msmodelslim_w4a4_dynamic": TUNED,
 }
 SLOW = {
-    "autoround_nvfp4", "autoround_mxfp4", "llmcompressor_w4a16_autoround",
+    "autoround_w2a16", "autoround_w3a16", "autoround_w4a16", "autoround_w8a16", "autoround_nvfp4",
+    "autoround_mxfp4", "autoround_gguf_q4_k_m", "llmcompressor_w4a16_autoround",
     "msmodelslim_w4a4_dynamic",
 }  # fmt: skip
 AGAINST = (
