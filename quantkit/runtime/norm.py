@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 _BLOCK_ELEMENTS = 1 << 17
@@ -27,6 +29,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _normalised(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
-    factor = length.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
-    return rows.float().mul_(factor).to(rows.dtype).mul_(weight)
+    wide = rows.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    factor = torch.addcmul(_constant(eps), length, length, value=1 / rows.shape[-1]).rsqrt_()
+    return wide.mul_(factor).to(rows.dtype).mul_(weight)
+
+
+@cache
+def _constant(value: float) -> torch.Tensor:
+    return torch.full((), value, dtype=torch.float32)
