@@ -28,7 +28,9 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack_nibbles`: uint8 [..., n] → uint8 codes [..., 2n]."""
     import torch
 
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    wide = packed.to(torch.int16)
+    pairs = wide.bitwise_left_shift(4).bitwise_or_(wide).bitwise_and_(0x0F0F)
+    return _view_rows(pairs, torch.uint8)
 
 
 def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:

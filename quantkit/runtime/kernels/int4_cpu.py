@@ -62,19 +62,18 @@ def prepare(weight: QuantWeight, layer: Layer) -> Packed:
     group = _group(weight.format.group_size, columns)
     assert group
     padding = -rows % _ALIGNMENT
-    pieces = []
+    packed = torch.empty(rows + padding, columns // 2, dtype=torch.uint8)
     for start in range(0, rows, _PACKED_ROWS):
-        codes = weight.q[start : start + _PACKED_ROWS].int() + 8
-        if start + _PACKED_ROWS >= rows and padding:
-            codes = torch.nn.functional.pad(codes, (0, 0, 0, padding))
-        pieces.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+        codes = (weight.q[start : start + _PACKED_ROWS] + 8).view(torch.uint8)
+        part = _encode(torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[0] % _ALIGNMENT)))
+        packed[start : start + part.shape[0]] = part
     scale = _on_groups(weight.scale, columns // group)
     zero = torch.zeros_like(scale)
     if weight.zero_point is not None:
         zero = -_on_groups(weight.zero_point, columns // group) * scale
     pair = torch.stack((scale, zero), -1).transpose(0, 1)
     pair = torch.nn.functional.pad(pair, (0, 0, 0, padding))
-    return Packed(torch.cat(pieces), pair.to(layer.dtype).contiguous(), group, (rows, columns))
+    return Packed(packed, pair.to(layer.dtype).contiguous(), group, (rows, columns))
 
 
 def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
@@ -100,6 +99,17 @@ def _expanded(x: torch.Tensor, packed: Packed) -> torch.Tensor:
         weight = torch.addcmul(zero[:, None, part], cells, scale[:, None, part])
         torch.mm(x, weight.view(columns, -1), out=result[:, part])
     return result[:, :rows].contiguous()
+
+
+def _encode(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 codes [out, in] of whole blocks as torch packs them, [out, in / 2].
+
+    `_convert_weight_to_int4pack_for_cpu` wants int32 codes and takes 18 times as long.
+    """
+    block, columns = _block(), codes.shape[1]
+    low, high = codes.view(-1, 2, block // 2, columns).unbind(1)
+    pairs = high.bitwise_left_shift(4).bitwise_or_(low)
+    return pairs.transpose(1, 2).reshape(codes.shape[0], columns // 2)
 
 
 def _decode(packed: torch.Tensor, block: int) -> torch.Tensor:
