@@ -266,6 +266,12 @@ SEEDS: tuple[Seed, ...] = (
     Seed("columns out of order", "llama gptq",
          settings(lambda q: q.update(desc_act=True)), "engine.act_order", "vllm",
          "vLLM: desc_act is no longer supported"),
+    Seed("columns out of order by a rule", "llama gptq mixed", settings(lambda q: q.update(
+        dynamic={**q["dynamic"], r"+:.*o_proj$": {"desc_act": True}})), "engine.act_order", "vllm",
+         "vLLM gptq_utils.py normalize_and_validate_gptq_desc_act"),
+    Seed("columns out of order, compressed-tensors", "llama w4a16",
+         settings(lambda q: q["config_groups"]["group_0"]["weights"].update(actorder="group")),
+         "engine.act_order", "vllm", "vLLM compressed_tensors.py: no longer supported"),
     Seed("AutoRound in GPTQModel's packing", "mistral auto-round",
          settings(lambda q: q.update(packing_format="auto_round:gptqmodel")), "engine.packing",
          "sglang", "AutoRound limits in SGLang's documentation"),
@@ -287,6 +293,15 @@ _MLA: Json = {
     "n_shared_experts": 1, "moe_intermediate_size": 2048, "first_k_dense_replace": 1,
 }  # fmt: skip
 VLLM, SGLANG = ("--engine", "vllm"), ("--engine", "sglang")
+_GLM4: Json = {
+    **_DENSE, "model_type": "glm4", "head_dim": 128, "intermediate_size": 13696,
+    "num_key_value_heads": 2, "attention_bias": True,
+}  # fmt: skip
+_PHI3: Json = {"model_type": "phi3", "head_dim": None, "num_key_value_heads": 32}
+_GPTQ = ("--set", "options.layout=gptq")
+_KV_B = ("--set", "ignore+=re:.*kv_b_proj")
+_A_PROJ = ("--set", "ignore+=re:.*q_a_proj", "--set", "ignore+=re:.*kv_a_proj_with_mqa")
+_DESC_ACT = ("--set", "options.act_group_aware=false", "--set", "options.desc_act=true")
 _AWQ = ("--set", "options.layout=awq", "--set", "group_size=32", "--set", "symmetric=false")
 
 PLANS: tuple[Asked, ...] = (
@@ -333,7 +348,7 @@ PLANS: tuple[Asked, ...] = (
           twin_flags=VLLM, thread="llm-compressor#1427"),
     Asked("3 bits", _DENSE, "gptqmodel_w3a16", VLLM, "engine.scheme",
           twin_method="gptqmodel_w4a16", thread="vLLM auto_gptq.py"),
-    Asked("2 bits of AutoRound", _MLA | {"model_type": "deepseek_v3"}, "autoround_w2a16", SGLANG,
+    Asked("2 bits of AutoRound", _DENSE, "autoround_w2a16", SGLANG,
           "engine.scheme", twin_method="autoround_w4a16", thread="llm-compressor#1427"),
     Asked("ModelOpt's INT4 AWQ", _DENSE, "modelopt_int4_awq", VLLM, "engine.scheme",
           twin_method="modelopt_fp8", thread="vLLM modelopt.py QUANT_ALGOS"),
@@ -354,6 +369,49 @@ PLANS: tuple[Asked, ...] = (
           "engine.gpu", twin_method="rtn_w8a8_dynamic", thread="SGLang platform table"),
     Asked("Ascend's layout in vLLM", _DENSE, "msmodelslim_w8a8", VLLM, "engine.layout",
           twin_flags=(*SGLANG, "--gpu", "ascend-a3"), thread="SGLang platform table"),
+    Asked("GPTQ on AMD", _DENSE, "rtn_w4a16", (*SGLANG, *_GPTQ, "--gpu", "mi300x"), "engine.gpu",
+          twin_flags=(*SGLANG, *_GPTQ, "--gpu", "h100"),
+          thread="SGLang model_config.py rocm_supported_quantization"),
+    Asked("AutoRound's GPTQ packing on AMD", _DENSE, "autoround_w4a16",
+          (*SGLANG, "--gpu", "mi300x"), "engine.gpu", twin_flags=(*SGLANG, "--gpu", "h100"),
+          thread="SGLang auto_round.py apply_gptq_quant_layer"),
+    # weights that a model's own code takes apart
+    Asked("packed kv_b_proj", _MLA, "rtn_w4a16", SGLANG, "engine.packing",
+          twin_flags=(*SGLANG, *_KV_B), thread="SGLang deepseek_weight_loader.py post_load_weights"),
+    Asked("NVFP4 kv_b_proj", _MLA, "rtn_nvfp4a16", SGLANG, "engine.packing",
+          twin_flags=(*SGLANG, *_KV_B), thread="SGLang deepseek_weight_loader.py post_load_weights"),
+    Asked("kv_b_proj in GPTQ's packing", {**_MLA, "q_lora_rank": None}, "rtn_w4a16",
+          (*SGLANG, *_GPTQ), "engine.packing", twin_flags=(*SGLANG, *_GPTQ, *_KV_B),
+          thread="SGLang deepseek_weight_loader.py post_load_weights"),
+    Asked("packed kv_b_proj in 8 bit", _MLA | {"model_type": "deepseek_v2"}, "rtn_w8a16", SGLANG,
+          "engine.packing", twin_method="rtn_fp8_dynamic",
+          thread="SGLang deepseek_weight_loader.py post_load_weights"),
+    Asked("latent projections in GPTQ's packing", _MLA, "rtn_w4a16",
+          (*SGLANG, *_GPTQ, *_KV_B), "engine.packing",
+          twin_flags=(*SGLANG, *_GPTQ, *_KV_B, *_A_PROJ),
+          thread="SGLang deepseek_weight_loader.py cat_dim"),
+    # columns out of order
+    Asked("actorder group", _DENSE, "llmcompressor_w4a16",
+          (*VLLM, "--set", "options.actorder=group"), "engine.act_order",
+          twin_flags=(*VLLM, "--set", "options.actorder=static"),
+          thread="vLLM compressed_tensors.py: no longer supported"),
+    Asked("desc_act of a plan", _DENSE, "gptqmodel_w4a16",
+          (*VLLM, *_DESC_ACT), "engine.act_order", twin_flags=(*SGLANG, *_DESC_ACT),
+          thread="vLLM: desc_act is no longer supported"),
+    # a layer stored merged
+    Asked("GPTQ of a layer stored merged", _GLM4, "rtn_w4a16", (*VLLM, *_GPTQ),
+          "engine.ignore_overreach", twin=_PHI3, thread="vLLM gptq_utils.py is_layer_gptq_quantized"),
+    Asked("blocks of a layer stored merged, GLM-4", _GLM4, "rtn_fp8_block", (*VLLM, "--tp", "2"),
+          "engine.block_shape", twin={"intermediate_size": 13824}, thread="vLLM fp8_utils.py"),
+    # ModelOpt's blocks
+    Asked("blocks of merged parts, ModelOpt", {**_DENSE, "hidden_size": 2048, "head_dim": 64,
+          "intermediate_size": 8192}, "modelopt_fp8_pb_wo", (*VLLM, "--tp", "8"),
+          "engine.block_shape", twin_flags=(*VLLM, "--tp", "4"),
+          thread="vLLM linear.py adjust_block_scale_shard"),
+    Asked("blocks of q, k and v on one device, ModelOpt", {**_DENSE, "hidden_size": 896,
+          "num_attention_heads": 14, "num_key_value_heads": 1, "intermediate_size": 4864},
+          "modelopt_fp8_pb_wo", VLLM, "engine.block_shape", twin={"num_key_value_heads": 2},
+          thread="vLLM linear.py adjust_block_scale_shard"),
     Asked("GGUF in vLLM", _DENSE, "autoround_gguf_q4_k_m", VLLM, "engine.layout",
           twin_flags=SGLANG, thread="SGLang platform table"),
 )  # fmt: skip

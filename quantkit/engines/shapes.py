@@ -154,7 +154,7 @@ class _Shard:
         merged = len(self.outputs) > 1
         checked = self.outputs if split else self.outputs[:-1] if merged else []
         wrong = [size for size in checked if size % high]
-        if wrong and self.rule.block == "merged":
+        if wrong:
             yield self._misfit(f"the part of {wrong[0]} outputs in {self.outputs}", block)
 
     def _misfit(self, what: str, block: tuple[int, int]) -> Reason:

@@ -84,7 +84,7 @@ def _judge(
     always = list(check_format(engine, candidate, gpu))
     if engine.formats.get(candidate.layout) is not None:
         always += check_names(engine, family, candidate, built)
-        always += check_schemes(engine, candidate, built, gpu)
+        always += check_schemes(engine, family, candidate, built, gpu)
     notes = []
     if not family.known:
         kind = candidate.config.get("model_type", "unknown")
