@@ -32,12 +32,16 @@ def index_only(source: Path, target: Path) -> Path:
     return target
 
 
+def config_only(source: Path, target: Path) -> Path:
+    target.mkdir()
+    (target / "config.json").write_text((source / "config.json").read_text())
+    return target
+
+
 @pytest.mark.parametrize("family", TEXT)
 def test_names_and_shapes_are_derived_from_a_config(family: str, tmp_path: Path) -> None:
     real = model(family, tmp_path / "model")
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    (bare / "config.json").write_text((real / "config.json").read_text())
+    bare = config_only(real, tmp_path / "bare")
     derived = open_headers(bare)
     assert derived.derived == "config.json"
     linear = {name: shape for name, shape in shapes(real).items() if len(shape) > 1}
@@ -97,6 +101,17 @@ def test_what_cannot_be_derived_is_refused(
     with pytest.raises(InputError, match=telling) as raised:
         open_headers(tmp_path)
     assert raised.value.code == "plan.underivable"
+
+
+def test_a_plan_refuses_what_the_streaming_writer_will(tmp_path: Path) -> None:
+    """GPT-OSS's experts hold gate and up in alternating rows; the bias beside them tells."""
+    bare = config_only(model("gpt_oss", tmp_path / "model"), tmp_path / "bare")
+    flags = ("--method", "rtn_fp8_dynamic")
+    run = quantkit("plan", bare, *flags)
+    refused(run, 1, "experts.gate_up_proj", "bias", "ignore+=re:.*mlp.experts.*")
+    kept = quantkit("plan", bare, *flags, "--set", "ignore+=re:.*mlp.experts.*", "--json")
+    assert kept.code == 0, kept.err
+    assert set(kept.document["layers"].values()) == {"fp8_dynamic"}
 
 
 def planned(where: Path | str, *flags: str) -> Run:

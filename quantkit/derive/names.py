@@ -77,6 +77,8 @@ def _experts(config: Mapping[str, Any], size: Sizes) -> Iterator[str]:
     yield "router.weight" if kind == "gpt_oss" else "gate.weight"
     if kind in _FUSED_EXPERTS:
         yield from ("experts.gate_up_proj", "experts.down_proj")
+        if kind == "gpt_oss":
+            yield from ("router.bias", "experts.gate_up_proj_bias", "experts.down_proj_bias")
     else:
         three = ("w1", "w2", "w3") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
         for expert in range(size.experts):
