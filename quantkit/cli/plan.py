@@ -83,9 +83,11 @@ def show_plan(
 ) -> bool:
     """The plan as a table, or as a document with every module in it; whether every engine that
     the recipe asks for will load the result."""
+    from quantkit.derive import left_out
     from quantkit.seam import ignore_list, verdicts
 
     estimate = plan.estimate
+    incomplete = left_out(source.config) if source.derived == "config.json" else []
     found = verdicts(source, plan)
     good = not plan.recipe.serve.engines or all(v.loads for v in found)
     quantized = Counter(scheme.name for scheme in plan.layers.values())
@@ -103,6 +105,8 @@ def show_plan(
               if seconds else []),
             *([("shapes", f"derived from {source.derived}: the weights are not here")]
               if source.derived else []),
+            *([("left out", f"{' and '.join(incomplete)}: their names are not derived, so they are "
+                "not in the ignore list; add model.safetensors.index.json")] if incomplete else []),
             ("KV cache", plan.recipe.kv_cache),
             ("read by", plan.loads.describe()),
             *((v.title, "\n".join([*(f"{r.text} → {r.fix}" for r in v.reasons), *v.notes]))
@@ -124,6 +128,7 @@ def show_plan(
             "bits_per_weight": plan.bits_per_weight,
             "estimate": {**vars(estimate), **({"seconds": seconds} if seconds else {})},
             "derived": source.derived,
+            "incomplete": incomplete,
             "notes": list(plan.notes),
         }
     )

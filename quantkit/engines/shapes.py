@@ -14,7 +14,7 @@ from quantkit.engines.candidate import Candidate, Part
 from quantkit.engines.data import Engine, Family, SchemeRule
 from quantkit.engines.names import Layer
 from quantkit.engines.reasons import Reason
-from quantkit.modules import text_config
+from quantkit.modules import text_size
 from quantkit.schemes import BITS
 
 TILES = ((64, 128), (128, 64))
@@ -26,17 +26,16 @@ def check_heads(engine: Engine, config: Mapping[str, Any], tp: int) -> Iterator[
 
     Key/value heads are replicated where there are fewer of them than ranks.
     """
-    text = text_config(config)
-    heads = _integer(text.get("num_attention_heads"))
-    shared = _integer(text.get("num_key_value_heads")) or heads
-    latent = bool(text.get("kv_lora_rank"))
+    heads = text_size(config, "num_attention_heads")
+    shared = text_size(config, "num_key_value_heads") or heads
+    latent = bool(text_size(config, "kv_lora_rank"))
     wrong = []
     if heads and heads % tp:
         wrong.append(f"{heads} attention heads")
     if shared and not latent and shared % tp and tp % shared:
         wrong.append(f"{shared} key/value heads")
     for key in ("linear_num_key_heads", "linear_num_value_heads"):
-        count = _integer(text.get(key))
+        count = text_size(config, key)
         if count and count % tp:
             wrong.append(f"{count} linear-attention heads")
     if wrong:
@@ -207,9 +206,8 @@ def _outputs(layer: Layer, family: Family, config: Mapping[str, Any]) -> list[in
         return [part.rows for part in layer.parts]
     rows = layer.parts[0].rows
     kind = family.stored.get(layer.leaf)
-    text = text_config(config)
-    heads = _integer(text.get("num_attention_heads"))
-    shared = _integer(text.get("num_key_value_heads")) or heads
+    heads = text_size(config, "num_attention_heads")
+    shared = text_size(config, "num_key_value_heads") or heads
     if kind == "qkv" and heads and rows % (heads + 2 * shared) == 0:
         head = rows // (heads + 2 * shared)
         return [heads * head, shared * head, shared * head]
@@ -217,7 +215,7 @@ def _outputs(layer: Layer, family: Family, config: Mapping[str, Any]) -> list[in
 
 
 def _replicated(rows: int, candidate: Candidate, tp: int) -> int:
-    shared = _integer(text_config(candidate.config).get("num_key_value_heads"))
+    shared = text_size(candidate.config, "num_key_value_heads")
     return rows // min(tp, shared) if shared else rows // tp
 
 
@@ -233,7 +231,3 @@ def _expert_sizes(layer: Layer) -> tuple[int, int]:
             return part.columns, part.rows // 2
     part = layer.parts[0]
     return part.columns, part.rows
-
-
-def _integer(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
