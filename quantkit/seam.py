@@ -62,7 +62,7 @@ def check_engines(source: Checkpoint, plan: Plan) -> Plan:
             f"{plan.recipe.name} on {source.path.name}: "
             + "; ".join(f"{v.title}: {v.reasons[0].text}" for v in refused[:3])
             + ".",
-            hint=refused[0].reasons[0].fix,
+            hint="; ".join(dict.fromkeys(v.reasons[0].fix for v in refused[:3])),
             code="plan.engine",
         )
     refusing = [v for v in refused if v.engine in plan.loads.engines]

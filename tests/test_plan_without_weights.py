@@ -236,6 +236,37 @@ def test_unknown_engines_and_devices_are_named(flags: tuple[str, str], tmp_path:
     refused(run, 1, flags[1])
 
 
+@pytest.mark.parametrize(
+    ("flags", "told", "hint"),
+    [
+        (("--tp", "0"), "--tp 0", "--tp 1,2,4,8"),
+        (("--tp", "1,,2"), "--tp 1,,2", "--tp 1,2,4,8"),
+        (("--engine", "foo"), "--engine foo", "vllm"),
+        (("--gpu", "voodoo2"), "--gpu voodoo2", "h100"),
+    ],
+)
+def test_a_wrong_value_is_an_error_of_its_flag(
+    flags: tuple[str, str], told: str, hint: str, tmp_path: Path
+) -> None:
+    run = quantkit("plan", tmp_path, "--method", "rtn_fp8_dynamic", *flags)
+    refused(run, 1, told, hint)
+    assert "rtn_fp8_dynamic" not in run.err
+
+
+def test_sizes_without_an_engine_are_held_against_all_of_them(tmp_path: Path) -> None:
+    """Four heads of 128: sizes up to 4 are shared out, and 3 by no engine."""
+    bare = config_only(model("llama", tmp_path / "model"), tmp_path / "bare")
+    flags = ("--method", "rtn_fp8_dynamic", "--json")
+    assert quantkit("plan", bare, *flags, "--tp", "2").code == 0
+    run = quantkit("plan", bare, *flags, "--tp", "2,3")
+    assert run.code == 1
+    assert not any(v["loads"] for v in run.document["verdicts"] if v["tp"] == 3)
+    int4 = ("--method", "rtn_w8a8_dynamic", "--json")
+    assert quantkit("plan", bare, *int4, "--gpu", "h100").code == 0
+    mx = ("--method", "rtn_mxfp4a16", "--json")
+    assert quantkit("plan", bare, *mx, "--gpu", "ascend-a2").code == 1
+
+
 def test_a_model_on_the_hub_is_planned_from_its_headers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

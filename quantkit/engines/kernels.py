@@ -99,9 +99,10 @@ def _check_layer(
         return Reason(code, f"{engine.name} {message} ({layer.name})", fix, layer.name)
 
     if scheme is None:
-        yield reason(
-            "engine.scheme", f"has no kernel for {name} in the layout {layout}", f"one of: {known}"
-        )
+        message = f"has no kernel for {name} in the layout {layout}"
+        if name in rule.unread:
+            message = f"is not known to read {name} in the layout {layout}: {rule.unread[name]}"
+        yield reason("engine.scheme", message, f"one of: {known}")
         return
     if rule.packings is not None and part.packing not in rule.packings:
         accepted = ", ".join(rule.packings)
@@ -118,9 +119,9 @@ def _check_layer(
         )
     size, groups = weight.group_size, scheme.groups
     if groups and size is not None and size not in groups:
-        nearest = max((g for g in groups if g < size), default=groups[0])
         message = f"has no {name} kernel for group size {size}"
-        yield reason("engine.group_size", message, f"--set group_size={nearest}")
+        sizes = ", ".join(map(str, groups))
+        yield reason("engine.group_size", message, f"one of the group sizes {sizes}, or 16 bit")
     if not weight.symmetric and scheme.symmetric in (True, part.packing.removesuffix("_v2")):
         message = f"has no kernel for {name} with zero points"
         yield reason("engine.asymmetric", message, "--set symmetric=true")

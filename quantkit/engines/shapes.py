@@ -18,7 +18,8 @@ from quantkit.modules import text_size
 from quantkit.schemes import BITS
 
 TILES = ((64, 128), (128, 64))
-_GROUPS = (256, 128, 64, 32, 16)
+KEEP = "keep this layer in 16 bit"
+SMALLER_CUT = f"a smaller tensor-parallel size, or {KEEP}"
 
 
 def check_heads(engine: Engine, config: Mapping[str, Any], tp: int) -> Iterator[Reason]:
@@ -53,16 +54,40 @@ def check_shapes(
 ) -> Iterator[Reason]:
     """Reasons of codes `engine.tp_split`, `engine.tp_group`, `engine.block_shape`, `engine.tile`
     and `engine.multiple_of`, a layer each."""
-    rules = engine.formats.get(candidate.layout)
     for layer in layers:
-        part = layer.parts[0]
-        reasons = list(_check_split(engine, layer, tp))
-        yield from reasons
-        if reasons or rules is None or part.scheme is None:
-            continue
-        rule = rules.schemes.get(part.rule_name(candidate.layout))
-        if rule is not None:
-            yield from _Shard(family, candidate, layer, rule, tp).reasons()
+        yield from _check_split(engine, layer, tp)
+        shard = _shard(engine, family, candidate, layer, tp)
+        if shard is not None:
+            yield from shard.reasons()
+
+
+def group_fits(
+    engine: Engine,
+    family: Family,
+    candidate: Candidate,
+    layers: Sequence[Layer],
+    tp: int,
+    size: int,
+) -> bool:
+    """Whether groups of `size` have a kernel and divide every quantized layer's shards."""
+    for layer in layers:
+        shard = _shard(engine, family, candidate, layer, tp)
+        if shard is not None and shard.scheme.weight.group_size is not None:
+            able = not shard.rule.groups or size in shard.rule.groups
+            if not able or any(length % size for length in shard.inputs):
+                return False
+    return True
+
+
+def _shard(
+    engine: Engine, family: Family, candidate: Candidate, layer: Layer, tp: int
+) -> _Shard | None:
+    """One rank's part of a layer; None where it is not quantized, has no rule or cannot be cut."""
+    part, rules = layer.parts[0], engine.formats.get(candidate.layout)
+    if part.scheme is None or rules is None or any(_check_split(engine, layer, tp)):
+        return None
+    rule = rules.schemes.get(part.rule_name(candidate.layout))
+    return None if rule is None else _Shard(family, candidate, layer, rule, tp)
 
 
 def _check_split(engine: Engine, layer: Layer, tp: int) -> Iterator[Reason]:
@@ -127,13 +152,11 @@ class _Shard:
             return
         for length in self.inputs:
             if length % size:
-                fits = [str(n) for n in _GROUPS if n < size and length % n == 0]
                 yield self._reason(
                     "engine.tp_group",
                     f"group size {size} does not divide its input of {length}",
-                    f"--set group_size={fits[0]}" if fits and self.scheme.weight.scale == "float"
-                    else "a smaller tensor-parallel size, or keep this layer in 16 bit",
-                )  # fmt: skip
+                    SMALLER_CUT if self.tp > 1 else KEEP,
+                )
                 return
 
     def _blocks(self) -> Iterator[Reason]:
@@ -175,14 +198,14 @@ class _Shard:
                 yield self._reason(
                     "engine.multiple_of",
                     f"its input of {length} is no multiple of {needed}",
-                    "a smaller tensor-parallel size, or keep this layer in 16 bit",
+                    SMALLER_CUT,
                 )
         across = self.outputs if self.packing in ("gemm", "gptq", "gptq_v2") else self.inputs
         if words and any(length % per_word for length in across):
             yield self._reason(
                 "engine.multiple_of",
                 f"{across} is no multiple of {per_word}, the codes in a packed word",
-                "a smaller tensor-parallel size, or keep this layer in 16 bit",
+                SMALLER_CUT,
             )
 
     def _tiles(self) -> Iterator[Reason]:
