@@ -19,10 +19,12 @@ from quantkit.plan import make_plan
 from quantkit.schemes import SCHEMES
 from quantkit.seam import verdicts
 from quantkit.verify import EngineRequest, VerifyReport, verify
+from tests.asked import DENSE, PLANS, Asked
 from tests.backends import engine_alarms
-from tests.families import BASES
+from tests.families import BASES, INT4, model
 from tests.helpers import edit_json
-from tests.seeded import DENSE, PLANS, SEEDS, Asked, Seed
+from tests.rtn import rtn
+from tests.seeded import SEEDS, Seed
 
 Base = Callable[[str], Path]
 USED = sorted({(seed.base, seed.engine) for seed in SEEDS})
@@ -191,6 +193,17 @@ def test_a_group_size_that_is_advised_is_accepted(
     advised = (*flags, "--set", f"group_size={size}")
     again = judged({**DENSE, **config}, "rtn_w4a16", advised, tmp_path / "advised")
     assert all(verdict.loads for verdict in again), again
+
+
+@pytest.mark.parametrize(("family", "loads"), [("glm4", False), ("phi3", True)])
+def test_vllm_looks_for_the_members_of_a_layer_stored_merged(
+    family: str, loads: bool, tmp_path: Path
+) -> None:
+    """vLLM's GLM-4 is merged from gate_proj and up_proj, which a GPTQ file does not name."""
+    made = rtn(model(family, tmp_path / "m"), tmp_path / "o", INT4, layout="gptq")
+    codes = verified(made, "vllm").codes()
+    assert ("engine.ignore_overreach" in codes) is not loads
+    assert verified(made, "sglang").ok
 
 
 def test_what_to_change_is_named_as_the_layout_names_it() -> None:

@@ -77,8 +77,8 @@ class FormatRule:
     """What an engine takes of a layout; `schemes` by scheme, or by the library's algorithm for
     ModelOpt and Ascend. `packings`: None is all of them; `amd_packings`: the same on AMD.
     mixed: whether each layer may have an algorithm of its own, or those of which one must be there.
-    act_order: whether it loads columns out of order. unread: scheme → what differs, where the engine
-    has the scheme but is not known to read the layout's tensors of it."""
+    act_order: whether it loads columns out of order. unread: scheme → what differs, where it has
+    the scheme but is not known to read the layout's tensors of it."""
 
     schemes: Mapping[str, SchemeRule]
     kv_cache: tuple[str, ...] = ()
