@@ -151,8 +151,9 @@ PLANS: tuple[Asked, ...] = (
     # a layer stored merged
     Asked("GPTQ of a layer stored merged", _GLM4, "rtn_w4a16", (*VLLM, *_GPTQ),
           "engine.ignore_overreach", twin=_PHI3, thread="vLLM gptq_utils.py"),
-    Asked("blocks of a layer stored merged, GLM-4", _GLM4, "rtn_fp8_block", (*VLLM, "--tp", "2"),
-          "engine.block_shape", twin={"intermediate_size": 13824}, thread="vLLM fp8_utils.py"),
+    Asked("blocks of a layer stored merged, GLM-4", {**_GLM4, "intermediate_size": 8256},
+          "rtn_fp8_block", VLLM, "engine.block_shape", twin={"intermediate_size": 8192},
+          thread="vLLM fp8_utils.py"),
     # ModelOpt's blocks
     Asked("blocks of merged parts, ModelOpt", {**DENSE, "hidden_size": 2048, "head_dim": 64,
           "intermediate_size": 8192}, "modelopt_fp8_pb_wo", (*VLLM, "--tp", "8"),
