@@ -82,6 +82,29 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+_DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "gemma": {"head_dim": 256},
+    "gemma2": {"head_dim": 256},
+    "gemma3_text": {
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+    },
+    "glm4": {"head_dim": 128},
+    "gpt_oss": {"head_dim": 64},
+    "qwen3": {"head_dim": 128},
+    "qwen3_vl_text": {"head_dim": 128},
+    "qwen3_vl_moe_text": {"head_dim": 128},
+}  # fmt: skip
+"""Sizes that a config.json may leave to Transformers' config class, by the language model's type;
+not those that follow from others (head_dim from the hidden size)."""
+
+
+def text_size(config: Mapping[str, Any], key: str) -> int:
+    """A size of the language model: as config.json states it, else its family's default, else 0."""
+    text = text_config(config)
+    kind = str(text.get("model_type") or f"{config.get('model_type')}_text")
+    return _integer(text[key]) if key in text else _DEFAULTS.get(kind, {}).get(key, 0)
+
+
 def expert_count(config: Mapping[str, Any]) -> int:
     """Routed experts a layer, 0 for a dense model."""
     text = text_config(config)
@@ -113,9 +136,9 @@ def classify(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -
         name.split(".experts.")[0] for name in shapes if ".experts." in name
     }  # fmt: skip
     context = _Context(
-        vocabulary=_integer(text_config(config).get("vocab_size")),
+        vocabulary=text_size(config, "vocab_size"),
         experts=expert_count(config),
-        layers=_integer(text_config(config).get("num_hidden_layers")),
+        layers=text_size(config, "num_hidden_layers"),
         expert_parents=parents_of_experts,
     )
     found = []

@@ -62,7 +62,7 @@ def plan_only(request: Request) -> tuple[Checkpoint, Plan]:
         device=resolve_device(request.device),
         trust_remote_code=request.trust_remote_code,
     )
-    if plan.backend.adapter is None and source.derived is None:
+    if plan.backend.adapter is None:
         check_stream(source, plan)
     beyond = has_experts_or_towers(source, plan) if plan.backend.dense_only else None
     if beyond:

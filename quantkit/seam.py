@@ -62,7 +62,7 @@ def check_engines(source: Checkpoint, plan: Plan) -> Plan:
             f"{plan.recipe.name} on {source.path.name}: "
             + "; ".join(f"{v.title}: {v.reasons[0].text}" for v in refused[:3])
             + ".",
-            hint=refused[0].reasons[0].fix,
+            hint="; ".join(dict.fromkeys(v.reasons[0].fix for v in refused[:3])),
             code="plan.engine",
         )
     refusing = [v for v in refused if v.engine in plan.loads.engines]
@@ -98,7 +98,8 @@ def _settings(source: Checkpoint, plan: Plan, quantized: list[Module]) -> dict[s
             )
             for m in quantized
         }  # fmt: skip
-        return writer_named(layout).quantization_config(specs, ignore)
+        settings = writer_named(layout).quantization_config(specs, ignore)
+        return _with_order(settings, plan.recipe.options)
     weight = plan.recipe.resolved_scheme().weight
     if layout == "modelopt":
         return {"quant_method": layout, "quant_algo": plan.method.algorithm, "ignore": ignore}
@@ -116,3 +117,16 @@ def _settings(source: Checkpoint, plan: Plan, quantized: list[Module]) -> dict[s
         types |= {m.name: plan.method.algorithm for m in quantized}
         return {f"{name}.weight": kind for name, kind in types.items()}
     return {}
+
+
+def _with_order(settings: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the order of columns that the recipe's options ask a library for."""
+    if options.get("desc_act") and "desc_act" in settings:
+        settings["desc_act"] = True
+    algorithm, order = options.get("algorithm"), options.get("actorder")
+    for group in settings.get("config_groups", {}).values():
+        weights = group["weights"]
+        by_gptq = algorithm == "gptq" or (algorithm is None and weights["type"] == "int")
+        if order not in (None, "none") and by_gptq and weights["strategy"] == "group":
+            weights["actorder"] = order
+    return settings

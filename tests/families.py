@@ -53,6 +53,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **SMALL, **MOE, n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1,
         first_k_dense_replace=1, **NO_DRAFT,
     ),
+    "gpt_oss": lambda: hf.GptOssConfig(
+        **SMALL, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2
+    ),
     "gemma3": lambda: hf.Gemma3Config(
         text_config=SMALL, vision_config=VISION, mm_tokens_per_image=4
     ),

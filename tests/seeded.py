@@ -1,13 +1,13 @@
-"""Checkpoints and plans as public threads describe them: each broken in one way, with its code.
+"""Checkpoints as public threads describe them: each broken in one way, with its code.
 
-A `Seed` changes a sound checkpoint of `tests.families`; an `Asked` asks a plan for what an engine
-cannot do. `thread` is where the failure was reported, or the engine's source that raises it.
+A `Seed` changes a sound checkpoint of `tests.families`. `thread` is where the failure was reported,
+or the engine's source that raises it. Plans of that kind are in `tests.asked`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,6 @@ class Seed:
     change: Callable[[Path], object]
     code: str
     engine: str = "vllm"
-    thread: str = ""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A plan for `config` (config.json alone) with `method`; `flags` are refused with `code`, and
-    `twin` (the same but for one thing) is accepted."""
-
-    name: str
-    config: Json
-    method: str
-    flags: tuple[str, ...]
-    code: str
-    twin: Json = field(default_factory=dict)
-    twin_flags: tuple[str, ...] | None = None
-    twin_method: str = ""
     thread: str = ""
 
 
@@ -266,94 +250,13 @@ SEEDS: tuple[Seed, ...] = (
     Seed("columns out of order", "llama gptq",
          settings(lambda q: q.update(desc_act=True)), "engine.act_order", "vllm",
          "vLLM: desc_act is no longer supported"),
+    Seed("columns out of order by a rule", "llama gptq mixed", settings(lambda q: q.update(
+        dynamic={**q["dynamic"], r"+:.*o_proj$": {"desc_act": True}})), "engine.act_order", "vllm",
+         "vLLM gptq_utils.py normalize_and_validate_gptq_desc_act"),
+    Seed("columns out of order, compressed-tensors", "llama w4a16",
+         settings(lambda q: q["config_groups"]["group_0"]["weights"].update(actorder="group")),
+         "engine.act_order", "vllm", "vLLM compressed_tensors.py: no longer supported"),
     Seed("AutoRound in GPTQModel's packing", "mistral auto-round",
          settings(lambda q: q.update(packing_format="auto_round:gptqmodel")), "engine.packing",
          "sglang", "AutoRound limits in SGLang's documentation"),
-)  # fmt: skip
-
-_DENSE: Json = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
-    "intermediate_size": 14336, "num_hidden_layers": 2, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "torch_dtype": "bfloat16",
-    "tie_word_embeddings": False,
-}  # fmt: skip
-_MOE: Json = {
-    **_DENSE, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 1536, "head_dim": 128,
-}  # fmt: skip
-_MLA: Json = {
-    **_DENSE, "model_type": "deepseek_v3", "q_lora_rank": 1536, "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_routed_experts": 8,
-    "n_shared_experts": 1, "moe_intermediate_size": 2048, "first_k_dense_replace": 1,
-}  # fmt: skip
-VLLM, SGLANG = ("--engine", "vllm"), ("--engine", "sglang")
-_AWQ = ("--set", "options.layout=awq", "--set", "group_size=32", "--set", "symmetric=false")
-
-PLANS: tuple[Asked, ...] = (
-    # shards (pains 6)
-    Asked("group size and 8 ranks", {**_DENSE, "intermediate_size": 11008}, "rtn_w4a16",
-          (*VLLM, "--tp", "8"), "engine.tp_group", twin_flags=(*VLLM, "--tp", "2"),
-          thread="vllm#11671"),
-    Asked("group size and 4 ranks, Qwen2", {**_DENSE, "model_type": "qwen2",
-          "intermediate_size": 18944}, "rtn_w4a16", (*SGLANG, "--tp", "8"), "engine.tp_group",
-          twin_flags=(*SGLANG, "--tp", "4"), thread="vllm#5675"),
-    Asked("experts and 8 ranks", _MOE, "rtn_w4a16", (*VLLM, "--tp", "8"), "engine.tp_group",
-          twin_flags=(*VLLM, "--tp", "8", "--set", "group_size=64"), thread="Qwen3-VL#831"),
-    Asked("experts' blocks and 8 ranks", _MOE, "rtn_fp8_block", (*VLLM, "--tp", "8"),
-          "engine.block_shape", twin_flags=(*VLLM, "--tp", "4"), thread="Qwen3-VL#831"),
-    Asked("blocks of a merged layer", {**_DENSE, "hidden_size": 576, "intermediate_size": 1536,
-          "num_attention_heads": 9, "num_key_value_heads": 3}, "rtn_fp8_block", VLLM,
-          "engine.block_shape", twin_method="rtn_fp8_dynamic", thread="vLLM fp8_utils.py"),
-    Asked("blocks of a layer stored merged", {**_DENSE, "model_type": "phi3", "hidden_size": 3072,
-          "intermediate_size": 8256, "num_key_value_heads": 32}, "rtn_fp8_block", SGLANG,
-          "engine.block_shape", twin={"intermediate_size": 8192}, thread="vLLM fp8_utils.py"),
-    Asked("heads and ranks", {**_DENSE, "hidden_size": 896, "num_attention_heads": 14,
-          "num_key_value_heads": 2, "intermediate_size": 4864}, "rtn_fp8_dynamic",
-          (*VLLM, "--tp", "4"), "engine.tp_heads", twin_flags=(*VLLM, "--tp", "2"),
-          thread="vllm#5675"),
-    Asked("key/value heads and ranks", {**_DENSE, "num_key_value_heads": 10,
-          "num_attention_heads": 40, "hidden_size": 5120}, "rtn_fp8_dynamic",
-          (*SGLANG, "--tp", "4"), "engine.tp_heads", twin_flags=(*SGLANG, "--tp", "2"),
-          thread="vllm#5675"),
-    Asked("an MLP that cannot be cut", {**_DENSE, "intermediate_size": 6148}, "rtn_fp8_dynamic",
-          (*VLLM, "--tp", "8"), "engine.tp_split", twin={"intermediate_size": 6144},
-          thread="vllm#5675"),
-    Asked("packed words and ranks", {**_DENSE, "model_type": "mistral", "hidden_size": 6400,
-          "num_attention_heads": 64, "head_dim": 100}, "rtn_w4a16",
-          (*VLLM, "--tp", "8", *_AWQ), "engine.multiple_of", twin_flags=(*VLLM, "--tp", "4", *_AWQ),
-          thread="vllm#5675"),
-    Asked("Marlin tiles", {**_DENSE, "hidden_size": 576, "intermediate_size": 1536,
-          "num_attention_heads": 9, "num_key_value_heads": 3}, "rtn_w4a16",
-          (*SGLANG, "--set", "group_size=64"), "engine.tile",
-          twin_flags=(*VLLM, "--set", "group_size=64"), thread="SGLang marlin_utils.py"),
-    # kernels (pains 7)
-    Asked("INT8 experts", _MOE, "rtn_w8a8_dynamic", SGLANG, "engine.moe_scheme", twin_flags=VLLM,
-          thread="vllm#19853"),
-    Asked("MXFP4 on dense layers", _DENSE, "rtn_mxfp4a16", SGLANG, "engine.scheme",
-          twin_flags=VLLM, thread="llm-compressor#1427"),
-    Asked("3 bits", _DENSE, "gptqmodel_w3a16", VLLM, "engine.scheme",
-          twin_method="gptqmodel_w4a16", thread="vLLM auto_gptq.py"),
-    Asked("2 bits of AutoRound", _MLA | {"model_type": "deepseek_v3"}, "autoround_w2a16", SGLANG,
-          "engine.scheme", twin_method="autoround_w4a16", thread="llm-compressor#1427"),
-    Asked("ModelOpt's INT4 AWQ", _DENSE, "modelopt_int4_awq", VLLM, "engine.scheme",
-          twin_method="modelopt_fp8", thread="vLLM modelopt.py QUANT_ALGOS"),
-    Asked("ModelOpt's INT8 SmoothQuant", _DENSE, "modelopt_int8_sq", SGLANG, "engine.scheme",
-          twin_method="modelopt_fp8", thread="SGLang modelopt_quant.py"),
-    Asked("group size 256", _DENSE, "rtn_w4a16", (*SGLANG, "--set", "group_size=256"),
-          "engine.group_size", twin_flags=(*SGLANG, "--set", "group_size=128"),
-          thread="SGLang MARLIN_SUPPORTED_GROUP_SIZES"),
-    Asked("zero points in GPTQ's layout", _DENSE, "rtn_w4a16",
-          (*VLLM, "--set", "options.layout=gptq", "--set", "symmetric=false"),
-          "engine.asymmetric", twin_flags=(*VLLM, "--set", "options.layout=gptq"),
-          thread="vLLM auto_gptq.py TYPE_MAP"),
-    Asked("FP8 of ModelOpt on an A100", _DENSE, "modelopt_fp8", (*SGLANG, "--gpu", "a100"),
-          "engine.gpu", twin_flags=(*SGLANG, "--gpu", "h100"), thread="SGLang platform table"),
-    Asked("Marlin on AMD", _DENSE, "rtn_w4a16", (*SGLANG, "--gpu", "mi300x"), "engine.gpu",
-          twin_flags=(*SGLANG, "--gpu", "l40s"), thread="SGLang platform table"),
-    Asked("FP8 on Ascend", _DENSE, "rtn_fp8_dynamic", (*SGLANG, "--gpu", "ascend-a2"),
-          "engine.gpu", twin_method="rtn_w8a8_dynamic", thread="SGLang platform table"),
-    Asked("Ascend's layout in vLLM", _DENSE, "msmodelslim_w8a8", VLLM, "engine.layout",
-          twin_flags=(*SGLANG, "--gpu", "ascend-a3"), thread="SGLang platform table"),
-    Asked("GGUF in vLLM", _DENSE, "autoround_gguf_q4_k_m", VLLM, "engine.layout",
-          twin_flags=SGLANG, thread="SGLang platform table"),
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ import pytest
 
 from quantkit.cli.plan import chosen_recipe
 from quantkit.derive import open_headers
-from quantkit.engines import Verdict
+from quantkit.engines import Candidate, Part, Verdict, judge
 from quantkit.engines.complete import completed
 from quantkit.plan import make_plan
+from quantkit.schemes import SCHEMES
 from quantkit.seam import verdicts
 from quantkit.verify import EngineRequest, VerifyReport, verify
+from tests.asked import DENSE, PLANS, Asked
 from tests.backends import engine_alarms
-from tests.families import BASES
+from tests.families import BASES, INT4, model
 from tests.helpers import edit_json
-from tests.seeded import PLANS, SEEDS, Asked, Seed
+from tests.rtn import rtn
+from tests.seeded import SEEDS, Seed
 
 Base = Callable[[str], Path]
 USED = sorted({(seed.base, seed.engine) for seed in SEEDS})
@@ -133,3 +137,82 @@ def test_the_plan_is_refused_and_its_twin_is_not(case: Asked, tmp_path: Path) ->
     method = case.twin_method or case.method
     (twin,) = judged(case.config | case.twin, method, flags, tmp_path / "accepted")
     assert twin.loads, twin.reasons
+
+
+def test_a_plan_says_what_differs_where_the_engine_has_the_scheme(tmp_path: Path) -> None:
+    (verdict,) = judged(DENSE, "modelopt_mxfp8", ("--engine", "sglang"), tmp_path / "model")
+    (reason,) = verdict.reasons
+    assert "weight_scale_inv" in reason.message
+    assert "no kernel" not in reason.message
+
+
+def modelopt_mixed(*algorithms: str) -> Candidate:
+    """q, k and v in the first, the output projection in the last algorithm."""
+    kinds = [*[algorithms[0]] * 3, algorithms[-1]]
+    names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
+    schemes = {"FP8": SCHEMES["fp8"], "NVFP4": SCHEMES["nvfp4"]}
+    listed = {name: {"quant_algo": kind} for name, kind in zip(names, kinds, strict=True)}
+    listed["model.layers.0.self_attn.qkv_proj"] = {"quant_algo": algorithms[0]}
+    settings = {"quant_algo": "MIXED_PRECISION", "quantized_layers": listed, "ignore": ["lm_head"]}
+    parts = {
+        name: Part(name, "linear", (4096, 4096), schemes[kind], kind)
+        for name, kind in zip(names, kinds, strict=True)
+    }
+    return Candidate(DENSE, "modelopt", settings, parts)
+
+
+def test_sglang_reads_mixed_precision_only_with_an_nvfp4_layer() -> None:
+    (refused,) = judge(modelopt_mixed("FP8", "FP8"), ("sglang",), (1,))
+    assert [reason.code for reason in refused.reasons] == ["engine.scheme"]
+    assert "NVFP4" in refused.reasons[0].message
+    assert all(v.loads for v in judge(modelopt_mixed("FP8", "NVFP4"), ("sglang", "vllm"), (1,)))
+    assert all(v.loads for v in judge(modelopt_mixed("FP8", "FP8"), ("vllm",), (1,)))
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "size"),
+    [
+        ({"intermediate_size": 11008}, ("--engine", "vllm", "--tp", "8"), 32),
+        ({"intermediate_size": 11008}, ("--engine", "vllm", "--tp", "4"), 64),
+        ({"intermediate_size": 11008}, ("--engine", "vllm", "--tp", "4,8"), 32),
+        ({"intermediate_size": 13696}, ("--engine", "vllm", "--tp", "8"), None),
+        ({}, ("--engine", "sglang", "--set", "group_size=256"), 128),
+        ({}, ("--engine", "vllm,sglang", "--set", "group_size=512"), 128),
+    ],
+)
+def test_a_group_size_that_is_advised_is_accepted(
+    config: dict[str, Any], flags: tuple[str, ...], size: int | None, tmp_path: Path
+) -> None:
+    """11008 / 8 = 1376 = 43 × 32; 13696 / 8 = 1712 = 107 × 16, and no kernel has groups of 16."""
+    found = judged({**DENSE, **config}, "rtn_w4a16", flags, tmp_path / "asked")
+    fixes = {reason.fix for verdict in found for reason in verdict.reasons}
+    if size is None:
+        assert fixes == {"a smaller tensor-parallel size, or keep this layer in 16 bit"}
+        return
+    assert fixes == {f"--set group_size={size}"}
+    advised = (*flags, "--set", f"group_size={size}")
+    again = judged({**DENSE, **config}, "rtn_w4a16", advised, tmp_path / "advised")
+    assert all(verdict.loads for verdict in again), again
+
+
+@pytest.mark.parametrize(("family", "loads"), [("glm4", False), ("phi3", True)])
+def test_vllm_looks_for_the_members_of_a_layer_stored_merged(
+    family: str, loads: bool, tmp_path: Path
+) -> None:
+    """vLLM's GLM-4 is merged from gate_proj and up_proj, which a GPTQ file does not name."""
+    made = rtn(model(family, tmp_path / "m"), tmp_path / "o", INT4, layout="gptq")
+    codes = verified(made, "vllm").codes()
+    assert ("engine.ignore_overreach" in codes) is not loads
+    assert verified(made, "sglang").ok
+
+
+def test_what_to_change_is_named_as_the_layout_names_it() -> None:
+    parts = modelopt_mixed("FP8", "NVFP4")
+    listed = dict(parts.settings["quantized_layers"])
+    del listed["model.layers.0.self_attn.o_proj"]
+    less = replace(parts, settings={**parts.settings, "quantized_layers": listed})
+    (verdict,) = judge(less, ("vllm",), (1,))
+    (reason,) = verdict.reasons
+    assert reason.code == "engine.ignore_overreach"
+    assert "quantized_layers" in reason.fix
+    assert "targets" not in reason.fix

@@ -37,19 +37,33 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 
 
 def serve_sets(engine: str, tp: str, gpu: str) -> list[str]:
-    """--engine, --tp and --gpu as changes of the recipe."""
-    named = {"engines": f"[{engine}]" if engine else "", "tp": f"[{tp}]" if tp else "", "gpu": gpu}
+    """--engine, --tp and --gpu as changes of the recipe; InputError for values that are none."""
+    from quantkit.engines import gpu_named
+
+    names = ",".join(_engine_names(engine)) if engine else ""
+    sizes = ",".join(map(str, _tensor_parallel(tp))) if tp else ""
+    if gpu:
+        gpu_named(gpu)
+    named = {"engines": names and f"[{names}]", "tp": sizes and f"[{sizes}]", "gpu": gpu}
     return [f"serve.{key}={value}" for key, value in named.items() if value]
 
 
 def engine_request(engine: str, tp: str, gpu: str) -> EngineRequest | None:
     """--engine, --tp and --gpu of a command without a recipe; None without --engine."""
-    from quantkit.engines import engine_named
     from quantkit.verify import EngineRequest
 
     if not engine:
         return None
-    names = tuple(engine_named(name.strip()).engine for name in engine.split(","))
+    return EngineRequest(_engine_names(engine), _tensor_parallel(tp), gpu or None)
+
+
+def _engine_names(engine: str) -> tuple[str, ...]:
+    from quantkit.engines import engine_named
+
+    return tuple(engine_named(name.strip()).engine for name in engine.split(","))
+
+
+def _tensor_parallel(tp: str) -> tuple[int, ...]:
     sizes = [size.strip() for size in tp.split(",")]
     if not all(size.isdigit() and int(size) > 0 for size in sizes):
         raise InputError(
@@ -57,4 +71,4 @@ def engine_request(engine: str, tp: str, gpu: str) -> EngineRequest | None:
             hint="for example --tp 1,2,4,8",
             code="request.tp",
         )
-    return EngineRequest(names, tuple(map(int, sizes)), gpu or None)
+    return tuple(map(int, sizes))

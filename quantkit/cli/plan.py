@@ -14,8 +14,9 @@ from quantkit.errors import EXIT_INPUT, InputError
 
 if TYPE_CHECKING:
     from quantkit.checkpoint import Checkpoint
+    from quantkit.engines import Verdict
     from quantkit.plan import Plan
-    from quantkit.recipe import Recipe
+    from quantkit.recipe import Recipe, Serve
 
 
 def plan_command(
@@ -34,7 +35,7 @@ def plan_command(
 ) -> None:
     """Say what would be done to every layer, what it costs, and which engine will load it.
 
-    Exit 1 when an engine that was asked for will not.
+    Exit 1 when an engine that was asked for will not, or none will at a size or GPU asked for.
     """
     from quantkit.pipeline import plan_only
     from quantkit.request import Request
@@ -81,13 +82,15 @@ def chosen_recipe(method: str, recipe: str, calibration: str, sets: list[str]) -
 def show_plan(
     ui: Output, source: Checkpoint, plan: Plan, seconds: dict[str, float] | None = None
 ) -> bool:
-    """The plan as a table, or as a document with every module in it; whether every engine that
-    the recipe asks for will load the result."""
+    """The plan as a table, or as a document with every module in it; whether it will be served as
+    the recipe asks."""
+    from quantkit.derive import left_out
     from quantkit.seam import ignore_list, verdicts
 
     estimate = plan.estimate
+    incomplete = left_out(source.config) if source.derived == "config.json" else []
     found = verdicts(source, plan)
-    good = not plan.recipe.serve.engines or all(v.loads for v in found)
+    good = _served(plan.recipe.serve, found)
     quantized = Counter(scheme.name for scheme in plan.layers.values())
     kept = Counter(plan.kept.values())
     ui.table(
@@ -103,6 +106,8 @@ def show_plan(
               if seconds else []),
             *([("shapes", f"derived from {source.derived}: the weights are not here")]
               if source.derived else []),
+            *([("left out", f"{' and '.join(incomplete)}: their names are not derived, so they are "
+                "not in the ignore list; add model.safetensors.index.json")] if incomplete else []),
             ("KV cache", plan.recipe.kv_cache),
             ("read by", plan.loads.describe()),
             *((v.title, "\n".join([*(f"{r.text} → {r.fix}" for r in v.reasons), *v.notes]))
@@ -124,7 +129,18 @@ def show_plan(
             "bits_per_weight": plan.bits_per_weight,
             "estimate": {**vars(estimate), **({"seconds": seconds} if seconds else {})},
             "derived": source.derived,
+            "incomplete": incomplete,
             "notes": list(plan.notes),
         }
     )
     return good
+
+
+def _served(serve: Serve, found: list[Verdict]) -> bool:
+    """Whether every engine that is asked for loads it; with sizes or a GPU but no engine asked for,
+    whether at every size one does."""
+    if serve.engines:
+        return all(verdict.loads for verdict in found)
+    if not serve.gpu and list(serve.tp) == [1]:
+        return True
+    return all(any(v.loads for v in found if v.tp == size) for size in serve.tp)

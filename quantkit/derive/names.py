@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantkit.derive.sizes import Sizes
-from quantkit.modules import is_tied, text_config
+from quantkit.modules import is_tied, text_config, text_size
 
 _BIASED = ("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text")
 _NORMED = ("qwen3", "qwen3_moe", "gemma3_text", "qwen3_vl_text", "qwen3_vl_moe_text")
 _FUSED_ATTENTION = ("phi3",)
 _FUSED_MLP = ("phi3", "glm4")
 _FUSED_EXPERTS = ("gpt_oss", "qwen3_vl_moe_text")
+_FLAT = ("qwen2_vl", "qwen2_5_vl")
+"""Families whose older config.json states the language model's sizes beside the tower's."""
+_BLOCK_FP8 = ("_proj.weight", "_with_mqa.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 _KNOWN = (
     "llama", "mistral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2",
     "gemma3_text", "phi3", "mixtral", "deepseek_v2", "deepseek_v3", "glm4", "glm4_moe", "gpt_oss",
@@ -26,13 +29,29 @@ def is_known(config: Mapping[str, Any]) -> bool:
 
 
 def derived_names(config: Mapping[str, Any], size: Sizes) -> list[str]:
-    """Every tensor of the language model in the order of its layers (towers are left out)."""
+    """Every tensor of the language model in the order of its layers, less `left_out`."""
     prefix = "model.language_model." if text_config(config) is not config else "model."
     names = [f"{prefix}embed_tokens.weight"]
     for layer in range(size.layers):
         names += [f"{prefix}layers.{layer}.{name}" for name in _layer(config, size, layer)]
     names.append(f"{prefix}norm.weight")
+    names += [f"{name}_scale_inv" for name in names if _in_fp8_blocks(config, name)]
     return names if is_tied(config) else [*names, "lm_head.weight"]
+
+
+def left_out(config: Mapping[str, Any]) -> list[str]:
+    """What of a model is not derived from its config: its towers and draft (MTP) layers."""
+    holders = [config, config.get("thinker_config") or {}]
+    kinds = ("vision", "audio")
+    found = [f"{k} tower" for k in kinds if any(h.get(f"{k}_config") for h in holders)]
+    return [*found, "MTP layers"] if text_size(config, "num_nextn_predict_layers") else found
+
+
+def _in_fp8_blocks(config: Mapping[str, Any], name: str) -> bool:
+    settings = config.get("quantization_config") or {}
+    excluded = settings.get("modules_to_not_convert") or ()
+    stored = bool(settings.get("weight_block_size")) and name.endswith(_BLOCK_FP8)
+    return stored and not any(entry in name for entry in excluded)
 
 
 def _layer(config: Mapping[str, Any], size: Sizes, layer: int) -> Iterator[str]:
@@ -77,6 +96,8 @@ def _experts(config: Mapping[str, Any], size: Sizes) -> Iterator[str]:
     yield "router.weight" if kind == "gpt_oss" else "gate.weight"
     if kind in _FUSED_EXPERTS:
         yield from ("experts.gate_up_proj", "experts.down_proj")
+        if kind == "gpt_oss":
+            yield from ("router.bias", "experts.gate_up_proj_bias", "experts.down_proj_bias")
     else:
         three = ("w1", "w2", "w3") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
         for expert in range(size.experts):
@@ -104,5 +125,7 @@ def _has_experts(config: Mapping[str, Any], size: Sizes, layer: int) -> bool:
 def _type(config: Mapping[str, Any]) -> str:
     text = text_config(config)
     kind = str(text.get("model_type", ""))
+    if kind in _FLAT:
+        return f"{kind}_text"
     nested = text is not config
     return f"{kind}_text" if nested and not kind.endswith("_text") and "_vl" in kind else kind

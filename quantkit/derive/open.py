@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -24,6 +24,7 @@ from quantkit.derive.sizes import sizes
 from quantkit.errors import InputError
 from quantkit.modules import text_config
 
+INVERSE_SCALE = "_scale_inv"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -56,7 +57,7 @@ def from_config(path: Path, config: dict[str, Any]) -> Checkpoint:
             code="plan.underivable",
         )
     names = derived_names(config, sizes(config))
-    tensors = _derived(path / "model.safetensors", names, config)
+    tensors = _derived(path / "model.safetensors", names, config, set(names))
     return Checkpoint(path, config, tensors, derived="config.json")
 
 
@@ -67,14 +68,17 @@ def _with_absent(path: Path, weight_map: Mapping[str, str], absent: set[str]) ->
         tensors |= read_header(path / file)
     for file in sorted(absent):
         names = [name for name, place in weight_map.items() if place == file]
-        tensors |= _derived(path / file, names, config)
+        tensors |= _derived(path / file, names, config, weight_map)
     ordered = {name: tensors[name] for name in weight_map if name in tensors}
     if len(absent) < len(set(weight_map.values())):
         return Checkpoint(path, config, ordered, derived="the index and present shards")
     return Checkpoint(path, config, ordered, derived="the index and config.json")
 
 
-def _derived(file: Path, names: Iterable[str], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+def _derived(
+    file: Path, names: Sequence[str], config: Mapping[str, Any], every: Collection[str]
+) -> dict[str, TensorInfo]:
+    """`names` in a file; `every` is all names of the model, whose scales may be in another."""
     size = sizes(config)
     if not (size.hidden and size.heads and size.vocabulary):
         raise InputError(
@@ -88,11 +92,22 @@ def _derived(file: Path, names: Iterable[str], config: Mapping[str, Any]) -> dic
     dtype = _DTYPES.get(stated.removeprefix("torch."), "BF16")
     found, start = {}, 8
     for name in names:
-        shape = derived_shape(name, config, size)
-        end = start + prod(shape) * DTYPE_BITS[dtype] // 8
-        found[name] = TensorInfo(name, dtype, shape, file, start, end)
+        weight = name.removesuffix(INVERSE_SCALE)
+        shape, kind = derived_shape(weight, config, size), dtype
+        if weight != name:
+            shape, kind = _grid(shape, config), "F32"
+        elif f"{name}{INVERSE_SCALE}" in every:
+            kind = "F8_E4M3"
+        end = start + prod(shape) * DTYPE_BITS[kind] // 8
+        found[name] = TensorInfo(name, kind, shape, file, start, end)
         start = end
     return found
+
+
+def _grid(shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of a weight's inverse scales: one a block of `weight_block_size`."""
+    block = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+    return tuple(-(-length // step) for length, step in zip(shape, block, strict=False))
 
 
 def _other_weights(path: Path) -> bool:

@@ -36,6 +36,9 @@ def _text(leaf: str, module: str, config: Mapping[str, Any], size: Sizes) -> tup
         fused = _fused_experts(leaf, config, size) if module.endswith(f"experts.{leaf}") else None
         if fused is not None:
             return fused
+    if leaf in ("gate_up_proj_bias", "down_proj_bias"):
+        outputs = size.hidden if leaf == "down_proj_bias" else 2 * size.expert_inner
+        return (size.experts, outputs)
     attention = _attention(leaf, size)
     if attention is not None:
         return attention

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.modules import expert_count, text_config
+from quantkit.modules import expert_count, text_config, text_size
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Sizes:
 
 
 def sizes(config: Mapping[str, Any]) -> Sizes:
-    """Read from the language model's part of config.json."""
+    """Read from the language model's part of config.json, or its family's defaults."""
     text = text_config(config)
 
     def number(*keys: str, default: int = 0) -> int:
-        return next((v for k in keys if isinstance(v := text.get(k), int)), default)
+        return next((v for k in keys if (v := text_size(config, k))), default)
 
     hidden, heads = number("hidden_size", "n_embd"), number("num_attention_heads", "n_head")
     inner = number("intermediate_size", "n_inner")

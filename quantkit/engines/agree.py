@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quantkit.engines.belief import Reader
+from quantkit.engines.belief import Belief, Reader
 from quantkit.engines.candidate import Candidate, Part
 from quantkit.engines.data import Engine, Family
 from quantkit.engines.names import Layer
@@ -34,10 +34,23 @@ def check_names(
                     layer.name,
                 )
         elif read is not None:
-            yield from _compare(engine, layer, kinds != {None}, read)
+            yield from _compare(engine, candidate.layout, layer, kinds != {None}, read)
 
 
-def _compare(engine: Engine, layer: Layer, held: bool, read: Reader) -> Iterator[Reason]:
+_NAMED_IN = {
+    "compressed-tensors": "the targets of its config group",
+    "modelopt": "quantized_layers",
+    "gptq": 'the quantized layers ("lm_head": true)',
+    "awq": 'the quantized layers ("lm_head": true)',
+    "auto-round": "extra_config, with its bits",
+    "ascend": "quant_model_description.json, with its type",
+}
+"""Layout → where its settings name what is quantized."""
+
+
+def _compare(
+    engine: Engine, layout: str, layer: Layer, held: bool, read: Reader
+) -> Iterator[Reason]:
     belief = read(layer)
     if belief.mixed:
         yield Reason(
@@ -56,14 +69,12 @@ def _compare(engine: Engine, layer: Layer, held: bool, read: Reader) -> Iterator
             layer.name,
         )
     elif held and not belief.quantized:
-        because = f"the entry {belief.entry!r} names it" if belief.entry else "no target names it"
+        because, fix = _why_plain(layout, layer, belief)
         yield Reason(
             "engine.ignore_overreach",
             f"{engine.name} takes {layer.name} for 16 bit, since {because}; the checkpoint "
             f"holds it as {_name(layer.parts[0].scheme)}",
-            "write the entry as the whole name of the module that it means"
-            if belief.entry
-            else f"add {layer.name!r} to the targets",
+            fix,
             layer.name,
         )
     elif held and len(layer.parts) > 1 and not layer.experts:
@@ -76,6 +87,16 @@ def _compare(engine: Engine, layer: Layer, held: bool, read: Reader) -> Iterator
                 f"name {layer.name!r} beside its members, with the same settings",
                 layer.name,
             )
+
+
+def _why_plain(layout: str, layer: Layer, belief: Belief) -> tuple[str, str]:
+    """What made a quantized layer 16 bit for the engine, and the fix."""
+    if belief.entry:
+        fix = "write the entry as the whole name of the module that it means"
+        return f"the entry {belief.entry!r} names it", fix
+    if belief.because:
+        return belief.because, f"keep it in 16 bit: --set ignore+=re:.*{layer.leaf}"
+    return "no target names it", f"add {layer.name!r} to {_NAMED_IN.get(layout, 'the targets')}"
 
 
 def _built_plain(family: Family, layer: Layer) -> bool:

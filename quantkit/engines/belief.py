@@ -18,12 +18,13 @@ from quantkit.engines.names import Layer, renamed
 class Belief:
     """`settings` is what tells one kind of quantization from another in the layout (None where it
     has one kind only). `mixed` are the members that differ when the engine stops at them; `entry`
-    the entry that made a layer 16 bit."""
+    the entry that made a layer 16 bit, `because` what did where that is no entry."""
 
     quantized: bool
     settings: object = None
     mixed: bool = False
     entry: str | None = None
+    because: str = ""
 
 
 Reader = Callable[[Layer], Belief]

@@ -29,6 +29,8 @@ class Family:
     (an ignore list that names the members of an untold merge is not understood).
     stored: layers that the checkpoint holds merged already → "qkv" or "pair" (two equal parts).
     plain: last name parts of layers that are built in 16 bit whatever the settings say.
+    misread: last name part of a layer → layouts and packings that the model class's own code, which
+    takes the stored weight apart, does not know.
     rename: checkpoint name → engine name; maps: the same for the entries of the settings.
     plain_towers: whether vision and audio towers are built in 16 bit.
     """
@@ -38,6 +40,7 @@ class Family:
     told: Merges
     stored: Mapping[str, str] = field(default_factory=dict)
     plain: frozenset[str] = frozenset()
+    misread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rename: Renaming = ()
     maps: Renaming = ()
     plain_towers: bool = False
@@ -50,8 +53,9 @@ class SchemeRule:
 
     sm: the least compute capability; native: the one from which no weight-only detour is taken.
     moe: whether experts have a kernel ("only": nothing else has). groups: group sizes with one.
-    symmetric: whether only symmetric weights load ("gptq": in that packing). block: how 128 × 128
-    blocks must divide ("merged": every part but the last; "input": the input dimension).
+    symmetric: whether only symmetric weights load ("gptq": in that packing). block: what blocks of
+    128 × 128 must divide besides every part of a shard ("merged": of an uncut layer all parts but
+    the last, and an input that is cut; "input": the input also where it is not cut).
     tiles: whether a shard must fit Marlin's tiles as it is, 64 × 128 or 128 × 64 (output × input).
     multiple_of: what the input dimension of a shard must be divisible by.
     """
@@ -71,7 +75,10 @@ class SchemeRule:
 @dataclass(frozen=True)
 class FormatRule:
     """What an engine takes of a layout; `schemes` by scheme, or by the library's algorithm for
-    ModelOpt and Ascend. `mixed`: one algorithm a layer; `packings`: None is all of them."""
+    ModelOpt and Ascend. `packings`: None is all of them; `amd_packings`: the same on AMD.
+    mixed: whether each layer may have an algorithm of its own, or those of which one must be there.
+    act_order: whether it loads columns out of order. unread: scheme → what differs, where it has
+    the scheme but is not known to read the layout's tensors of it."""
 
     schemes: Mapping[str, SchemeRule]
     kv_cache: tuple[str, ...] = ()
@@ -79,8 +86,10 @@ class FormatRule:
     amd: bool = False
     npu: bool = False
     act_order: bool = True
-    mixed: bool = False
+    mixed: bool | tuple[str, ...] = False
     packings: tuple[str, ...] | None = None
+    amd_packings: tuple[str, ...] | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,7 @@ def _family(raw: dict[str, Any], merges: Mapping[str, Merges]) -> Family:
         merges=union(raw["merges"]),
         told=union(raw.pop("told", raw["merges"])),
         plain=frozenset(raw.pop("plain", ())),
+        misread=_frozen(raw.pop("misread", {})),
         rename=rename,
         maps=_renaming(raw.pop("maps")) if "maps" in raw else rename,
         **{key: value for key, value in raw.items() if key not in ("merges", "rename")},
@@ -168,15 +178,15 @@ def _renaming(pairs: Any) -> Renaming:
 
 def _format(raw: dict[str, Any]) -> FormatRule:
     schemes = {name: _scheme(entry) for name, entry in raw.pop("schemes").items()}
-    for key in ("kv_cache", "packings"):
-        if key in raw:
-            raw[key] = tuple(raw[key])
-    return FormatRule(schemes=schemes, **raw)
+    return FormatRule(schemes=schemes, **_frozen(raw))
 
 
 def _scheme(raw: dict[str, Any]) -> SchemeRule:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-    return SchemeRule(**values)
+    return SchemeRule(**_frozen(raw))
+
+
+def _frozen(raw: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()}
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from quantkit.engines.candidate import Candidate, Part
-from quantkit.engines.data import Engine, FormatRule, SchemeRule
+from quantkit.engines.data import Engine, Family, FormatRule, SchemeRule
 from quantkit.engines.gpus import Gpu
 from quantkit.engines.names import Layer
+from quantkit.engines.order import columns_out_of_order
 from quantkit.engines.reasons import Reason
 
 
 def check_format(engine: Engine, candidate: Candidate, gpu: Gpu | None) -> Iterator[Reason]:
-    """Reasons of codes `engine.layout`, `engine.kv_cache`, `engine.act_order` and `engine.gpu`,
-    against the checkpoint as a whole."""
+    """Reasons of codes `engine.layout`, `engine.kv_cache`, `engine.act_order`, `engine.scheme` and
+    `engine.gpu`, against the checkpoint as a whole."""
     rule = engine.formats.get(candidate.layout)
     if rule is None:
         yield Reason(
@@ -30,17 +31,34 @@ def check_format(engine: Engine, candidate: Candidate, gpu: Gpu | None) -> Itera
             f"(it loads {', '.join(rule.kv_cache) or 'none'})",
             f"--set kv_cache={next(iter(rule.kv_cache), 'none')}",
         )
-    settings = candidate.settings
-    if not rule.act_order and settings.get("desc_act") and settings.get("group_size", -1) != -1:
-        yield Reason(
-            "engine.act_order",
-            f"{engine.name} loads no GPTQ checkpoint with desc_act (columns out of order)",
-            "--set options.desc_act=false, or --set options.act_group_aware=true",
-        )
+    out_of_order = None if rule.act_order else columns_out_of_order(candidate.settings)
+    if out_of_order is not None:
+        said, fix = out_of_order
+        message = f"{engine.name} loads no checkpoint with columns out of order ({said})"
+        yield Reason("engine.act_order", message, fix)
+    yield from _check_mixed(engine, candidate, rule)
+
+
+def _check_mixed(engine: Engine, candidate: Candidate, rule: FormatRule) -> Iterator[Reason]:
+    """Against a ModelOpt checkpoint with an algorithm a layer."""
+    section = candidate.settings.get("quantization") or candidate.settings
+    if candidate.layout != "modelopt" or section.get("quant_algo") != "MIXED_PRECISION":
+        return
+    listed = (section.get("quantized_layers") or {}).values()
+    found = {str(entry.get("quant_algo", "")).upper() for entry in listed}
+    if rule.mixed is True or (rule.mixed and found.intersection(rule.mixed)):
+        return
+    needs = f" without a layer in {' or '.join(rule.mixed)}" if rule.mixed else ""
+    yield Reason(
+        "engine.scheme",
+        f"{engine.name} does not read a ModelOpt checkpoint of mixed precision{needs} "
+        f"(it holds {', '.join(sorted(found)) or 'none'})",
+        "quantize all layers with one algorithm",
+    )
 
 
 def check_schemes(
-    engine: Engine, candidate: Candidate, layers: Sequence[Layer], gpu: Gpu | None
+    engine: Engine, family: Family, candidate: Candidate, layers: Sequence[Layer], gpu: Gpu | None
 ) -> Iterator[Reason]:
     """Reasons of codes `engine.scheme`, `engine.moe_scheme`, `engine.group_size`,
     `engine.asymmetric`, `engine.packing` and `engine.gpu`, a layer each."""
@@ -51,6 +69,22 @@ def check_schemes(
         part = layer.parts[0]
         if part.scheme is not None:
             yield from _check_layer(engine, candidate.layout, rule, layer, part, gpu)
+            yield from _check_misread(engine, family, candidate.layout, layer)
+
+
+def _check_misread(engine: Engine, family: Family, layout: str, layer: Layer) -> Iterator[Reason]:
+    packing = layer.parts[0].packing
+    unknown = family.misread.get(layer.leaf, ())
+    if layout in unknown or packing in unknown:
+        leaves = [part.name.rpartition(".")[2] for part in layer.parts]
+        kind = layout if packing in ("", layout) else f"{layout} ({packing})"
+        yield Reason(
+            "engine.packing",
+            f"{engine.name} takes the weight of {layer.name} apart in the model's own code, which "
+            f"does not know {kind}",
+            "keep it in 16 bit: " + " ".join(f"--set ignore+=re:.*{leaf}" for leaf in leaves),
+            layer.name,
+        )
 
 
 def _check_layer(
@@ -65,9 +99,10 @@ def _check_layer(
         return Reason(code, f"{engine.name} {message} ({layer.name})", fix, layer.name)
 
     if scheme is None:
-        yield reason(
-            "engine.scheme", f"has no kernel for {name} in the layout {layout}", f"one of: {known}"
-        )
+        message = f"has no kernel for {name} in the layout {layout}"
+        if name in rule.unread:
+            message = f"is not known to read {name} in the layout {layout}: {rule.unread[name]}"
+        yield reason("engine.scheme", message, f"one of: {known}")
         return
     if rule.packings is not None and part.packing not in rule.packings:
         accepted = ", ".join(rule.packings)
@@ -84,14 +119,18 @@ def _check_layer(
         )
     size, groups = weight.group_size, scheme.groups
     if groups and size is not None and size not in groups:
-        nearest = max((g for g in groups if g < size), default=groups[0])
         message = f"has no {name} kernel for group size {size}"
-        yield reason("engine.group_size", message, f"--set group_size={nearest}")
+        sizes = ", ".join(map(str, groups))
+        yield reason("engine.group_size", message, f"one of the group sizes {sizes}, or 16 bit")
     if not weight.symmetric and scheme.symmetric in (True, part.packing.removesuffix("_v2")):
         message = f"has no kernel for {name} with zero points"
         yield reason("engine.asymmetric", message, "--set symmetric=true")
     if gpu is not None:
         yield from _check_gpu(reason, name, scheme, gpu)
+    on_amd = gpu is not None and gpu.vendor == "amd" and rule.amd_packings is not None
+    if gpu is not None and on_amd and part.packing not in (rule.amd_packings or ()):
+        message = f"has no kernel for the packing {part.packing} on {gpu.name}"
+        yield reason("engine.gpu", message, "quantkit platforms")
 
 
 def _check_gpu(

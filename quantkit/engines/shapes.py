@@ -14,11 +14,12 @@ from quantkit.engines.candidate import Candidate, Part
 from quantkit.engines.data import Engine, Family, SchemeRule
 from quantkit.engines.names import Layer
 from quantkit.engines.reasons import Reason
-from quantkit.modules import text_config
+from quantkit.modules import text_size
 from quantkit.schemes import BITS
 
 TILES = ((64, 128), (128, 64))
-_GROUPS = (256, 128, 64, 32, 16)
+KEEP = "keep this layer in 16 bit"
+SMALLER_CUT = f"a smaller tensor-parallel size, or {KEEP}"
 
 
 def check_heads(engine: Engine, config: Mapping[str, Any], tp: int) -> Iterator[Reason]:
@@ -26,17 +27,16 @@ def check_heads(engine: Engine, config: Mapping[str, Any], tp: int) -> Iterator[
 
     Key/value heads are replicated where there are fewer of them than ranks.
     """
-    text = text_config(config)
-    heads = _integer(text.get("num_attention_heads"))
-    shared = _integer(text.get("num_key_value_heads")) or heads
-    latent = bool(text.get("kv_lora_rank"))
+    heads = text_size(config, "num_attention_heads")
+    shared = text_size(config, "num_key_value_heads") or heads
+    latent = bool(text_size(config, "kv_lora_rank"))
     wrong = []
     if heads and heads % tp:
         wrong.append(f"{heads} attention heads")
     if shared and not latent and shared % tp and tp % shared:
         wrong.append(f"{shared} key/value heads")
     for key in ("linear_num_key_heads", "linear_num_value_heads"):
-        count = _integer(text.get(key))
+        count = text_size(config, key)
         if count and count % tp:
             wrong.append(f"{count} linear-attention heads")
     if wrong:
@@ -54,16 +54,40 @@ def check_shapes(
 ) -> Iterator[Reason]:
     """Reasons of codes `engine.tp_split`, `engine.tp_group`, `engine.block_shape`, `engine.tile`
     and `engine.multiple_of`, a layer each."""
-    rules = engine.formats.get(candidate.layout)
     for layer in layers:
-        part = layer.parts[0]
-        reasons = list(_check_split(engine, layer, tp))
-        yield from reasons
-        if reasons or rules is None or part.scheme is None:
-            continue
-        rule = rules.schemes.get(part.rule_name(candidate.layout))
-        if rule is not None:
-            yield from _Shard(family, candidate, layer, rule, tp).reasons()
+        yield from _check_split(engine, layer, tp)
+        shard = _shard(engine, family, candidate, layer, tp)
+        if shard is not None:
+            yield from shard.reasons()
+
+
+def group_fits(
+    engine: Engine,
+    family: Family,
+    candidate: Candidate,
+    layers: Sequence[Layer],
+    tp: int,
+    size: int,
+) -> bool:
+    """Whether groups of `size` have a kernel and divide every quantized layer's shards."""
+    for layer in layers:
+        shard = _shard(engine, family, candidate, layer, tp)
+        if shard is not None and shard.scheme.weight.group_size is not None:
+            able = not shard.rule.groups or size in shard.rule.groups
+            if not able or any(length % size for length in shard.inputs):
+                return False
+    return True
+
+
+def _shard(
+    engine: Engine, family: Family, candidate: Candidate, layer: Layer, tp: int
+) -> _Shard | None:
+    """One rank's part of a layer; None where it is not quantized, has no rule or cannot be cut."""
+    part, rules = layer.parts[0], engine.formats.get(candidate.layout)
+    if part.scheme is None or rules is None or any(_check_split(engine, layer, tp)):
+        return None
+    rule = rules.schemes.get(part.rule_name(candidate.layout))
+    return None if rule is None else _Shard(family, candidate, layer, rule, tp)
 
 
 def _check_split(engine: Engine, layer: Layer, tp: int) -> Iterator[Reason]:
@@ -128,13 +152,11 @@ class _Shard:
             return
         for length in self.inputs:
             if length % size:
-                fits = [str(n) for n in _GROUPS if n < size and length % n == 0]
                 yield self._reason(
                     "engine.tp_group",
                     f"group size {size} does not divide its input of {length}",
-                    f"--set group_size={fits[0]}" if fits and self.scheme.weight.scale == "float"
-                    else "a smaller tensor-parallel size, or keep this layer in 16 bit",
-                )  # fmt: skip
+                    SMALLER_CUT if self.tp > 1 else KEEP,
+                )
                 return
 
     def _blocks(self) -> Iterator[Reason]:
@@ -154,7 +176,7 @@ class _Shard:
         merged = len(self.outputs) > 1
         checked = self.outputs if split else self.outputs[:-1] if merged else []
         wrong = [size for size in checked if size % high]
-        if wrong and self.rule.block == "merged":
+        if wrong:
             yield self._misfit(f"the part of {wrong[0]} outputs in {self.outputs}", block)
 
     def _misfit(self, what: str, block: tuple[int, int]) -> Reason:
@@ -176,14 +198,14 @@ class _Shard:
                 yield self._reason(
                     "engine.multiple_of",
                     f"its input of {length} is no multiple of {needed}",
-                    "a smaller tensor-parallel size, or keep this layer in 16 bit",
+                    SMALLER_CUT,
                 )
         across = self.outputs if self.packing in ("gemm", "gptq", "gptq_v2") else self.inputs
         if words and any(length % per_word for length in across):
             yield self._reason(
                 "engine.multiple_of",
                 f"{across} is no multiple of {per_word}, the codes in a packed word",
-                "a smaller tensor-parallel size, or keep this layer in 16 bit",
+                SMALLER_CUT,
             )
 
     def _tiles(self) -> Iterator[Reason]:
@@ -207,9 +229,8 @@ def _outputs(layer: Layer, family: Family, config: Mapping[str, Any]) -> list[in
         return [part.rows for part in layer.parts]
     rows = layer.parts[0].rows
     kind = family.stored.get(layer.leaf)
-    text = text_config(config)
-    heads = _integer(text.get("num_attention_heads"))
-    shared = _integer(text.get("num_key_value_heads")) or heads
+    heads = text_size(config, "num_attention_heads")
+    shared = text_size(config, "num_key_value_heads") or heads
     if kind == "qkv" and heads and rows % (heads + 2 * shared) == 0:
         head = rows // (heads + 2 * shared)
         return [heads * head, shared * head, shared * head]
@@ -217,7 +238,7 @@ def _outputs(layer: Layer, family: Family, config: Mapping[str, Any]) -> list[in
 
 
 def _replicated(rows: int, candidate: Candidate, tp: int) -> int:
-    shared = _integer(text_config(candidate.config).get("num_key_value_heads"))
+    shared = text_size(candidate.config, "num_key_value_heads")
     return rows // min(tp, shared) if shared else rows // tp
 
 
@@ -233,7 +254,3 @@ def _expert_sizes(layer: Layer) -> tuple[int, int]:
             return part.columns, part.rows // 2
     part = layer.parts[0]
     return part.columns, part.rows
-
-
-def _integer(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0

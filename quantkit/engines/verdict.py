@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.engines.agree import check_names
@@ -13,7 +13,7 @@ from quantkit.engines.gpus import Gpu
 from quantkit.engines.kernels import check_format, check_schemes, weight_only_note
 from quantkit.engines.names import layers
 from quantkit.engines.reasons import Reason, condensed
-from quantkit.engines.shapes import check_heads, check_shapes
+from quantkit.engines.shapes import check_heads, check_shapes, group_fits
 from quantkit.engines.support import NAMES
 from quantkit.errors import InputError
 
@@ -59,9 +59,50 @@ def judge(
 ) -> list[Verdict]:
     """A verdict for every engine × tensor-parallel size; the work on names is done once an engine.
 
-    Raises InputError (`request.engine`) for an engine without rules.
+    A group size that is advised suits all of them. Raises InputError (`request.engine`) for an
+    engine without rules.
     """
-    return [v for name in names for v in _judge(engine_named(name), candidate, sizes, gpu)]
+    known = [engine_named(name) for name in names]
+    found = [verdict for engine in known for verdict in _judge(engine, candidate, sizes, gpu)]
+    if not any(reason.code in _ABOUT_GROUPS for v in found for reason in v.reasons):
+        return found
+    size = _common_group(known, candidate, sizes)
+    return found if size is None else [_advising(verdict, size) for verdict in found]
+
+
+_ABOUT_GROUPS = ("engine.tp_group", "engine.group_size")
+_GROUPS = (256, 128, 64, 32, 16)
+
+
+def _common_group(
+    known: Sequence[Engine], candidate: Candidate, sizes: Sequence[int]
+) -> int | None:
+    """The largest group size that suits every layer, engine and tensor-parallel size; None where
+    there is none, or the scheme has a fixed one."""
+    schemes = [part.scheme for part in candidate.parts.values() if part.scheme]
+    if any(s.weight.group_size and s.weight.scale != "float" for s in schemes):
+        return None
+    views = []
+    for engine in known:
+        family = engine.family(candidate.config)
+        views.append((engine, family, layers(engine, family, candidate.parts.values())))
+    fitting = (
+        size
+        for size in _GROUPS
+        if all(
+            group_fits(*view[:2], candidate, view[2], tp, size) for view in views for tp in sizes
+        )
+    )
+    return next(fitting, None)
+
+
+def _advising(verdict: Verdict, size: int) -> Verdict:
+    fix = f"--set group_size={size}"
+    reasons = (
+        replace(reason, fix=fix) if reason.code in _ABOUT_GROUPS else reason
+        for reason in verdict.reasons
+    )
+    return replace(verdict, reasons=tuple(reasons))
 
 
 def engine_named(name: str) -> Engine:
@@ -84,7 +125,7 @@ def _judge(
     always = list(check_format(engine, candidate, gpu))
     if engine.formats.get(candidate.layout) is not None:
         always += check_names(engine, family, candidate, built)
-        always += check_schemes(engine, candidate, built, gpu)
+        always += check_schemes(engine, family, candidate, built, gpu)
     notes = []
     if not family.known:
         kind = candidate.config.get("model_type", "unknown")

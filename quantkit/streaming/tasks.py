@@ -110,9 +110,10 @@ def stored_transposed(tensor: TensorInfo, checkpoint: Checkpoint) -> bool:
 
 
 def _unknown_experts(tensor: TensorInfo, what: str) -> InputError:
+    block = ".".join(tensor.name.removesuffix(".weight").split(".")[-3:-1])
     return InputError(
         f"{tensor.name} {list(tensor.shape)} {what}.",
-        hint=f"keep it in 16 bit: --set ignore+={tensor.name}",
+        hint=f"keep the experts in 16 bit: --set ignore+=re:.*{block}.*",
         code="stream.expert_layout",
     )
 

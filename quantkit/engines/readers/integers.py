@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from quantkit.engines.belief import (
@@ -22,10 +23,11 @@ from quantkit.engines.data import Family
 from quantkit.engines.names import Layer
 
 
-def gptq(candidate: Candidate, *, stored: bool) -> Reader:
+def gptq(family: Family, candidate: Candidate, *, stored: bool) -> Reader:
     """`dynamic` rules on the engine's name of a layer, the first match first.
 
-    `stored` is vLLM's way: which layers are quantized it reads from the tensors.
+    `stored` is vLLM's way: which layers are quantized it reads from the tensors, and of a layer
+    that it knows as merged it looks for the members, also where the file holds it as one.
     """
     rules = [
         (rule, re.compile(rule.removeprefix("+:").removeprefix("-:")), changes)
@@ -42,6 +44,9 @@ def gptq(candidate: Candidate, *, stored: bool) -> Reader:
                 return MIXED
             if not kinds.pop():
                 return NOT
+            if len(layer.parts) == 1 and layer.leaf in family.told:
+                wanted = ", ".join(family.told[layer.leaf])
+                return replace(NOT, because=f"it looks for {wanted}, which the file holds as one")
         for rule, pattern, changes in rules:
             if pattern.match(layer.name):
                 if rule.startswith("-:"):
