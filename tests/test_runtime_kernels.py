@@ -184,6 +184,28 @@ def test_kernel_computes_the_scheme(kernel: Kernel, name: str) -> None:
         assert error < limit, f"{rows} rows: relative error {error:.4f}"
 
 
+@pytest.mark.parametrize("off", [-3, -1, 0, 1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_one_zero_point_for_all_groups_does_not_take_codes_out_of_their_bits(
+    bits: int, off: int
+) -> None:
+    scheme = W4A16.with_weight(element=f"int{bits}", group_size=32, symmetric=False)
+    weight = random_weight(scheme, (64, 96))
+    assert weight.zero_point is not None
+    middle = 1 << (bits - 1)
+    weight = replace(weight, zero_point=torch.full_like(weight.zero_point, float(middle + off)))
+    prepared = centred(weight)
+    assert (prepared.zero_point is None) == (off == 0)
+    layer = describe("x", scheme, prepared, torch.bfloat16)
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    wanted = x.double() @ dequantize(weight).double().T
+    fitting = [k for k in KERNELS if not k.unavailable(CPU) and not k.rejects(layer)]
+    assert "reference" in {kernel.NAME for kernel in fitting}
+    for kernel in fitting:
+        found = kernel.apply(x, kernel.prepare(prepared, layer)).double()
+        assert (found - wanted).norm() / wanted.norm() < 6e-3, kernel.NAME
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_reference_is_exact_in_float32(name: str) -> None:
     layer, prepared = layer_of(name, torch.float32)
