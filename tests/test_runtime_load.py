@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.errors import InputError
 from quantkit.formats.dequantize import dequantize
 from quantkit.runtime import load
+from quantkit.runtime.fuse import harmonize, join
 from quantkit.schemes import SCHEMES
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors
 from tests.streaming import tensors_of
 from tests.test_formats_artifacts import CASES, opened, read_layer
+from tests.test_runtime_kernels import random_weight
 
 Artifact = Callable[[str], Path]
 
@@ -130,6 +133,35 @@ def test_fused_groups_are_served_on_their_largest_scale(artifact: Artifact) -> N
     assert scales_of_qkv(engine) == [pytest.approx(largest)]
     assert len(set(scales_of_qkv(raw))) == 3
     assert not torch.equal(engine(IDS).logits, raw(IDS).logits)
+
+
+def test_members_with_ranges_of_their_own_are_merged_as_vllm_does() -> None:
+    scheme = SCHEMES["w8a8_asym"]
+    members = [
+        replace(
+            random_weight(SCHEMES["w8a8"], (8, 32)),
+            zero_point=None,
+            input_scale=torch.tensor([scale]),
+            input_zero_point=torch.tensor([zero]),
+        )
+        for scale, zero in ((0.02, -40.0), (0.05, 20.0), (0.02, -40.0))
+    ]
+    assert join(members) is None  # as the file has them: one cannot speak for another
+    one, *others = harmonize(["q", "k", "v"], members, scheme)
+    low, high = 0.05 * (-128 - 20), 0.05 * (127 - 20)
+    assert 0.02 * (127 + 40) < high
+    assert float(one.input_scale) == pytest.approx((high - low) / 255)  # type: ignore[arg-type]
+    assert float(one.input_zero_point) == 20  # type: ignore[arg-type]
+    assert all(other.input_zero_point == one.input_zero_point for other in others)
+    assert join([one, *others]) is not None
+    wide = [members[0], replace(members[1], input_zero_point=torch.tensor([100.0]))]
+    merged = harmonize(["gate", "up"], wide, scheme)[0]
+    low, high = 0.05 * (-128 - 100), 0.02 * (127 + 40)
+    assert float(merged.input_scale) == pytest.approx((high - low) / 255)  # type: ignore[arg-type]
+    zero = int(-128 - low / ((high - low) / 255))
+    assert float(merged.input_zero_point) == zero  # type: ignore[arg-type]
+    same = harmonize(["gate", "up"], [members[0], members[2]], scheme)
+    assert float(same[0].input_zero_point) == -40  # type: ignore[arg-type]
 
 
 def test_unequal_fp4_globals_are_refused_unless_asked_for(
