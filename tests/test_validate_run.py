@@ -201,6 +201,26 @@ def truncate(directory: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def test_a_layer_of_nothing_but_noise_is_reported(
+    checkpoints: dict[str, Path], small_model: Path, tmp_path: Path
+) -> None:
+    """Sums of squares overflow: the SQNR of such a layer has no logarithm."""
+    huge = patching(f"{DOWN}.weight_scale", lambda scale: torch.full_like(scale, 1e25))
+    copy = damaged(checkpoints["8"], tmp_path / "copy", huge)
+    reports = [tmp_path / f"r.{end}" for end in ("md", "xml", "html", "json")]
+    done = quantkit(
+        "validate", copy, "--baseline", small_model, "--samples", "8", "--no-throughput",
+        *(word for report in reports for word in ("--report", report)),
+    )  # fmt: skip
+    assert done.code == 4, done.out + done.err
+    document = json.loads(reports[-1].read_text())
+    assert document["layers"][0] == {
+        "module": DOWN, "scheme": "w8a8_dynamic", "sqnr_db": -200.0, "floor_db": 16.0,
+    }  # fmt: skip
+    assert f"`{DOWN}` | w8a8_dynamic | -200.0" in reports[0].read_text()
+    assert all(report.stat().st_size for report in reports)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown quantization": (
         configuring(lambda c: c["quantization_config"].update(quant_method="novel")),

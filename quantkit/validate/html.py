@@ -47,8 +47,7 @@ def as_html(document: Document) -> str:
         number=number,
         worst=sorted(document["layers"], key=lambda layer: layer["sqnr_db"])[:10],
         pictures={
-            name: Markup(plots.svg(figure))  # noqa: S704  our own drawing
+            name: None if figure is None else Markup(plots.svg(figure))  # noqa: S704  ours
             for name, figure in figures.items()
-            if figure is not None
         },
     )

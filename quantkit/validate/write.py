@@ -55,6 +55,6 @@ def check_reports(paths: Sequence[Path]) -> None:
 
 
 def write_reports(document: Document, paths: Sequence[Path]) -> None:
-    """Write every report."""
-    for path in paths:
+    """Write every report, JSON first: it holds what the others are made from."""
+    for path in sorted(paths, key=lambda path: path.suffix != ".json"):
         path.write_text(WRITERS[path.suffix](document), encoding="utf-8")
