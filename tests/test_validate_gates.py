@@ -99,6 +99,18 @@ def test_defaults_are_those_of_the_narrowest_weights_and_the_last_gate_counts() 
     assert [gate.limit for gate in chosen if gate.metric == "ppl_ratio"] == [1.5]
 
 
+@pytest.mark.parametrize(
+    ("schemes", "bits"),
+    [({"Q8_0"}, 8), ({"Q6_K", "Q8_0"}, 4), ({"Q5_0"}, 4), ({"Q4_K", "Q6_K"}, 4), ({"Q3_K"}, 3),
+     ({"IQ2_XXS"}, 2), ({"TQ1_0"}, 2), ({"fp8_e4m3_channel"}, 8), ({"int4_group"}, 4),
+     ({"nameless"}, 8), (set(), 8)],
+)  # fmt: skip
+def test_bits_are_read_from_names_of_ggml_and_of_unknown_schemes(
+    schemes: set[str], bits: int
+) -> None:
+    assert {str(gate) for gate in default_gates(schemes)} >= set(BY_BITS[bits])
+
+
 def test_every_default_gate_is_of_a_known_metric() -> None:
     for bits in BY_BITS:
         assert {parse_gate(text).metric for text in BY_BITS[bits]} <= METRICS.keys()

@@ -59,9 +59,18 @@ class GateResult:
 
 
 def default_gates(schemes: Iterable[str]) -> list[Gate]:
-    """The gates of a checkpoint with layers of these schemes: those of the narrowest weights."""
-    bits = [SCHEMES[name].weight.bits for name in schemes if name in SCHEMES]
-    return [parse_gate(text) for text in (*ALWAYS, *BY_BITS[min(bits, default=4)])]
+    """The gates of a checkpoint with layers of these schemes, or ggml types: those of the narrowest
+    weights, and the strictest where no name tells how many bits they have."""
+    bits = [_bits(name) for name in schemes]
+    return [parse_gate(text) for text in (*ALWAYS, *BY_BITS[min(bits, default=max(BY_BITS))])]
+
+
+def _bits(name: str) -> int:
+    """The key of `BY_BITS` for a scheme or a ggml type (Q6_K, IQ2_XXS): the next one under its bits,
+    which are the first digit of a name without an entry in `SCHEMES`."""
+    digit = next((int(c) for c in name if c.isdigit()), max(BY_BITS))
+    bits = SCHEMES[name].weight.bits if name in SCHEMES else digit
+    return max((known for known in BY_BITS if known <= bits), default=min(BY_BITS))
 
 
 def chosen_gates(*layers: Sequence[Gate]) -> list[Gate]:
