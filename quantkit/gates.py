@@ -68,6 +68,13 @@ def parse_gate(text: str) -> Gate:
     return Gate(metric, wanted, limit)
 
 
+def outcome(ok: bool, undecided: int) -> str:
+    """What became of all gates, in words; `undecided` counts those that the sample left open."""
+    if not ok:
+        return "not good"
+    return f"no gate failed, {undecided} undecided" if undecided else "every gate held"
+
+
 def _number(text: str) -> float | None:
     try:
         value = float(text)

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from quantkit.errors import InputError
-from quantkit.gates import METRICS, Gate, parse_gate
+from quantkit.gates import METRICS, Gate, outcome, parse_gate
 from quantkit.recipe import load_recipe
 from quantkit.validate.bootstrap import Measured, exact, missing, sampled
+from quantkit.validate.metrics import choice_metric, task_metrics
+from quantkit.validate.paired import lost, score_interval
+from quantkit.validate.report import Report
 from quantkit.validate.verdicts import BY_BITS, chosen_gates, default_gates, hold
 
 PPL = Gate("ppl_ratio", "<=", 1.02)
@@ -64,6 +67,18 @@ def test_verdicts_without_interval() -> None:
     assert (absent.verdict, absent.held, absent.reason) == ("undecided", False, "no logits")
 
 
+def test_the_outcome_in_words_says_what_was_left_open() -> None:
+    assert outcome(True, 0) == "every gate held"
+    assert outcome(True, 2) == "no gate failed, 2 undecided"
+    assert outcome(False, 2) == "not good"
+    report = Report({}, {}, {}, {}, [])
+    absent = hold(PPL, missing("no logits"), weights_only=False)
+    report.gates = [hold(PPL, sampled(np.zeros(7), np.exp), weights_only=False)]
+    assert (report.ok, report.undecided) == (True, 1)
+    report.gates.append(absent)
+    assert (report.ok, report.undecided) == (False, 1)
+
+
 def test_nan_fails() -> None:
     result = hold(PPL, sampled(np.array([0.0, np.nan] * 8), np.exp), weights_only=False)
     assert (result.verdict, result.value) == ("fail", None)
@@ -90,6 +105,44 @@ def test_interval_holds_the_truth_as_often_as_it_says_and_narrows_with_samples()
             widths.append(interval[1] - interval[0])
     assert 0.88 < np.mean(held) < 0.99
     assert np.mean(widths[100:]) < np.mean(widths[:100]) / 3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_few_right_or_wrong_answers_that_agree_decide_nothing(share: float) -> None:
+    gate = parse_gate("drop.gsm8k.exact_match<=0.03")
+    for count, verdict in ((8, "undecided"), (96, "undecided"), (374, "pass")):
+        same = (np.arange(count) < share * count).astype(float)
+        metric = task_metrics({"gsm8k.exact_match": same}, {"gsm8k.exact_match": same})
+        result = hold(gate, metric[gate.metric], weights_only=False)
+        assert result.verdict == verdict
+        assert result.interval is not None
+        assert result.interval[1] == pytest.approx(3.8415 / (count + 3.8415), rel=1e-3)
+        assert result.interval[0] == pytest.approx(-result.interval[1])
+
+
+def test_facts_and_inverted_metrics_are_answers_too() -> None:
+    facts = choice_metric(np.ones(12, dtype=bool), np.ones(12, dtype=bool))
+    assert facts.interval is not None
+    assert facts.interval[1] > 0.2
+    errors, fewer = -np.ones(16), -np.array([1.0, 0.0] * 8)
+    less = lost(errors, fewer)
+    assert less.value == -0.5
+    assert less.interval is not None
+    assert -0.9 < less.interval[0] < -0.5 < less.interval[1] < 0
+    assert lost(np.full(16, 0.25), np.zeros(16)).interval == (0.25, 0.25)  # no answers: bootstrap
+    assert lost(np.ones(7), np.ones(7)).interval is None
+
+
+@pytest.mark.parametrize(("count", "worse", "better"), [(40, 0.2, 0.05), (100, 0.02, 0.01)])
+def test_the_interval_of_answers_holds_the_truth(count: int, worse: float, better: float) -> None:
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(1000):
+        draw = rng.random(count)
+        more, fewer = int((draw < worse).sum()), int((draw > 1 - better).sum())
+        low, high = score_interval(more, fewer, count)
+        held.append(low <= worse - better <= high)
+    assert 0.93 < np.mean(held) < 0.995
 
 
 def test_defaults_are_those_of_the_narrowest_weights_and_the_last_gate_counts() -> None:

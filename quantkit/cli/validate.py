@@ -10,6 +10,7 @@ import typer
 from quantkit.cli import options
 from quantkit.cli.output import Output
 from quantkit.errors import EXIT_CHECK
+from quantkit.gates import outcome
 
 if TYPE_CHECKING:
     from quantkit.validate.report import Report
@@ -122,7 +123,8 @@ def _show(ui: Output, report: Report) -> None:
         ui.info(f"note: {note}")
     failed = [gate.metric for gate in report.gates if not gate.held]
     worse = [c.metric for c in report.changes or () if c.verdict == "worse"]
-    verdict = "every gate held" if report.ok else f"not good: {', '.join([*failed, *worse])}"
+    verdict = outcome(report.ok, report.undecided)
+    verdict = verdict if report.ok else f"{verdict}: {', '.join([*failed, *worse])}"
     both = report.values["perplexity"]
     ui.text(
         f"{report.checkpoint['name']}: perplexity {both.quantized:.2f} (baseline "

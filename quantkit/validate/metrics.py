@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from quantkit.gates import TASK_PREFIX
 from quantkit.validate.bootstrap import Measured, exact, missing, percentiles, resamples, sampled
 from quantkit.validate.canary import Answer
+from quantkit.validate.paired import lost
 from quantkit.validate.subject import Spread, Throughput
 from quantkit.validate.text import BaselineText, QuantizedText
 from quantkit.verify import VerifyReport
@@ -54,7 +55,7 @@ def text_metrics(windows: PerWindow, kl: NDArray[np.float32] | None) -> dict[str
 
 def choice_metric(baseline: NDArray[np.bool_], quantized: NDArray[np.bool_]) -> Measured:
     """Accuracy lost on the same questions."""
-    return sampled(baseline.astype(np.float64) - quantized)
+    return lost(baseline.astype(np.float64), quantized.astype(np.float64))
 
 
 def canary_metrics(
@@ -98,7 +99,7 @@ def task_metrics(
 ) -> dict[str, Measured]:
     """TASK.METRIC → values a sample, of both models → what was lost."""
     return {
-        f"{TASK_PREFIX}{name}": sampled(values - quantized[name])
+        f"{TASK_PREFIX}{name}": lost(values, quantized[name])
         for name, values in baseline.items()
     }
 

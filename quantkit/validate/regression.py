@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from quantkit.errors import InputError
 from quantkit.gates import direction_of
 from quantkit.validate.bootstrap import FEWEST, Measured, sampled
+from quantkit.validate.paired import lost
 
 Moved = Literal["same", "noise", "better", "worse"]
 
@@ -112,9 +113,9 @@ def _paired(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Measur
     ours, theirs = _array(new[part][key]), _array(old[part][key])
     if ours is None or theirs is None or len(ours) != len(theirs) or len(ours) < FEWEST:
         return None
-    differences = ours - theirs
     if name == "mcq_drop":
-        return sampled(-differences)
+        return lost(theirs, ours)
+    differences = ours - theirs
     if name != "ppl_ratio":
         return sampled(differences)
     ratio = old["metrics"]["ppl_ratio"]["value"]

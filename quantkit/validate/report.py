@@ -63,9 +63,15 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every gate was held, and nothing became worse than in an earlier report."""
+        """Whether no gate failed or went unmeasured, and nothing became worse than in an earlier
+        report. A sample that is too small to say fails nothing: see `undecided`."""
         worse = any(change.verdict == "worse" for change in self.changes or ())
         return all(gate.held for gate in self.gates) and not worse
+
+    @property
+    def undecided(self) -> int:
+        """Gates that were measured on a sample too small to say."""
+        return sum(gate.held and gate.verdict == "undecided" for gate in self.gates)
 
     def to_json(self) -> dict[str, Any]:
         """The document: plain JSON values, NaN as null."""
@@ -74,6 +80,7 @@ class Report:
             "kind": KIND,
             "quantkit_version": __version__,
             "ok": self.ok,
+            "undecided": self.undecided,
             "checkpoint": self.checkpoint,
             "baseline": self.baseline,
             "engine": self.engine,
