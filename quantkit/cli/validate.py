@@ -119,6 +119,8 @@ def _show(ui: Output, report: Report) -> None:
     for talk in report.canary:
         if talk["quantized_problem"]:
             ui.info(f"warning: canary {talk['prompt']!r}: {talk['quantized_problem']}")
+    for warning in report.warnings:
+        ui.info(f"warning: {warning}")
     for note in report.notes:
         ui.info(f"note: {note}")
     failed = [gate.metric for gate in report.gates if not gate.held]

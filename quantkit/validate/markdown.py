@@ -42,7 +42,8 @@ def as_markdown(document: Mapping[str, Any]) -> str:
             (f"`{layer['module']}`", layer["scheme"], f"{layer['sqnr_db']:.1f}",
              f"{layer['floor_db']:.1f}") for layer in layers[:WORST_LAYERS]
         ])  # fmt: skip
-    lines += ["", *(f"- {note}" for note in document["notes"])]
+    lines += ["", *(f"- **Warning**: {text}" for text in document["warnings"])]
+    lines += [f"- {note}" for note in document["notes"]]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -99,8 +99,7 @@ def task_metrics(
 ) -> dict[str, Measured]:
     """TASK.METRIC → values a sample, of both models → what was lost."""
     return {
-        f"{TASK_PREFIX}{name}": lost(values, quantized[name])
-        for name, values in baseline.items()
+        f"{TASK_PREFIX}{name}": lost(values, quantized[name]) for name, values in baseline.items()
     }
 
 

@@ -34,7 +34,7 @@ def record(directory: Path, document: Mapping[str, Any]) -> bool:
 def summary(document: Mapping[str, Any]) -> dict[str, Any]:
     """The report without its raw material."""
     kept = ("quantkit_version", "ok", "undecided", "baseline", "engine", "text", "gates",
-            "metrics", "values", "throughput", "notes")  # fmt: skip
+            "metrics", "values", "throughput", "notes", "warnings")  # fmt: skip
     return {key: document[key] for key in kept}
 
 

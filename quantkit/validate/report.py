@@ -50,6 +50,7 @@ class Report:
     text: dict[str, Any]
     layers: list[LayerFidelity]
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     metrics: dict[str, Measured] = field(default_factory=dict)
     gates: list[GateResult] = field(default_factory=list)
     values: dict[str, Both] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class Report:
             "right": {name: [int(v) for v in value] for name, value in vars(self.right).items()},
             "regression": None if self.changes is None else [asdict(c) for c in self.changes],
             "notes": self.notes,
+            "warnings": self.warnings,
             "seconds": round(self.seconds, 1),
         }
         plain: dict[str, Any] = _without_nan(document)

@@ -43,7 +43,7 @@ from quantkit.validate.metrics import (
     weight_metrics,
 )
 from quantkit.validate.preflight import Candidate, check_integrity, open_candidate, tokenizer_of
-from quantkit.validate.regression import compare, refuse_incomparable
+from quantkit.validate.regression import compare, no_longer_measured, refuse_incomparable
 from quantkit.validate.report import (
     Both,
     Report,
@@ -176,6 +176,10 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     report.seconds = time.monotonic() - start
     if earlier is not None:
         report.changes = compare(report.metrics, report.to_json(), earlier)
+        if gone := no_longer_measured(report.metrics, earlier):
+            report.warnings.append(
+                f"the earlier report has {', '.join(gone)}, which this run did not measure"
+            )
     return report
 
 

@@ -66,8 +66,8 @@ def default_gates(schemes: Iterable[str]) -> list[Gate]:
 
 
 def _bits(name: str) -> int:
-    """The key of `BY_BITS` for a scheme or a ggml type (Q6_K, IQ2_XXS): the next one under its bits,
-    which are the first digit of a name without an entry in `SCHEMES`."""
+    """The key of `BY_BITS` for a scheme or a ggml type (Q6_K, IQ2_XXS): the next one under its
+    bits, which are the first digit of a name without an entry in `SCHEMES`."""
     digit = next((int(c) for c in name if c.isdigit()), max(BY_BITS))
     bits = SCHEMES[name].weight.bits if name in SCHEMES else digit
     return max((known for known in BY_BITS if known <= bits), default=min(BY_BITS))
