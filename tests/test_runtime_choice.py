@@ -11,7 +11,7 @@ import torch
 from quantkit.errors import InputError
 from quantkit.runtime import load
 from quantkit.runtime.kernels import select, sglang
-from quantkit.runtime.preview import preview
+from quantkit.runtime.preview import preview, refuse
 from tests.cli import quantkit
 
 Artifact = Callable[[str], Path]
@@ -28,6 +28,14 @@ def test_a_preview_is_what_loading_does(artifact: Artifact, name: str) -> None:
 
     told = sorted(preview(artifact(name), CPU), key=key)
     assert told == sorted(load(artifact(name), device="cpu").layers, key=key)
+
+
+def test_what_loading_would_refuse_is_refused_from_headers(artifact: Artifact) -> None:
+    for name in ("llmcompressor/w8a8", "gptqmodel/dynamic", "autoround/awq", "modelopt/mixed"):
+        refuse(artifact(name), CPU)
+    with pytest.raises(InputError) as caught:
+        refuse(artifact("llmcompressor/w8a8"), CPU, "int4_cpu")
+    assert caught.value.code == "kernel.refused"
 
 
 def test_the_command_names_kernels_and_reasons(artifact: Artifact, small_model: Path) -> None:

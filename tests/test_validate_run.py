@@ -28,7 +28,7 @@ from quantkit.verify import verify
 from tests.cli import Run, quantkit, refused
 from tests.damage import DOWN, configuring, dropping, patching
 from tests.helpers import cut_layers, edit_json
-from tests.rtn import rtn
+from tests.rtn import rtn, tiny_moe
 from tests.validating import (
     SOBER,
     SWAPS,
@@ -251,6 +251,37 @@ def test_broken_checkpoint_is_refused_before_anything_is_generated(
         validate(ValidateRequest(copy, str(small_model)), ui)
     assert telling in caught.value.message
     assert set(ui.stages) <= {"verify"}
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        ({"kernel": "nonsense"}, "kernel.unknown"),
+        ({"kernel": "int4_cpu"}, "kernel.refused"),
+        ({"engine": "transformers", "kernel": "reference"}, "validate.kernel"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused_before_any_work(
+    more: dict[str, str], code: str, checkpoints: dict[str, Path], small_model: Path
+) -> None:
+    ui = Quiet()
+    with pytest.raises(InputError) as caught:
+        validate(ValidateRequest(checkpoints["8"], str(small_model), device="cpu", **more), ui)
+    assert caught.value.code == code
+    assert ui.stages == []
+
+
+def test_a_mixture_of_experts_is_refused_before_any_work(
+    small_model: Path, tmp_path: Path
+) -> None:
+    source = tiny_moe(tmp_path / "moe")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(small_model / name, source / name)
+    held = rtn(source, tmp_path / "w8a8", SCHEMES["w8a8_dynamic"])
+    ui = Quiet()
+    with pytest.raises(InputError, match="is a mixture of experts"):
+        validate(ValidateRequest(held, str(source), device="cpu"), ui)
+    assert ui.stages == []
 
 
 def test_other_baselines_are_refused(

@@ -23,7 +23,7 @@ from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.canary import canary_prompts, judge
 from quantkit.validate.choices import facts
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
-from quantkit.validate.engines import engine_build, opener
+from quantkit.validate.engines import engine_build, opener, refuse_unopenable
 from quantkit.validate.measure import (
     BaselineAnswers,
     Lazy,
@@ -98,6 +98,8 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     tasks = choose_tasks(request.tasks, request.limit)
     candidate = open_candidate(request.path, request.baseline)
     device = resolve_device(request.device)
+    refuse_unopenable(request.engine, candidate.baseline.path, Opening(device))
+    refuse_unopenable(request.engine, candidate.path, Opening(device, request.kernel))
     integrity = check_integrity(candidate, staged(ui, "verify"))
     gates = _gates(candidate, integrity, asked)
     their_need, our_need = _check_memory(candidate, request.kernel, device)

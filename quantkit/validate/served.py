@@ -91,21 +91,26 @@ def served(engine: Engine) -> Opener:
     def open_served(path: Path, opening: Opening) -> Served:
         """Start the engine. Raises InputError for a checkpoint that it would load wrongly, and
         BackendError when its environment is not there or it fails."""
-        checkpoint = open_checkpoint(path)
-        if opening.kernel != "auto":
-            raise InputError(
-                f"--kernel {opening.kernel} is of the builtin runtime; {engine.title} chooses its "
-                "own.",
-                hint="leave --kernel out, or validate with --engine builtin",
-                code="validate.kernel",
-            )
-        _refuse_garbage(checkpoint, engine)
-        python = find_interpreter(engine)
+        refuse_served(engine, path, opening)
+        checkpoint, python = open_checkpoint(path), find_interpreter(engine)
         return Served(
             checkpoint, EngineProcess(engine, python, _order(checkpoint, engine, opening))
         )
 
     return open_served
+
+
+def refuse_served(engine: Engine, path: Path, opening: Opening) -> None:
+    """Raise what opening would raise, as far as it is known without starting the engine."""
+    checkpoint = open_checkpoint(path)
+    if opening.kernel != "auto":
+        raise InputError(
+            f"--kernel {opening.kernel} is of the builtin runtime; {engine.title} chooses its own.",
+            hint="leave --kernel out, or validate with --engine builtin",
+            code="validate.kernel",
+        )
+    _refuse_garbage(checkpoint, engine)
+    find_interpreter(engine)
 
 
 OPENERS: dict[str, Opener] = {name: served(engine) for name, engine in ENGINES.items()}
