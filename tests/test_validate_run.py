@@ -303,6 +303,25 @@ def test_other_baselines_are_refused(
     refused(quantkit("validate", held), 1, "does not say which model", "--baseline MODEL")
 
 
+def test_a_baseline_that_leaves_defaults_unstated_is_the_same_architecture(
+    checkpoints: dict[str, Path], small_model: Path, tmp_path: Path
+) -> None:
+    stated, unstated = tmp_path / "stated", tmp_path / "unstated"
+    shutil.copytree(checkpoints["8"], stated)
+    shutil.copytree(small_model, unstated)
+    edit_json(stated / "config.json", lambda c: c.update(head_dim=64))
+    edit_json(unstated / "config.json", lambda c: c.pop("head_dim", None))
+    assert open_candidate(stated, str(unstated)).path == stated
+    assert open_candidate(checkpoints["8"], str(small_model))
+    assert open_candidate(unstated, str(small_model))
+    edit_json(unstated / "config.json", lambda c: c.update(head_dim=32))
+    with pytest.raises(InputError, match="head_dim is 32, not 64"):
+        open_candidate(stated, str(unstated))
+    edit_json(unstated / "config.json", lambda c: c.pop("num_key_value_heads"))
+    with pytest.raises(InputError, match="num_key_value_heads is 9, not 3"):
+        open_candidate(stated, str(unstated))
+
+
 @pytest.mark.parametrize(
     ("words", "telling"),
     [

@@ -103,16 +103,27 @@ def _remembered(path: Path, provenance: dict[str, Any] | None) -> str:
 
 
 def _refuse_other_architecture(held: Checkpoint, base: Checkpoint) -> None:
-    ours, theirs = text_config(held.config), text_config(base.config)
-    differ = [key for key in SHAPE_KEYS if ours.get(key) != theirs.get(key)]
+    ours, theirs = _shape(held), _shape(base)
+    if None in (ours["head_dim"], theirs["head_dim"]):  # each family has its own default
+        ours["head_dim"] = theirs["head_dim"] = None  # `verify` compares the shapes themselves
+    differ = [key for key in SHAPE_KEYS if ours[key] != theirs[key]]
     if differ:
         key = differ[0]
         raise InputError(
             f"The baseline {base.path} is another architecture than {held.path}: {key} is "
-            f"{theirs.get(key)!r}, not {ours.get(key)!r}.",
+            f"{theirs[key]!r}, not {ours[key]!r}.",
             hint="--baseline with the model that this checkpoint was made from",
             code="validate.other_architecture",
         )
+
+
+def _shape(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`SHAPE_KEYS` of a config; as many key-value heads as heads where it does not state them."""
+    config = text_config(checkpoint.config)
+    stated = {key: config.get(key) for key in SHAPE_KEYS}
+    if stated["num_key_value_heads"] is None:
+        stated["num_key_value_heads"] = stated["num_attention_heads"]
+    return stated
 
 
 def _refuse_other_tokenizer(held: Checkpoint, base: Checkpoint) -> None:
