@@ -16,6 +16,7 @@ from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.environments.managed import spec_named
 from quantkit.errors import BackendError, InputError
+from quantkit.formats.gguf_file import GgufFile, GgufTensor
 from quantkit.recipe import load_recipe
 from quantkit.schemes import SCHEMES
 from quantkit.validate import memory
@@ -350,6 +351,19 @@ def test_memory_is_estimated_before_loading(
     with pytest.raises(InputError, match=r"needs about 0\.\d GB on cpu, where 0\.2 GB are free"):
         validate(ValidateRequest(checkpoints["8"], str(small_model), device="cpu"), ui)
     assert ui.stages == ["verify"]
+
+
+def test_gguf_is_estimated_as_what_it_is_expanded_to() -> None:
+    shapes = {"token_embd.weight": (1000, 64), "blk.0.ffn_down.weight": (64, 256)}
+    tensors = {
+        name: GgufTensor(name, "Q4_K", shape, shape[0] * shape[1] * 9 // 16, None)
+        for name, shape in shapes.items()
+    }
+    metadata = {"general.architecture": "llama", "llama.feed_forward_length": 256}
+    held = GgufFile(Path(), Path("model.gguf"), metadata, tensors)
+    batch = memory.BATCH_TOKENS * (2 * 1000 + 12 * 256) + 256 * 12 * 1000
+    wanted = 2 * (64_000 + 16_384) + 4 * 64_000 + batch
+    assert memory.needed_bytes(held, expanded=False) == wanted
 
 
 def test_a_failed_allocation_says_what_was_needed() -> None:
