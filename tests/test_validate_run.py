@@ -20,6 +20,7 @@ from quantkit.formats.gguf_file import GgufFile, GgufTensor
 from quantkit.recipe import load_recipe
 from quantkit.schemes import SCHEMES
 from quantkit.validate import memory
+from quantkit.validate.builtin import BATCH_TOKENS
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
 from quantkit.validate.engines import engine_build
@@ -263,7 +264,7 @@ def test_broken_checkpoint_is_refused_before_anything_is_generated(
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused_before_any_work(
-    more: dict[str, str], code: str, checkpoints: dict[str, Path], small_model: Path
+    more: dict[str, Any], code: str, checkpoints: dict[str, Path], small_model: Path
 ) -> None:
     ui = Quiet()
     with pytest.raises(InputError) as caught:
@@ -272,9 +273,7 @@ def test_a_kernel_that_cannot_run_is_refused_before_any_work(
     assert ui.stages == []
 
 
-def test_a_mixture_of_experts_is_refused_before_any_work(
-    small_model: Path, tmp_path: Path
-) -> None:
+def test_a_mixture_of_experts_is_refused_before_any_work(small_model: Path, tmp_path: Path) -> None:
     source = tiny_moe(tmp_path / "moe")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(small_model / name, source / name)
@@ -361,7 +360,7 @@ def test_gguf_is_estimated_as_what_it_is_expanded_to() -> None:
     }
     metadata = {"general.architecture": "llama", "llama.feed_forward_length": 256}
     held = GgufFile(Path(), Path("model.gguf"), metadata, tensors)
-    batch = memory.BATCH_TOKENS * (2 * 1000 + 12 * 256) + 256 * 12 * 1000
+    batch = BATCH_TOKENS * (2 * 1000 + 12 * 256) + 256 * 12 * 1000
     wanted = 2 * (64_000 + 16_384) + 4 * 64_000 + batch
     assert memory.needed_bytes(held, expanded=False) == wanted
 

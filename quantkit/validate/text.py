@@ -5,11 +5,11 @@ Of the baseline's distribution P only `TOP + TAIL` tokens are kept, so that it c
 KL(P‖Q) is then the exact sum over the first, plus r times the mean of log P/Q over the drawn ones,
 which is an unbiased estimate of the sum over R (importance sampling). Where Q is P it is 0 exactly.
 
-Its noise would inflate the KL of single tokens, and with it their percentiles. So a control variate
-takes most of it away: over R the mean of (Q/s)/(P/r) is 1, s being Q's mass of R, and what the drawn
-ones deviate from it goes the other way than their log P/Q. How much of it is added depends on the
-first tokens alone, which leaves the estimate unbiased: all of it for small gaps (then it is the k3
-of Schulman 2020, http://joschu.net/blog/kl-approx.html), less where gaps are wide.
+Its noise would inflate the KL of single tokens, and with it their percentiles. So a control
+variate takes most of it away: over R the mean of (Q/s)/(P/r) is 1, s being Q's mass of R, and what
+the drawn ones deviate from it goes the other way than their log P/Q. How much of it is added
+depends on the first tokens alone, which leaves the estimate unbiased: all of it for small gaps
+(then it is the k3 of Schulman 2020, http://joschu.net/blog/kl-approx.html), less for wide ones.
 """
 
 from __future__ import annotations
