@@ -256,6 +256,23 @@ DAMAGES: dict[str, tuple[str, Damage, str, str]] = {
     "unknown architecture": (
         "llmcompressor/w8a8", _config(model_type="llamma"), "runtime.architecture", "llamma",
     ),
+    "an activation that is a number": (
+        "llmcompressor/w8a8", _config(hidden_act=5), "runtime.architecture", "hidden_act",
+    ),
+    "an epsilon that is a word": (
+        "llmcompressor/w8a8", _config(rms_norm_eps="x"), "runtime.architecture", "rms_norm_eps",
+    ),
+    "an end of text that is a word": (
+        "llmcompressor/w8a8", _config(eos_token_id="2"), "runtime.architecture", "eos_token_id",
+    ),
+    "no heads": (
+        "llmcompressor/w8a8", _config(num_attention_heads=0), "runtime.architecture", "",
+    ),
+    "unknown rotary frequencies": (
+        "llmcompressor/w8a8",
+        _config(rope_parameters={"rope_type": "novel", "rope_theta": 1e4}),
+        "runtime.architecture", "novel",
+    ),
 }  # fmt: skip
 
 

@@ -77,6 +77,12 @@ def empty_model(config: Any, path: Path, dtype: torch.dtype) -> Any:
             hint="only models that continue text can be run",
             code="runtime.architecture",
         ) from error
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise InputError(
+            f"Transformers cannot build the model of {path}: {type(error).__name__}: {error}",
+            hint="check the values of config.json, rope_parameters and rope_scaling among them",
+            code="runtime.architecture",
+        ) from error
     for name, weight in model.named_parameters():
         if weight.dim() == 3 and "expert" in name:
             raise InputError(
