@@ -17,6 +17,7 @@ from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.device import resolve_device
 from quantkit.gates import Gate, parse_gate
 from quantkit.job import Reporter
+from quantkit.modules import positions
 from quantkit.scan import refuse_bad_weights, scan
 from quantkit.validate.bootstrap import missing
 from quantkit.validate.cachefile import BaselineCache
@@ -105,7 +106,9 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     their_need, our_need = _check_memory(candidate, request.kernel, device)
     base = candidate.baseline
     tokenizer, info = tokenizer_of(base.path), read_tokenizer_info(base.path)
-    text = eval_text(request.data, tokenizer, request.samples, info.max_length)
+    longest = _longest(candidate)
+    limits = [most for most in (info.max_length, longest) if most]
+    text = eval_text(request.data, tokenizer, request.samples, min(limits, default=None))
     seen = seen_by_calibration(text, candidate.provenance, base.path)
     refuse_seen(text, seen or 0.0)
     ui.stage("scan baseline", base.weight_bytes, "bytes")
@@ -131,9 +134,11 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     )
     if earlier is not None:
         refuse_incomparable(vars(report), earlier)
-    prompts, ids = canary_prompts(base.path, tokenizer)
+    prompts, ids = canary_prompts(base.path, tokenizer, longest)
     asked_facts = facts(FACTS_A_SAMPLE * request.samples)
-    questions = Questions(tokenizer, text, prompts, ids, asked_facts, tasks, request.throughput)
+    questions = Questions(
+        tokenizer, text, prompts, ids, asked_facts, tasks, request.throughput, longest
+    )
 
     def opened(path: Path, name: str, kernel: str) -> Subject:
         return opens(path, Opening(device, kernel, staged(ui, f"load {name}")))
@@ -250,6 +255,13 @@ def _gates(candidate: Candidate, integrity: VerifyReport, asked: list[Gate]) -> 
         [parse_gate(str(text)) for text in recipe.get("gates") or []],
         asked,
     )
+
+
+def _longest(candidate: Candidate) -> int | None:
+    """The positions that both networks have; None where neither config states them."""
+    held = candidate.held.config if isinstance(candidate.held, Checkpoint) else {}
+    found = [most for config in (held, candidate.baseline.config) if (most := positions(config))]
+    return min(found, default=None)
 
 
 def _check_memory(candidate: Candidate, kernel: str, device: str) -> tuple[int, int]:
