@@ -12,7 +12,7 @@ from quantkit.validate.bootstrap import Measured, exact, missing, sampled
 from quantkit.validate.metrics import choice_metric, task_metrics
 from quantkit.validate.paired import lost, score_interval
 from quantkit.validate.report import Report
-from quantkit.validate.verdicts import BY_BITS, chosen_gates, default_gates, hold
+from quantkit.validate.verdicts import BY_BITS, accepted, chosen_gates, default_gates, hold
 
 PPL = Gate("ppl_ratio", "<=", 1.02)
 
@@ -162,6 +162,28 @@ def test_bits_are_read_from_names_of_ggml_and_of_unknown_schemes(
     schemes: set[str], bits: int
 ) -> None:
     assert {str(gate) for gate in default_gates(schemes)} >= set(BY_BITS[bits])
+
+
+def test_a_recipe_loosens_a_default_only_with_a_warning_and_never_the_integrity() -> None:
+    defaults = default_gates({"w8a8_dynamic"})
+    texts = ["ppl_ratio<=1e9", "weight_sqnr_margin>=-1e9", "kl_mean<=0.01", "kl_p99<=2",
+             "verify_errors<=0", "weight_sqnr_margin>=3"]  # fmt: skip
+    counted, warnings = accepted([parse_gate(text, "recipe") for text in texts], defaults)
+    assert [gate.metric for gate in counted] == [
+        "ppl_ratio", "kl_mean", "kl_p99", "verify_errors", "weight_sqnr_margin",
+    ]  # fmt: skip
+    assert warnings == [
+        "the recipe's gate ppl_ratio<=1e+09 is looser than the default ppl_ratio<=1.05",
+        "the recipe's gate weight_sqnr_margin>=-1e+09 is not held: it is looser than "
+        "weight_sqnr_margin>=0",
+    ]
+    chosen = chosen_gates(defaults, counted, [parse_gate("mcq_drop<=0.5")])
+    sources = {g.metric: (g.limit, g.source) for g in chosen}
+    assert sources["ppl_ratio"] == (1e9, "recipe")
+    assert sources["weight_sqnr_margin"] == (3, "recipe")
+    assert sources["canary_failures"] == (0, "default")
+    assert sources["mcq_drop"] == (0.5, "command")
+    assert hold(chosen[0], exact(9.0), weights_only=False).to_json()["source"] == "recipe"
 
 
 def test_every_default_gate_is_of_a_known_metric() -> None:

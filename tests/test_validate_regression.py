@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from quantkit.errors import InputError
 from quantkit.schemes import SCHEMES
 from quantkit.validate.bootstrap import Measured, missing
+from quantkit.validate.earlier import read_report
 from quantkit.validate.regression import compare, no_longer_measured, refuse_incomparable
 from tests.cli import quantkit, refused
 from tests.rtn import rtn
@@ -81,6 +82,32 @@ def test_what_was_measured_before_and_is_not_now_is_named() -> None:
     old["metrics"]["mcq_drop"] = {"value": None, "interval": None, "why": "not measured"}
     now = {"prefill_speedup": missing("not measured"), "ppl_ratio": Measured(1.0)}
     assert no_longer_measured(now, old) == ["prefill_speedup", "kl_mean"]
+
+
+@pytest.mark.parametrize(
+    ("change", "telling"),
+    [
+        ({"metrics": None}, "metrics is no object"),
+        ({"metrics": {"kl_mean": {"value": "x"}}}, "metrics.kl_mean has no value"),
+        ({"metrics": {"kl_mean": {"value": 1, "interval": [1]}}}, "is no pair of numbers"),
+        ({"windows": {"nll": "x"}}, "windows.nll is no list of numbers"),
+        ({"right": [1]}, "right is no object"),
+        ({"engine": 5}, "engine is no object"),
+        ({"schema_version": 2}, "schema_version 2"),
+    ],
+)
+def test_a_damaged_report_is_refused_when_it_is_read(
+    change: dict[str, Any], telling: str, tmp_path: Path
+) -> None:
+    parts: dict[str, Any] = {key: {} for key in ("checkpoint", "baseline", "text", "engine")}
+    sound = {"kind": "quantkit.validation", "schema_version": 1, **document([1.0] * 8), **parts}
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(sound))
+    assert read_report(file) == sound
+    file.write_text(json.dumps({**sound, **change}))
+    with pytest.raises(InputError) as caught:
+        read_report(file)
+    assert telling in caught.value.message
 
 
 @pytest.mark.parametrize(

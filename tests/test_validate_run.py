@@ -284,6 +284,29 @@ def test_a_mixture_of_experts_is_refused_before_any_work(small_model: Path, tmp_
     assert ui.stages == []
 
 
+@pytest.mark.parametrize(
+    ("content", "telling"),
+    [
+        ({"recipe": "x"}, "recipe is 'x', not an object"),
+        ({"recipe": {"gates": 5}}, "recipe.gates is '5', not a list"),
+        ({"recipe": {"gates": [5]}}, "recipe.gates is '[5]', not a list"),
+        ({"source": "somewhere"}, "source is 'somewhere', not an object"),
+        ({"results": [1]}, "results is '[1]', not an object"),
+    ],
+)
+def test_a_malformed_provenance_is_refused_by_name(
+    content: dict[str, Any], telling: str, checkpoints: dict[str, Path], small_model: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    copy = damaged(checkpoints["8"], tmp_path / "copy", lambda _: None)
+    (copy / "quantkit.json").write_text(json.dumps(content))
+    with pytest.raises(InputError) as caught:
+        open_candidate(copy, str(small_model))
+    assert telling in caught.value.message
+    (copy / "quantkit.json").write_text(json.dumps({"recipe": None, "source": None}))
+    assert open_candidate(copy, str(small_model)).provenance
+
+
 def test_other_baselines_are_refused(
     checkpoints: dict[str, Path], small_model: Path, tmp_path: Path
 ) -> None:

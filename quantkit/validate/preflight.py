@@ -85,8 +85,26 @@ def tokenizer_of(model: Path) -> Tokenizer:
 
 
 def _provenance(path: Path) -> dict[str, Any] | None:
+    """quantkit.json; InputError where its parts are not what this package writes."""
     file = path / "quantkit.json"
-    return read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    document = read_json(file)
+    for key in ("recipe", "source", "results"):
+        if not isinstance(document.get(key) or {}, dict):
+            raise _malformed(file, key, document[key], "an object")
+    gates = (document.get("recipe") or {}).get("gates") or []
+    if not isinstance(gates, list) or not all(isinstance(gate, str) for gate in gates):
+        raise _malformed(file, "recipe.gates", gates, "a list of words")
+    return document
+
+
+def _malformed(file: Path, key: str, value: Any, wanted: str) -> InputError:
+    return InputError(
+        f"{file} is malformed: {key} is {str(value)[:60]!r}, not {wanted}.",
+        hint=f"put the file back that quantkit wrote, or remove it; quantkit verify {file.parent}",
+        code="validate.provenance",
+    )
 
 
 def _remembered(path: Path, provenance: dict[str, Any] | None) -> str:

@@ -23,7 +23,7 @@ def record(directory: Path, document: Mapping[str, Any]) -> bool:
     if not file.is_file() or not os.access(directory, os.W_OK):
         return False
     provenance = read_json(file)
-    provenance.setdefault("results", {})["validation"] = summary(document)
+    provenance["results"] = {**(provenance.get("results") or {}), "validation": summary(document)}
     _replace(file, json.dumps(provenance, indent=2, ensure_ascii=False) + "\n")
     card = directory / CARD
     if card.is_file():

@@ -137,7 +137,7 @@ def _paired(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Measur
     if name not in places:
         return None
     part, key = places[name]
-    ours, theirs = _array(new[part][key]), _array(old[part][key])
+    ours, theirs = _array(new[part].get(key)), _array(old[part].get(key))
     if ours is None or theirs is None or len(ours) != len(theirs) or len(ours) < FEWEST:
         return None
     if name == "mcq_drop":

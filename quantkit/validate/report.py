@@ -6,14 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantkit import __version__
-from quantkit.errors import InputError
 from quantkit.validate.bootstrap import Measured
 from quantkit.validate.canary import Answer
 from quantkit.validate.metrics import PerWindow
@@ -139,28 +137,6 @@ def kl_histogram(kl: NDArray[np.float32] | None) -> dict[str, Any] | None:
     finite = np.clip(kl[np.isfinite(kl)], _KL_EDGES[0], _KL_EDGES[-1])
     counts, _ = np.histogram(finite, _KL_EDGES)
     return {"edges": [float(f"{edge:.4g}") for edge in _KL_EDGES], "counts": counts.tolist()}
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """An earlier JSON report; InputError for a file that is none, or of another version."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _no_report(path, f"cannot be read: {error}") from error
-    if not isinstance(document, dict) or document.get("kind") != KIND:
-        raise _no_report(path, "is no report of quantkit validate")
-    if document.get("schema_version") != SCHEMA_VERSION:
-        version = document.get("schema_version")
-        raise _no_report(path, f"has schema_version {version!r}; this quantkit reads 1")
-    return document
-
-
-def _no_report(path: Path, why: str) -> InputError:
-    return InputError(
-        f"The report {path} {why}.",
-        hint="quantkit validate DIR --baseline MODEL --report report.json  # makes one",
-        code="validate.bad_report",
-    )
 
 
 def _list(values: NDArray[np.float64] | None) -> list[float] | None:

@@ -24,6 +24,7 @@ from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.canary import canary_prompts, judge
 from quantkit.validate.choices import facts
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
+from quantkit.validate.earlier import read_report
 from quantkit.validate.engines import engine_build, opener, refuse_unopenable
 from quantkit.validate.measure import (
     BaselineAnswers,
@@ -50,12 +51,11 @@ from quantkit.validate.report import (
     Report,
     conversations,
     kl_histogram,
-    read_report,
     recipe_digest,
 )
 from quantkit.validate.subject import Opening, Progress, Subject
 from quantkit.validate.tasks import choose_tasks
-from quantkit.validate.verdicts import chosen_gates, default_gates, hold
+from quantkit.validate.verdicts import accepted, chosen_gates, default_gates, hold
 from quantkit.verify import VerifyReport
 
 SAMPLES = 32
@@ -102,7 +102,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     refuse_unopenable(request.engine, candidate.baseline.path, Opening(device))
     refuse_unopenable(request.engine, candidate.path, Opening(device, request.kernel))
     integrity = check_integrity(candidate, staged(ui, "verify"))
-    gates = _gates(candidate, integrity, asked)
+    gates, loosened = _gates(candidate, integrity, asked)
     their_need, our_need = _check_memory(candidate, request.kernel, device)
     base = candidate.baseline
     tokenizer, info = tokenizer_of(base.path), read_tokenizer_info(base.path)
@@ -131,6 +131,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
         },
         layers=integrity.layers,
         notes=_notes(candidate, scanned.fingerprint, seen),
+        warnings=loosened,
     )
     if earlier is not None:
         refuse_incomparable(vars(report), earlier)
@@ -247,14 +248,16 @@ def _fill(
     report.kl_histogram = kl_histogram(ours.text.kl)
 
 
-def _gates(candidate: Candidate, integrity: VerifyReport, asked: list[Gate]) -> list[Gate]:
-    """The scheme's gates, the recipe's and the command's; of a metric the last one counts."""
+def _gates(
+    candidate: Candidate, integrity: VerifyReport, asked: list[Gate]
+) -> tuple[list[Gate], list[str]]:
+    """The scheme's gates, the recipe's and the command's (of a metric the last one counts), and
+    warnings of what the recipe loosens."""
     recipe = (candidate.provenance or {}).get("recipe") or {}
-    return chosen_gates(
-        default_gates({layer.scheme for layer in integrity.layers}),
-        [parse_gate(str(text)) for text in recipe.get("gates") or []],
-        asked,
-    )
+    defaults = default_gates({layer.scheme for layer in integrity.layers})
+    stated = [parse_gate(text, "recipe") for text in recipe.get("gates") or []]
+    counted, warnings = accepted(stated, defaults)
+    return chosen_gates(defaults, counted, asked), warnings
 
 
 def _longest(candidate: Candidate) -> int | None:
