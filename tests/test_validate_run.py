@@ -26,6 +26,7 @@ from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
 from quantkit.validate.engines import engine_build
 from quantkit.validate.preflight import open_candidate, tokenizer_of
 from quantkit.validate.run import ValidateRequest, validate
+from quantkit.validate.write import check_reports, write_reports
 from quantkit.verify import verify
 from tests.cli import Run, quantkit, refused
 from tests.damage import DOWN, configuring, dropping, patching
@@ -351,6 +352,7 @@ def test_a_baseline_that_leaves_defaults_unstated_is_the_same_architecture(
         (("--gate", "speed<=1"), "names no metric"),
         (("--report", "r.pdf"), "no report of the kind .pdf"),
         (("--report", "nowhere/r.md"), "nowhere does not exist"),
+        (("--report", "/proc/x.json"), "--report /proc/x.json cannot be written"),
         (("--engine", "novel"), "no engine 'novel'"),
         (("--data", "missing.txt"), "missing.txt does not exist"),
         (("--against", "missing.json"), "missing.json cannot be read"),
@@ -361,6 +363,16 @@ def test_wrong_requests_are_refused(
     words: tuple[str, ...], telling: str, checkpoints: dict[str, Path], small_model: Path
 ) -> None:
     refused(quantkit("validate", checkpoints["8"], "--baseline", small_model, *words), 1, telling)
+
+
+def test_a_report_is_probed_without_leaving_or_losing_anything(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("{}")
+    check_reports([old, new])
+    assert [file.name for file in tmp_path.iterdir()] == ["old.json"]
+    assert old.read_text() == "{}"
+    with pytest.raises(InputError, match="cannot be written: No such file"):
+        write_reports({}, [tmp_path / "gone" / "r.json"])
 
 
 def test_memory_is_estimated_before_loading(

@@ -87,9 +87,9 @@ def validate_command(
     finally:
         ui.finish()
     document = result.to_json()
-    write_reports(document, report)
     record(directory, document)
     _show(ui, result)
+    write_reports(document, report)
     ui.document(document)
     if not result.ok:
         raise typer.Exit(EXIT_CHECK)
