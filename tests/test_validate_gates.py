@@ -8,7 +8,7 @@ import pytest
 from quantkit.errors import InputError
 from quantkit.gates import METRICS, Gate, outcome, parse_gate
 from quantkit.recipe import load_recipe
-from quantkit.validate.bootstrap import Measured, exact, missing, sampled
+from quantkit.validate.bootstrap import PART_INDICES, Measured, exact, missing, resamples, sampled
 from quantkit.validate.metrics import choice_metric, task_metrics
 from quantkit.validate.paired import lost, score_interval
 from quantkit.validate.report import Report
@@ -92,6 +92,15 @@ def test_weights_only_run_cannot_pass_an_accuracy_gate_but_can_fail_one() -> Non
     assert hold(PPL, bad, weights_only=True).verdict == "fail"
     margin = parse_gate("weight_sqnr_margin>=0")
     assert hold(margin, exact(3.0), weights_only=True).verdict == "pass"
+
+
+def test_resamples_are_drawn_in_parts_and_are_always_the_same() -> None:
+    parts = list(resamples(60_000, most=100))
+    assert max(part.size for part in parts) <= PART_INDICES
+    assert sum(map(len, parts)) == 100
+    assert np.array_equal(parts[0], next(resamples(60_000)))
+    whole = np.random.default_rng(0).integers(0, 10_000, (2000, 10_000))
+    assert np.array_equal(np.concatenate(list(resamples(10_000))), whole)
 
 
 def test_interval_holds_the_truth_as_often_as_it_says_and_narrows_with_samples() -> None:

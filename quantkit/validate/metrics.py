@@ -117,7 +117,6 @@ def _p99(kl: Floats) -> Measured:
     value = float(np.quantile(kl, 0.99))
     if not np.isfinite(value) or len(kl) < 8:
         return Measured(value, sampled=True)
-    draws = resamples(len(kl))[:400]  # each sorts every token
-    return Measured(
-        value, percentiles(np.array([np.quantile(kl[d], 0.99) for d in draws])), sampled=True
-    )
+    parts = resamples(len(kl), most=400)  # each sorts every token
+    quantiles = [np.quantile(kl[draw], 0.99) for draws in parts for draw in draws]
+    return Measured(value, percentiles(np.array(quantiles)), sampled=True)

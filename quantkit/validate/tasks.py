@@ -30,6 +30,8 @@ _TASK_LINE = re.compile(r"^task:\s*[\"']?([\w.\-]+)", re.MULTILINE)
 DEFAULT_NEW_TOKENS = 256
 LONGEST = 2048
 """Tokens of context and continuation that a model is given at one time."""
+TASK_FILES = frozenset({".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt"})
+"""What a task is made of; its folder may hold models and logs beside it."""
 GENERATED = 8
 """Prompts that are continued at one time."""
 
@@ -49,13 +51,17 @@ class TaskChoice:
 
     @property
     def digest(self) -> str:
-        """Changes with the tasks, their YAML files, the limit and the harness."""
+        """Changes with the tasks, the files that make them (`TASK_FILES`, also in folders inside),
+        the limit and the harness."""
         from importlib.metadata import version
 
         total = hashlib.sha256(repr((self.names, self.limit, version("lm_eval"))).encode())
         for folder in self.folders:
-            for file in sorted(p for p in folder.iterdir() if p.is_file()):
-                total.update(file.read_bytes())
+            made = (file for file in folder.rglob("*") if file.suffix in TASK_FILES)
+            for file in sorted(file for file in made if file.is_file()):
+                total.update(f"{file.relative_to(folder)}\n".encode())
+                with file.open("rb") as handle:
+                    total.update(hashlib.file_digest(handle, "sha256").digest())
         return total.hexdigest()
 
 
