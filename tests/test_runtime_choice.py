@@ -12,7 +12,7 @@ from quantkit.errors import InputError
 from quantkit.runtime import load
 from quantkit.runtime.kernels import select, sglang
 from quantkit.runtime.preview import preview, refuse
-from tests.cli import quantkit
+from tests.cli import quantkit, refused
 
 Artifact = Callable[[str], Path]
 
@@ -55,6 +55,14 @@ def test_the_command_names_kernels_and_reasons(artifact: Artifact, small_model: 
     assert "no layer is quantized" in quantkit("kernels", small_model, "--device", "cpu").out
     weights = quantkit("kernels", path, "--kernel", "dequantized", "--device", "cpu").out
     assert "weights only" in weights
+
+
+def test_the_command_without_a_checkpoint_lists_the_kernel_that_is_named() -> None:
+    one = quantkit("kernels", "--kernel", "int8_cpu", "--device", "cpu", "--json").document
+    assert [row["name"] for row in one["kernels"]] == ["int8_cpu"]
+    backend = quantkit("kernels", "--kernel", "deep_gemm", "--device", "cpu", "--json").document
+    assert {row["name"] for row in backend["gemm_backends"]} == {"deep_gemm"}
+    refused(quantkit("kernels", "--kernel", "nonsense"), 1, "There is no kernel 'nonsense'")
 
 
 @pytest.mark.parametrize("backend", sglang.names())

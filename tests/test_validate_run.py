@@ -19,7 +19,7 @@ from quantkit.errors import BackendError, InputError
 from quantkit.formats.gguf_file import GgufFile, GgufTensor
 from quantkit.recipe import load_recipe
 from quantkit.schemes import SCHEMES
-from quantkit.validate import memory
+from quantkit.validate import memory, preflight
 from quantkit.validate.builtin import BATCH_TOKENS
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
@@ -325,6 +325,24 @@ def test_other_baselines_are_refused(
     refused(quantkit("validate", held, "--baseline", renamed), 1, "different tokenizers")
     refused(quantkit("validate", held, "--baseline", held), 1, "is quantized itself")
     refused(quantkit("validate", held), 1, "does not say which model", "--baseline MODEL")
+
+
+def test_a_remembered_baseline_is_named_by_its_name_on_the_hub(
+    checkpoints: dict[str, Path], small_model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    copy = damaged(checkpoints["8"], tmp_path / "copy", lambda _: None)
+    provenance = {"source": {"name": "org/model"}, "recipe": {"gates": ["ppl_ratio<=1e9"]}}
+    (copy / "quantkit.json").write_text(json.dumps(provenance))
+    monkeypatch.setattr(preflight, "resolve_model", lambda name: {"org/model": small_model}[name])
+    request = ValidateRequest(copy, gates=(SOBER,), samples=8, throughput=False)
+    report = validate(request, Quiet())
+    assert report.baseline["name"] == "org/model"
+    assert report.warnings == [
+        "the recipe's gate ppl_ratio<=1e+09 is looser than the default ppl_ratio<=1.05"
+    ]
+    sources = {gate.metric: gate.source for gate in report.gates}
+    assert sources["ppl_ratio"] == "recipe"
+    assert sources["canary_failures"] == "command"
 
 
 def test_a_baseline_that_leaves_defaults_unstated_is_the_same_architecture(

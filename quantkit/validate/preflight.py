@@ -52,7 +52,7 @@ def open_candidate(path: Path, baseline: str) -> Candidate:
     of another architecture or with another tokenizer, or that nothing names."""
     held = open_gguf(path) if gguf_in(path) else open_checkpoint(path)
     provenance = _provenance(path)
-    base = open_checkpoint(resolve_model(baseline or _remembered(path, provenance)))
+    base = open_checkpoint(resolve_model(baseline or remembered(path, provenance)))
     if found := is_quantized(base):
         raise InputError(
             f"The baseline {base.path} is quantized itself ({found}).",
@@ -107,7 +107,7 @@ def _malformed(file: Path, key: str, value: Any, wanted: str) -> InputError:
     )
 
 
-def _remembered(path: Path, provenance: dict[str, Any] | None) -> str:
+def remembered(path: Path, provenance: dict[str, Any] | None) -> str:
     """The Hub name of the model that a checkpoint was made from."""
     source = (provenance or {}).get("source")
     name = str(source.get("name", "")) if isinstance(source, dict) else ""

@@ -44,7 +44,13 @@ from quantkit.validate.metrics import (
     text_metrics,
     weight_metrics,
 )
-from quantkit.validate.preflight import Candidate, check_integrity, open_candidate, tokenizer_of
+from quantkit.validate.preflight import (
+    Candidate,
+    check_integrity,
+    open_candidate,
+    remembered,
+    tokenizer_of,
+)
 from quantkit.validate.regression import compare, no_longer_measured, refuse_incomparable
 from quantkit.validate.report import (
     Both,
@@ -117,7 +123,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     report = Report(
         checkpoint=_describe(candidate, integrity),
         baseline={
-            "name": _name(request.baseline, base),
+            "name": _name(request.baseline or remembered(request.path, candidate.provenance), base),
             "fingerprint": scanned.fingerprint,
             "weight_bytes": base.weight_bytes,
         },
@@ -294,7 +300,7 @@ def _describe(candidate: Candidate, integrity: VerifyReport) -> dict[str, Any]:
 
 def _name(asked: str, base: Checkpoint) -> str:
     """The baseline as it was named, a directory by its last part: reports are published."""
-    return base.path.resolve().name if not asked or Path(asked).exists() else asked
+    return base.path.resolve().name if Path(asked).exists() else asked
 
 
 def _notes(candidate: Candidate, fingerprint: str, seen: float | None) -> list[str]:
