@@ -328,11 +328,15 @@ def test_other_baselines_are_refused(
 
 
 def test_a_remembered_baseline_is_named_by_its_name_on_the_hub(
-    checkpoints: dict[str, Path], small_model: Path, tmp_path: Path, monkeypatch: Any
+    sealed: Path, small_model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    copy = damaged(checkpoints["8"], tmp_path / "copy", lambda _: None)
-    provenance = {"source": {"name": "org/model"}, "recipe": {"gates": ["ppl_ratio<=1e9"]}}
-    (copy / "quantkit.json").write_text(json.dumps(provenance))
+    copy = Path(shutil.copytree(sealed, tmp_path / "copy"))
+
+    def change(provenance: dict[str, Any]) -> None:
+        provenance["source"]["name"] = "org/model"
+        provenance["recipe"]["gates"] = ["ppl_ratio<=1e9"]
+
+    edit_json(copy / "quantkit.json", change)
     monkeypatch.setattr(preflight, "resolve_model", lambda name: {"org/model": small_model}[name])
     request = ValidateRequest(copy, gates=(SOBER,), samples=8, throughput=False)
     report = validate(request, Quiet())

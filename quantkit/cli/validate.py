@@ -25,7 +25,7 @@ def validate_command(
         typer.Option("--baseline", help="The 16-bit model; default: what quantkit.json names."),
     ] = "",
     engine: Annotated[
-        str, typer.Option("--engine", help="What runs both models: builtin.")
+        str, typer.Option("--engine", help="What runs both models: builtin, transformers, vllm …")
     ] = "builtin",
     kernel: Annotated[
         str, typer.Option("--kernel", help="The kernel of every quantized layer, or auto.")
