@@ -12,6 +12,7 @@ import yaml
 from quantkit import __version__
 from quantkit.checkpoint import Checkpoint
 from quantkit.engines import SILENT_GARBAGE, Support
+from quantkit.gates import outcome
 from quantkit.plan import Plan
 
 _MEASURED = "## Measured"
@@ -111,7 +112,8 @@ def _measured_section(provenance: dict[str, Any]) -> list[str]:
     if found is None:
         return [*lines, "", "Accuracy and throughput were not measured.", ""]
     text, engine = found["text"], found["engine"]
-    said = "every gate held" if found["ok"] else "not every gate held"
+    undecided = found.get("undecided", 0)
+    said = outcome(found["ok"], undecided) if found["ok"] else "not every gate held"
     return [
         *lines,
         *(f"| {name} | {value} |" for name, value in _validated(found)),

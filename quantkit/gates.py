@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from quantkit.errors import InputError
 
 Direction = Literal["<=", ">="]
+GateSource = Literal["default", "recipe", "command"]
 
 METRICS: dict[str, tuple[Direction, str]] = {
     "ppl_ratio": ("<=", "perplexity, quantized / baseline"),
@@ -36,14 +37,19 @@ _GATE = re.compile(r"\s*([\w.\-]+)\s*(<=|>=)\s*(\S+)\s*")
 
 @dataclass(frozen=True)
 class Gate:
-    """`metric` must be at most ("<=") or at least (">=") `limit`."""
+    """`metric` must be at most ("<=") or at least (">=") `limit`; `source` is who asks for it."""
 
     metric: str
     direction: Direction
     limit: float
+    source: GateSource = field(default="command", compare=False)
 
     def __str__(self) -> str:
         return f"{self.metric}{self.direction}{self.limit:g}"
+
+    def looser(self, other: Gate) -> bool:
+        """Whether something that fails `other`, a gate of the same metric, could keep this one."""
+        return self.limit > other.limit if self.direction == "<=" else self.limit < other.limit
 
 
 def direction_of(metric: str) -> Direction:
@@ -51,7 +57,7 @@ def direction_of(metric: str) -> Direction:
     return "<=" if metric.startswith(TASK_PREFIX) else METRICS[metric][0]
 
 
-def parse_gate(text: str) -> Gate:
+def parse_gate(text: str, source: GateSource = "command") -> Gate:
     """`ppl_ratio<=1.02` as a gate; InputError for another form, metric or direction."""
     match = _GATE.fullmatch(text)
     limit = _number(match.group(3)) if match else None
@@ -65,7 +71,14 @@ def parse_gate(text: str) -> Gate:
     wanted = direction_of(metric)
     if direction != wanted:
         raise _refusal(f"The gate {text!r} must be written with {wanted}.")
-    return Gate(metric, wanted, limit)
+    return Gate(metric, wanted, limit, source)
+
+
+def outcome(ok: bool, undecided: int) -> str:
+    """What became of all gates, in words; `undecided` counts those that the sample left open."""
+    if not ok:
+        return "not good"
+    return f"no gate failed, {undecided} undecided" if undecided else "every gate held"
 
 
 def _number(text: str) -> float | None:

@@ -105,6 +105,14 @@ def text_size(config: Mapping[str, Any], key: str) -> int:
     return _integer(text[key]) if key in text else _DEFAULTS.get(kind, {}).get(key, 0)
 
 
+def positions(config: Mapping[str, Any]) -> int | None:
+    """The longest text that a network can be given, None where its config does not say."""
+    inner = text_config(config)
+    keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+    stated = [inner[key] for key in keys if isinstance(inner.get(key), int) and inner[key] > 0]
+    return stated[0] if stated else None
+
+
 def expert_count(config: Mapping[str, Any]) -> int:
     """Routed experts a layer, 0 for a dense model."""
     text = text_config(config)

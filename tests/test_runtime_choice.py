@@ -11,8 +11,8 @@ import torch
 from quantkit.errors import InputError
 from quantkit.runtime import load
 from quantkit.runtime.kernels import select, sglang
-from quantkit.runtime.preview import preview
-from tests.cli import quantkit
+from quantkit.runtime.preview import preview, refuse
+from tests.cli import quantkit, refused
 
 Artifact = Callable[[str], Path]
 
@@ -28,6 +28,14 @@ def test_a_preview_is_what_loading_does(artifact: Artifact, name: str) -> None:
 
     told = sorted(preview(artifact(name), CPU), key=key)
     assert told == sorted(load(artifact(name), device="cpu").layers, key=key)
+
+
+def test_what_loading_would_refuse_is_refused_from_headers(artifact: Artifact) -> None:
+    for name in ("llmcompressor/w8a8", "gptqmodel/dynamic", "autoround/awq", "modelopt/mixed"):
+        refuse(artifact(name), CPU)
+    with pytest.raises(InputError) as caught:
+        refuse(artifact("llmcompressor/w8a8"), CPU, "int4_cpu")
+    assert caught.value.code == "kernel.refused"
 
 
 def test_the_command_names_kernels_and_reasons(artifact: Artifact, small_model: Path) -> None:
@@ -47,6 +55,14 @@ def test_the_command_names_kernels_and_reasons(artifact: Artifact, small_model: 
     assert "no layer is quantized" in quantkit("kernels", small_model, "--device", "cpu").out
     weights = quantkit("kernels", path, "--kernel", "dequantized", "--device", "cpu").out
     assert "weights only" in weights
+
+
+def test_the_command_without_a_checkpoint_lists_the_kernel_that_is_named() -> None:
+    one = quantkit("kernels", "--kernel", "int8_cpu", "--device", "cpu", "--json").document
+    assert [row["name"] for row in one["kernels"]] == ["int8_cpu"]
+    backend = quantkit("kernels", "--kernel", "deep_gemm", "--device", "cpu", "--json").document
+    assert {row["name"] for row in backend["gemm_backends"]} == {"deep_gemm"}
+    refused(quantkit("kernels", "--kernel", "nonsense"), 1, "There is no kernel 'nonsense'")
 
 
 @pytest.mark.parametrize("backend", sglang.names())

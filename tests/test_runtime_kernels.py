@@ -34,6 +34,9 @@ SHAPES: dict[str, tuple[Scheme, tuple[int, int]]] = {
     "w8a8": (SCHEMES["w8a8"], (93, 75)),
     "w8a8_dynamic": (SCHEMES["w8a8_dynamic"], (1, 35)),
     "w8a8_one_scale": (replace(SCHEMES["w8a8"], weight=NumberFormat("int8", "tensor")), (65, 30)),
+    "w8a8_dynamic_tensor": (
+        replace(SCHEMES["w8a8"], input=NumberFormat("int8", "tensor", dynamic=True)), (35, 48),
+    ),
     "w8a16": (SCHEMES["w8a16"], (93, 75)),
     "w8a16_asymmetric": (Scheme("w8a16", INT8_ASYMMETRIC), (17, 19)),
     "w8a16_groups": (W4A16.with_weight(element="int8", group_size=32), (31, 96)),
@@ -137,7 +140,8 @@ def quantized_input(x: torch.Tensor, scheme: Scheme, weight: QuantWeight) -> tor
     elif static is not None:
         scale = static.reshape(1, 1, 1)
     else:
-        scale = largest / top
+        scale = largest.amax() if number.granularity == "tensor" else largest
+        scale = (scale / top).expand_as(largest)
     scaled = cells / scale / outer
     if number.element == "fp4_e2m1":
         codes = nearest_e2m1(scaled.clamp(-top, top))
@@ -191,6 +195,28 @@ def test_kernel_computes_the_scheme(
         assert error < limit, f"{rows} rows: relative error {error:.4f}"
 
 
+@pytest.mark.parametrize("off", [-3, -1, 0, 1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_one_zero_point_for_all_groups_does_not_take_codes_out_of_their_bits(
+    bits: int, off: int
+) -> None:
+    scheme = W4A16.with_weight(element=f"int{bits}", group_size=32, symmetric=False)
+    weight = random_weight(scheme, (64, 96))
+    assert weight.zero_point is not None
+    middle = 1 << (bits - 1)
+    weight = replace(weight, zero_point=torch.full_like(weight.zero_point, float(middle + off)))
+    prepared = centred(weight)
+    assert (prepared.zero_point is None) == (off == 0)
+    layer = describe("x", scheme, prepared, torch.bfloat16)
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    wanted = x.double() @ dequantize(weight).double().T
+    fitting = [k for k in KERNELS if not k.unavailable(CPU) and not k.rejects(layer)]
+    assert "reference" in {kernel.NAME for kernel in fitting}
+    for kernel in fitting:
+        found = kernel.apply(x, kernel.prepare(prepared, layer)).double()
+        assert (found - wanted).norm() / wanted.norm() < 6e-3, kernel.NAME
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_reference_is_exact_in_float32(name: str) -> None:
     layer, prepared = layer_of(name, torch.float32)
@@ -215,6 +241,20 @@ def test_a_row_of_zeros_stays_zero(kernel: Kernel, vllm_python: Path) -> None:
     found = kernel.apply(x, kernel.prepare(weight, layer))
     assert bool((found[1] == 0).all())
     assert bool(found.isfinite().all())
+
+
+def test_a_dynamic_scale_of_the_tensor_is_that_of_all_rows() -> None:
+    layer, prepared = layer_of("w8a8_dynamic_tensor")
+    x = torch.randn(300, layer.shape[1], generator=torch.Generator().manual_seed(4)).bfloat16()
+    x[0] *= 30  # in the first block of rows; the others have the same scale
+    weight = random_weight(*SHAPES["w8a8_dynamic_tensor"])
+    wanted = quantized_input(x, layer.scheme, weight) @ dequantize(weight).double().T
+    fitting = [k for k in KERNELS if not k.unavailable(CPU) and not k.rejects(layer)]
+    assert "reference" in {kernel.NAME for kernel in fitting}
+    for kernel in fitting[:-1]:  # the last one, dequantized, does not quantize activations
+        found = kernel.apply(x, kernel.prepare(prepared, layer)).double()
+        tail = (found[256:] - wanted[256:]).norm() / wanted[256:].norm()
+        assert tail < 2e-2, kernel.NAME
 
 
 def test_static_int8_input_with_a_zero_point() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.errors import InputError
 from quantkit.formats.dequantize import dequantize
 from quantkit.runtime import load
+from quantkit.runtime.fuse import harmonize, join
 from quantkit.schemes import SCHEMES
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors
 from tests.streaming import tensors_of
 from tests.test_formats_artifacts import CASES, opened, read_layer
+from tests.test_runtime_kernels import random_weight
 
 Artifact = Callable[[str], Path]
 
@@ -132,6 +135,45 @@ def test_fused_groups_are_served_on_their_largest_scale(artifact: Artifact) -> N
     assert not torch.equal(engine(IDS).logits, raw(IDS).logits)
 
 
+def test_members_with_ranges_of_their_own_are_merged_as_vllm_does() -> None:
+    scheme = SCHEMES["w8a8_asym"]
+    members = [
+        replace(
+            random_weight(SCHEMES["w8a8"], (8, 32)),
+            zero_point=None,
+            input_scale=torch.tensor([scale]),
+            input_zero_point=torch.tensor([zero]),
+        )
+        for scale, zero in ((0.02, -40.0), (0.05, 20.0), (0.02, -40.0))
+    ]
+    assert join(members) is None  # as the file has them: one cannot speak for another
+    one, *others = harmonize(["q", "k", "v"], members, scheme)
+    low, high = 0.05 * (-128 - 20), 0.05 * (127 - 20)
+    assert high > 0.02 * (127 + 40)
+    assert float(one.input_scale) == pytest.approx((high - low) / 255)  # type: ignore[arg-type]
+    assert float(one.input_zero_point) == 20  # type: ignore[arg-type]
+    assert all(other.input_zero_point == one.input_zero_point for other in others)
+    assert join([one, *others]) is not None
+    wide = [members[0], replace(members[1], input_zero_point=torch.tensor([100.0]))]
+    merged = harmonize(["gate", "up"], wide, scheme)[0]
+    low, high = 0.05 * (-128 - 100), 0.02 * (127 + 40)
+    assert float(merged.input_scale) == pytest.approx((high - low) / 255)  # type: ignore[arg-type]
+    zero = int(-128 - low / ((high - low) / 255))
+    assert float(merged.input_zero_point) == zero  # type: ignore[arg-type]
+    same = harmonize(["gate", "up"], [members[0], members[2]], scheme)
+    assert float(same[0].input_zero_point) == -40  # type: ignore[arg-type]
+
+
+def test_cache_scales_of_heads_are_refused_by_name(artifact: Artifact, tmp_path: Path) -> None:
+    damaged = copy_checkpoint(artifact("modelopt/fp8_kv"), tmp_path / "damaged")
+    name = "model.layers.1.self_attn.k_proj.k_scale"
+    edit_tensors(damaged, lambda t: t.update({name: t[name].reshape(1).repeat(3)}))
+    with pytest.raises(InputError) as caught:
+        load(damaged)
+    assert caught.value.code in ("runtime.cache_scale", "declared.wrong_shape")
+    assert "k_scale" in caught.value.message
+
+
 def test_unequal_fp4_globals_are_refused_unless_asked_for(
     artifact: Artifact, tmp_path: Path
 ) -> None:
@@ -223,6 +265,23 @@ DAMAGES: dict[str, tuple[str, Damage, str, str]] = {
     ),
     "unknown architecture": (
         "llmcompressor/w8a8", _config(model_type="llamma"), "runtime.architecture", "llamma",
+    ),
+    "an activation that is a number": (
+        "llmcompressor/w8a8", _config(hidden_act=5), "runtime.architecture", "hidden_act",
+    ),
+    "an epsilon that is a word": (
+        "llmcompressor/w8a8", _config(rms_norm_eps="x"), "runtime.architecture", "rms_norm_eps",
+    ),
+    "an end of text that is a word": (
+        "llmcompressor/w8a8", _config(eos_token_id="2"), "runtime.architecture", "eos_token_id",
+    ),
+    "no heads": (
+        "llmcompressor/w8a8", _config(num_attention_heads=0), "runtime.architecture", "",
+    ),
+    "unknown rotary frequencies": (
+        "llmcompressor/w8a8",
+        _config(rope_parameters={"rope_type": "novel", "rope_theta": 1e4}),
+        "runtime.architecture", "novel",
     ),
 }  # fmt: skip
 

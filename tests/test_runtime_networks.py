@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.errors import InputError
 from quantkit.runtime import load
+from quantkit.validate.builtin import Builtin
+from quantkit.validate.canary import answer, answer_tokens
+from quantkit.validate.choices import choice_logprobs, facts
+from quantkit.validate.tasks import _generate, _split
+from quantkit.validate.throughput import fitting, measure
 from tests.helpers import edit_tensors
 
 SMALL: dict[str, Any] = {
@@ -134,6 +141,46 @@ def test_a_missing_bias_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
     assert caught.value.code == "runtime.missing_tensor"
     assert "layers.1.self_attn.k_proj.bias" in caught.value.message
+
+
+def test_a_network_with_few_learned_positions_is_measured_within_them(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "opt", vocab_size=300, hidden_size=64, ffn_dim=96, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=96, word_embed_proj_dim=64,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    model.save_pretrained(tmp_path)
+    runtime = load(tmp_path)
+    rows = measure(runtime, load_seconds=0, batches=(1,), repeats=1).rows
+    assert (rows[0].prompt_tokens, rows[0].new_tokens) == (64, 32)
+    subject, questions = Builtin(runtime, 0), facts(2)
+    words = Words()
+    prompts = [list(range(3, 3 + n)) for n in (20, 90)]
+    assert answer_tokens(prompts, 96) == 6
+    assert [len(said) for said in answer(subject, prompts, answer_tokens(prompts, 96), None)]
+    long = [replace(q, prompt=q.prompt * 9) for q in questions]
+    assert np.isfinite(choice_logprobs(subject, words, long, longest=96)).all()  # type: ignore[arg-type]
+    assert len(_split(words, 96, "a" * 300, "b" * 20)[0]) == 76  # type: ignore[arg-type]
+    assert isinstance(_generate(subject, words, 96, "a" * 300, {}), str)  # type: ignore[arg-type]
+
+
+class Words:
+    """A tokenizer of letters."""
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return [3 + ord(letter) % 200 for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize(
+    ("longest", "wanted"), [(None, (256, 32)), (4096, (256, 32)), (128, (96, 32)), (16, (8, 8))]
+)
+def test_prompts_and_answers_fit_the_positions(
+    longest: int | None, wanted: tuple[int, int]
+) -> None:
+    assert fitting(256, 32, longest) == wanted
 
 
 def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from quantkit.pipeline import quantize
 from quantkit.recipe import load_recipe
 from quantkit.request import Request
 from quantkit.streaming.run import clear_state
+from tests.helpers import edit_json
 from tests.streaming import stream, write_model
 from tests.test_streaming_load import Quiet
 
@@ -161,7 +162,7 @@ def test_resume_of_nothing_starts(model: Path, tmp_path: Path) -> None:
     assert stream(model, tmp_path / "out", "nvfp4a16", resume=True).resumed == []
 
 
-@pytest.mark.parametrize("change", ["bytes", "quiet bytes", "a shard more"])
+@pytest.mark.parametrize("change", ["bytes", "quiet bytes", "a shard more", "config"])
 def test_a_source_that_changed_is_refused(change: str, model: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(model, tmp_path / "source"))
     out = tmp_path / "out"
@@ -170,6 +171,8 @@ def test_a_source_that_changed_is_refused(change: str, model: Path, tmp_path: Pa
     stat = victim.stat()
     if change == "a shard more":
         assert sharded_files(source) == 5
+    elif change == "config":
+        edit_json(source / "config.json", lambda c: c.update(rope_theta=1.0))
     else:
         with victim.open("r+b") as file:
             file.seek(-100, os.SEEK_END)

@@ -13,13 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats import awq, compressed_tensors, compressed_tensors_config, gptq
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.dequantize import dequantize
 from quantkit.streaming.crew import hands
-from quantkit.streaming.job import StreamOptions
+from quantkit.streaming.job import Piece, ShardTask, Slice, StreamOptions, Work
+from quantkit.streaming.resources import worker_count
 from tests.helpers import copy_checkpoint, edit_tensors
 from tests.rtn import tiny_moe
 from tests.streaming import (
@@ -228,7 +229,6 @@ def test_a_file_that_shrinks_under_the_run(small_model: Path, tmp_path: Path) ->
     """The header was read when the file was whole; the end is missed when it is needed."""
     model = sharded(small_model, tmp_path / "model", 3)
     checkpoint = open_checkpoint(model)
-    from quantkit.streaming.job import StreamOptions
     from quantkit.streaming.run import stream_quantize
 
     victim = checkpoint.files[2]
@@ -255,6 +255,25 @@ def test_memory_limits_the_threads(small_model: Path, tmp_path: Path) -> None:
         stream(small_model, tmp_path / "a", "fp8_dynamic", memory=50_000_000)
     assert "--memory" in caught.value.hint
     stream(small_model, tmp_path / "b", "fp8_dynamic", memory=10**10)
+
+
+def test_without_a_limit_memory_does_not_grow_with_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+
+    def workers(columns: int, rows: int, jobs: int | None = None) -> int:
+        info = TensorInfo("a.weight", "BF16", (rows, columns), Path("a"), 0, 2 * rows * columns)
+        scheme = scheme_named("fp8_block")
+        part = Slice(info, 0, rows, columns)
+        works = (Work(info, (Piece("a", "a", scheme, part),), None, {}),)
+        return worker_count([ShardTask("a", works)], "compressed-tensors", jobs, None)
+
+    assert workers(4096, 4096) == 7
+    assert workers(8192, 28672) == 10
+    assert workers(28672, 8192) == 4
+    assert workers(28672, 8192, jobs=32) == 32
+    assert workers(576, 1536) == 8
 
 
 def test_workers_share_the_session_of_the_command_but_not_its_group() -> None:

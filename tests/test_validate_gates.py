@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from quantkit.errors import InputError
-from quantkit.gates import METRICS, Gate, parse_gate
+from quantkit.gates import METRICS, Gate, outcome, parse_gate
 from quantkit.recipe import load_recipe
-from quantkit.validate.bootstrap import Measured, exact, missing, sampled
-from quantkit.validate.verdicts import BY_BITS, chosen_gates, default_gates, hold
+from quantkit.validate.bootstrap import PART_INDICES, Measured, exact, missing, resamples, sampled
+from quantkit.validate.metrics import choice_metric, task_metrics
+from quantkit.validate.paired import lost, score_interval
+from quantkit.validate.report import Report
+from quantkit.validate.verdicts import BY_BITS, accepted, chosen_gates, default_gates, hold
 
 PPL = Gate("ppl_ratio", "<=", 1.02)
 
@@ -64,6 +67,18 @@ def test_verdicts_without_interval() -> None:
     assert (absent.verdict, absent.held, absent.reason) == ("undecided", False, "no logits")
 
 
+def test_the_outcome_in_words_says_what_was_left_open() -> None:
+    assert outcome(True, 0) == "every gate held"
+    assert outcome(True, 2) == "no gate failed, 2 undecided"
+    assert outcome(False, 2) == "not good"
+    report = Report({}, {}, {}, {}, [])
+    absent = hold(PPL, missing("no logits"), weights_only=False)
+    report.gates = [hold(PPL, sampled(np.zeros(7), np.exp), weights_only=False)]
+    assert (report.ok, report.undecided) == (True, 1)
+    report.gates.append(absent)
+    assert (report.ok, report.undecided) == (False, 1)
+
+
 def test_nan_fails() -> None:
     result = hold(PPL, sampled(np.array([0.0, np.nan] * 8), np.exp), weights_only=False)
     assert (result.verdict, result.value) == ("fail", None)
@@ -79,6 +94,15 @@ def test_weights_only_run_cannot_pass_an_accuracy_gate_but_can_fail_one() -> Non
     assert hold(margin, exact(3.0), weights_only=True).verdict == "pass"
 
 
+def test_resamples_are_drawn_in_parts_and_are_always_the_same() -> None:
+    parts = list(resamples(60_000, most=100))
+    assert max(part.size for part in parts) <= PART_INDICES
+    assert sum(map(len, parts)) == 100
+    assert np.array_equal(parts[0], next(resamples(60_000)))
+    whole = np.random.default_rng(0).integers(0, 10_000, (2000, 10_000))
+    assert np.array_equal(np.concatenate(list(resamples(10_000))), whole)
+
+
 def test_interval_holds_the_truth_as_often_as_it_says_and_narrows_with_samples() -> None:
     rng = np.random.default_rng(0)
     held, widths = [], []
@@ -92,11 +116,83 @@ def test_interval_holds_the_truth_as_often_as_it_says_and_narrows_with_samples()
     assert np.mean(widths[100:]) < np.mean(widths[:100]) / 3
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_few_right_or_wrong_answers_that_agree_decide_nothing(share: float) -> None:
+    gate = parse_gate("drop.gsm8k.exact_match<=0.03")
+    for count, verdict in ((8, "undecided"), (96, "undecided"), (374, "pass")):
+        same = (np.arange(count) < share * count).astype(float)
+        metric = task_metrics({"gsm8k.exact_match": same}, {"gsm8k.exact_match": same})
+        result = hold(gate, metric[gate.metric], weights_only=False)
+        assert result.verdict == verdict
+        assert result.interval is not None
+        assert result.interval[1] == pytest.approx(3.8415 / (count + 3.8415), rel=1e-3)
+        assert result.interval[0] == pytest.approx(-result.interval[1])
+
+
+def test_facts_and_inverted_metrics_are_answers_too() -> None:
+    facts = choice_metric(np.ones(12, dtype=bool), np.ones(12, dtype=bool))
+    assert facts.interval is not None
+    assert facts.interval[1] > 0.2
+    errors, fewer = -np.ones(16), -np.array([1.0, 0.0] * 8)
+    less = lost(errors, fewer)
+    assert less.value == -0.5
+    assert less.interval is not None
+    assert -0.9 < less.interval[0] < -0.5 < less.interval[1] < 0
+    assert lost(np.full(16, 0.25), np.zeros(16)).interval == (0.25, 0.25)  # no answers: bootstrap
+    assert lost(np.ones(7), np.ones(7)).interval is None
+
+
+@pytest.mark.parametrize(("count", "worse", "better"), [(40, 0.2, 0.05), (100, 0.02, 0.01)])
+def test_the_interval_of_answers_holds_the_truth(count: int, worse: float, better: float) -> None:
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(1000):
+        draw = rng.random(count)
+        more, fewer = int((draw < worse).sum()), int((draw > 1 - better).sum())
+        low, high = score_interval(more, fewer, count)
+        held.append(low <= worse - better <= high)
+    assert 0.93 < np.mean(held) < 0.995
+
+
 def test_defaults_are_those_of_the_narrowest_weights_and_the_last_gate_counts() -> None:
     gates = {gate.metric: gate.limit for gate in default_gates({"w8a8_dynamic", "w4a16"})}
     assert gates["ppl_ratio"] == parse_gate(BY_BITS[4][1]).limit
     chosen = chosen_gates(default_gates({"w4a16"}), [PPL], [parse_gate("ppl_ratio<=1.5")])
     assert [gate.limit for gate in chosen if gate.metric == "ppl_ratio"] == [1.5]
+
+
+@pytest.mark.parametrize(
+    ("schemes", "bits"),
+    [({"Q8_0"}, 8), ({"Q6_K", "Q8_0"}, 4), ({"Q5_0"}, 4), ({"Q4_K", "Q6_K"}, 4), ({"Q3_K"}, 3),
+     ({"IQ2_XXS"}, 2), ({"TQ1_0"}, 2), ({"fp8_e4m3_channel"}, 8), ({"int4_group"}, 4),
+     ({"nameless"}, 8), (set(), 8)],
+)  # fmt: skip
+def test_bits_are_read_from_names_of_ggml_and_of_unknown_schemes(
+    schemes: set[str], bits: int
+) -> None:
+    assert {str(gate) for gate in default_gates(schemes)} >= set(BY_BITS[bits])
+
+
+def test_a_recipe_loosens_a_default_only_with_a_warning_and_never_the_integrity() -> None:
+    defaults = default_gates({"w8a8_dynamic"})
+    texts = ["ppl_ratio<=1e9", "weight_sqnr_margin>=-1e9", "kl_mean<=0.01", "kl_p99<=2",
+             "verify_errors<=0", "weight_sqnr_margin>=3"]  # fmt: skip
+    counted, warnings = accepted([parse_gate(text, "recipe") for text in texts], defaults)
+    assert [gate.metric for gate in counted] == [
+        "ppl_ratio", "kl_mean", "kl_p99", "verify_errors", "weight_sqnr_margin",
+    ]  # fmt: skip
+    assert warnings == [
+        "the recipe's gate ppl_ratio<=1e+09 is looser than the default ppl_ratio<=1.05",
+        "the recipe's gate weight_sqnr_margin>=-1e+09 is not held: it is looser than "
+        "weight_sqnr_margin>=0",
+    ]
+    chosen = chosen_gates(defaults, counted, [parse_gate("mcq_drop<=0.5")])
+    sources = {g.metric: (g.limit, g.source) for g in chosen}
+    assert sources["ppl_ratio"] == (1e9, "recipe")
+    assert sources["weight_sqnr_margin"] == (3, "recipe")
+    assert sources["canary_failures"] == (0, "default")
+    assert sources["mcq_drop"] == (0.5, "command")
+    assert hold(chosen[0], exact(9.0), weights_only=False).to_json()["source"] == "recipe"
 
 
 def test_every_default_gate_is_of_a_known_metric() -> None:

@@ -57,6 +57,12 @@ def test_page_needs_nothing_from_outside(document: dict[str, Any]) -> None:
     assert not re.search(r"https?://|<script|<link|<img|@import|url\((?!#)", without_names)
 
 
+def test_pictures_of_what_was_not_measured_are_left_out(document: dict[str, Any]) -> None:
+    absent = {"baseline": None, "quantized": None}
+    page = as_html({**document, "throughput": absent, "kl_histogram": None, "layers": []})
+    assert "<svg" not in page
+
+
 def test_what_models_say_is_escaped(document: dict[str, Any]) -> None:
     changed = deepcopy(document)
     changed["canary"][0]["quantized"] = "<script>alert(1)</script>"

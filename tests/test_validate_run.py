@@ -16,19 +16,22 @@ from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.environments.managed import spec_named
 from quantkit.errors import BackendError, InputError
+from quantkit.formats.gguf_file import GgufFile, GgufTensor
 from quantkit.recipe import load_recipe
 from quantkit.schemes import SCHEMES
-from quantkit.validate import memory
+from quantkit.validate import memory, preflight
+from quantkit.validate.builtin import BATCH_TOKENS
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
 from quantkit.validate.engines import engine_build
 from quantkit.validate.preflight import open_candidate, tokenizer_of
 from quantkit.validate.run import ValidateRequest, validate
+from quantkit.validate.write import check_reports, write_reports
 from quantkit.verify import verify
 from tests.cli import Run, quantkit, refused
 from tests.damage import DOWN, configuring, dropping, patching
 from tests.helpers import cut_layers, edit_json
-from tests.rtn import rtn
+from tests.rtn import rtn, tiny_moe
 from tests.validating import (
     SOBER,
     SWAPS,
@@ -89,7 +92,10 @@ def test_document_says_what_was_measured(run: tuple[Run, Path]) -> None:
     assert document["engine"]["kernels"] == {"int8_cpu": 21} or document["engine"]["kernels"]
     assert not document["engine"]["weights_only"]
     assert document["text"]["seen_by_calibration"] == 0.0
-    assert {gate["verdict"] for gate in document["gates"]} == {"pass"}
+    found = {gate["metric"]: gate["verdict"] for gate in document["gates"]}
+    assert found.pop("mcq_drop") == "undecided"  # 96 answers cannot tell 3 % from nothing
+    assert set(found.values()) == {"pass"}
+    assert document["undecided"] == 1
     assert {"metric", "limit", "value", "interval", "verdict"} <= document["gates"][0].keys()
     assert 0 < document["metrics"]["kl_mean"]["value"] < 0.05
     assert len(document["windows"]["nll"]) == 8
@@ -103,12 +109,15 @@ def test_reports_say_the_same(run: tuple[Run, Path]) -> None:
     done, reports = run
     assert json.loads((reports / "r.json").read_text()) == done.document
     markdown = (reports / "r.md").read_text()
-    assert markdown.startswith("# w8a8: every gate held")
+    assert markdown.startswith("# w8a8: no gate failed, 1 undecided")
     assert "| kl_mean | <=0.05 |" in markdown
     suites = ET.fromstring((reports / "r.xml").read_text())
     cases = suites.findall(".//testcase")
     assert len(cases) == len(done.document["gates"])
     assert not suites.findall(".//failure")
+    assert [case.get("name") for case in cases if case.find("skipped") is not None] == [
+        "mcq_drop<=0.03"
+    ]
 
 
 def test_numbers_are_in_the_checkpoint_which_still_verifies(
@@ -119,6 +128,7 @@ def test_numbers_are_in_the_checkpoint_which_still_verifies(
     card = (sealed / "README.md").read_text()
     assert "KL divergence from the baseline, mean" in card
     assert "were not measured" not in card
+    assert "no gate failed, 1 undecided." in card
     assert card.count("## Measured") == card.count("## How it was made") == 1
     assert verify(sealed, small_model).ok
 
@@ -201,6 +211,26 @@ def truncate(directory: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def test_a_layer_of_nothing_but_noise_is_reported(
+    checkpoints: dict[str, Path], small_model: Path, tmp_path: Path
+) -> None:
+    """Sums of squares overflow: the SQNR of such a layer has no logarithm."""
+    huge = patching(f"{DOWN}.weight_scale", lambda scale: torch.full_like(scale, 1e25))
+    copy = damaged(checkpoints["8"], tmp_path / "copy", huge)
+    reports = [tmp_path / f"r.{end}" for end in ("md", "xml", "html", "json")]
+    done = quantkit(
+        "validate", copy, "--baseline", small_model, "--samples", "8", "--no-throughput",
+        *(word for report in reports for word in ("--report", report)),
+    )  # fmt: skip
+    assert done.code == 4, done.out + done.err
+    document = json.loads(reports[-1].read_text())
+    assert document["layers"][0] == {
+        "module": DOWN, "scheme": "w8a8_dynamic", "sqnr_db": -200.0, "floor_db": 16.0,
+    }  # fmt: skip
+    assert f"`{DOWN}` | w8a8_dynamic | -200.0" in reports[0].read_text()
+    assert all(report.stat().st_size for report in reports)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown quantization": (
         configuring(lambda c: c["quantization_config"].update(quant_method="novel")),
@@ -226,6 +256,58 @@ def test_broken_checkpoint_is_refused_before_anything_is_generated(
     assert set(ui.stages) <= {"verify"}
 
 
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        ({"kernel": "nonsense"}, "kernel.unknown"),
+        ({"kernel": "int4_cpu"}, "kernel.refused"),
+        ({"engine": "transformers", "kernel": "reference"}, "validate.kernel"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused_before_any_work(
+    more: dict[str, Any], code: str, checkpoints: dict[str, Path], small_model: Path
+) -> None:
+    ui = Quiet()
+    with pytest.raises(InputError) as caught:
+        validate(ValidateRequest(checkpoints["8"], str(small_model), device="cpu", **more), ui)
+    assert caught.value.code == code
+    assert ui.stages == []
+
+
+def test_a_mixture_of_experts_is_refused_before_any_work(small_model: Path, tmp_path: Path) -> None:
+    source = tiny_moe(tmp_path / "moe")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(small_model / name, source / name)
+    held = rtn(source, tmp_path / "w8a8", SCHEMES["w8a8_dynamic"])
+    ui = Quiet()
+    with pytest.raises(InputError, match="is a mixture of experts"):
+        validate(ValidateRequest(held, str(source), device="cpu"), ui)
+    assert ui.stages == []
+
+
+@pytest.mark.parametrize(
+    ("content", "telling"),
+    [
+        ({"recipe": "x"}, "recipe is 'x', not an object"),
+        ({"recipe": {"gates": 5}}, "recipe.gates is '5', not a list"),
+        ({"recipe": {"gates": [5]}}, "recipe.gates is '[5]', not a list"),
+        ({"source": "somewhere"}, "source is 'somewhere', not an object"),
+        ({"results": [1]}, "results is '[1]', not an object"),
+    ],
+)
+def test_a_malformed_provenance_is_refused_by_name(
+    content: dict[str, Any], telling: str, checkpoints: dict[str, Path], small_model: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    copy = damaged(checkpoints["8"], tmp_path / "copy", lambda _: None)
+    (copy / "quantkit.json").write_text(json.dumps(content))
+    with pytest.raises(InputError) as caught:
+        open_candidate(copy, str(small_model))
+    assert telling in caught.value.message
+    (copy / "quantkit.json").write_text(json.dumps({"recipe": None, "source": None}))
+    assert open_candidate(copy, str(small_model)).provenance
+
+
 def test_other_baselines_are_refused(
     checkpoints: dict[str, Path], small_model: Path, tmp_path: Path
 ) -> None:
@@ -245,12 +327,54 @@ def test_other_baselines_are_refused(
     refused(quantkit("validate", held), 1, "does not say which model", "--baseline MODEL")
 
 
+def test_a_remembered_baseline_is_named_by_its_name_on_the_hub(
+    sealed: Path, small_model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    copy = Path(shutil.copytree(sealed, tmp_path / "copy"))
+
+    def change(provenance: dict[str, Any]) -> None:
+        provenance["source"]["name"] = "org/model"
+        provenance["recipe"]["gates"] = ["ppl_ratio<=1e9"]
+
+    edit_json(copy / "quantkit.json", change)
+    monkeypatch.setattr(preflight, "resolve_model", lambda name: {"org/model": small_model}[name])
+    request = ValidateRequest(copy, gates=(SOBER,), samples=8, throughput=False)
+    report = validate(request, Quiet())
+    assert report.baseline["name"] == "org/model"
+    assert report.warnings == [
+        "the recipe's gate ppl_ratio<=1e+09 is looser than the default ppl_ratio<=1.05"
+    ]
+    sources = {gate.metric: gate.source for gate in report.gates}
+    assert sources["ppl_ratio"] == "recipe"
+    assert sources["canary_failures"] == "command"
+
+
+def test_a_baseline_that_leaves_defaults_unstated_is_the_same_architecture(
+    checkpoints: dict[str, Path], small_model: Path, tmp_path: Path
+) -> None:
+    stated, unstated = tmp_path / "stated", tmp_path / "unstated"
+    shutil.copytree(checkpoints["8"], stated)
+    shutil.copytree(small_model, unstated)
+    edit_json(stated / "config.json", lambda c: c.update(head_dim=64))
+    edit_json(unstated / "config.json", lambda c: c.pop("head_dim", None))
+    assert open_candidate(stated, str(unstated)).path == stated
+    assert open_candidate(checkpoints["8"], str(small_model))
+    assert open_candidate(unstated, str(small_model))
+    edit_json(unstated / "config.json", lambda c: c.update(head_dim=32))
+    with pytest.raises(InputError, match="head_dim is 32, not 64"):
+        open_candidate(stated, str(unstated))
+    edit_json(unstated / "config.json", lambda c: c.pop("num_key_value_heads"))
+    with pytest.raises(InputError, match="num_key_value_heads is 9, not 3"):
+        open_candidate(stated, str(unstated))
+
+
 @pytest.mark.parametrize(
     ("words", "telling"),
     [
         (("--gate", "speed<=1"), "names no metric"),
         (("--report", "r.pdf"), "no report of the kind .pdf"),
         (("--report", "nowhere/r.md"), "nowhere does not exist"),
+        (("--report", "/proc/x.json"), "--report /proc/x.json cannot be written"),
         (("--engine", "novel"), "no engine 'novel'"),
         (("--data", "missing.txt"), "missing.txt does not exist"),
         (("--against", "missing.json"), "missing.json cannot be read"),
@@ -263,6 +387,16 @@ def test_wrong_requests_are_refused(
     refused(quantkit("validate", checkpoints["8"], "--baseline", small_model, *words), 1, telling)
 
 
+def test_a_report_is_probed_without_leaving_or_losing_anything(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("{}")
+    check_reports([old, new])
+    assert [file.name for file in tmp_path.iterdir()] == ["old.json"]
+    assert old.read_text() == "{}"
+    with pytest.raises(InputError, match="cannot be written: No such file"):
+        write_reports({}, [tmp_path / "gone" / "r.json"])
+
+
 def test_memory_is_estimated_before_loading(
     checkpoints: dict[str, Path], small_model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -273,6 +407,19 @@ def test_memory_is_estimated_before_loading(
     with pytest.raises(InputError, match=r"needs about 0\.\d GB on cpu, where 0\.2 GB are free"):
         validate(ValidateRequest(checkpoints["8"], str(small_model), device="cpu"), ui)
     assert ui.stages == ["verify"]
+
+
+def test_gguf_is_estimated_as_what_it_is_expanded_to() -> None:
+    shapes = {"token_embd.weight": (1000, 64), "blk.0.ffn_down.weight": (64, 256)}
+    tensors = {
+        name: GgufTensor(name, "Q4_K", shape, shape[0] * shape[1] * 9 // 16, None)
+        for name, shape in shapes.items()
+    }
+    metadata = {"general.architecture": "llama", "llama.feed_forward_length": 256}
+    held = GgufFile(Path(), Path("model.gguf"), metadata, tensors)
+    batch = BATCH_TOKENS * (2 * 1000 + 12 * 256) + 256 * 12 * 1000
+    wanted = 2 * (64_000 + 16_384) + 4 * 64_000 + batch
+    assert memory.needed_bytes(held, expanded=False) == wanted
 
 
 def test_a_failed_allocation_says_what_was_needed() -> None:

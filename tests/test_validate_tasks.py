@@ -117,6 +117,21 @@ def test_a_task_that_cannot_run_says_so(task, subject: Builtin, small_model: Pat
         run_tasks(subject, tokenizer_of(small_model), choice)
 
 
+def test_a_digest_is_of_what_makes_the_task(task, tmp_path: Path) -> None:
+    choice = choose_tasks([task("local_digest", "multiple_choice", CHOICES)], None)
+    assert choice is not None
+    before = choice.digest
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "run.log").write_text("today")
+    assert choice.digest == before
+    (tmp_path / "lib").mkdir()
+    helper = tmp_path / "lib" / "helper.py"
+    helper.write_text("one = 1")
+    changed = choice.digest
+    helper.write_text("one = 2")
+    assert len({before, changed, choice.digest}) == 3
+
+
 def test_task_files_without_a_name_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "empty.yaml"
     file.write_text("output_type: multiple_choice\n")

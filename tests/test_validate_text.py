@@ -17,7 +17,13 @@ from quantkit.validate.canary import canary_prompts, problem, repetition
 from quantkit.validate.choices import continuation_logprobs, facts, right
 from quantkit.validate.data import eval_text
 from quantkit.validate.subject import Opening
-from quantkit.validate.text import BaselineText, measure_baseline, measure_quantized
+from quantkit.validate.text import (
+    BaselineText,
+    _keep,
+    divergence,
+    measure_baseline,
+    measure_quantized,
+)
 from tests.rtn import rtn
 
 
@@ -81,6 +87,39 @@ def test_kl_is_that_of_the_whole_vocabulary(
     assert found.kl is not None
     assert found.kl.mean() == pytest.approx(exact.mean(), rel=0.02)
     assert np.corrcoef(found.kl.flatten(), exact.flatten())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize(
+    ("noise", "scale", "p99", "spread"), [(0.3, 1.0, 0.35, 0.008), (1.5, 2.0, 0.2, 0.3)]
+)
+def test_kl_of_single_tokens_is_estimated_without_bias_and_with_little_noise(
+    noise: float, scale: float, p99: float, spread: float
+) -> None:
+    """Logits so flat that most of the mass is in what was drawn, and a model that is far off."""
+    dice = torch.Generator().manual_seed(1)
+    base = (torch.randn(600, 6000, generator=dice) * scale).log_softmax(-1)
+    ours = (base + torch.randn(600, 6000, generator=dice) * noise).log_softmax(-1)
+    exact = (base.exp() * (base - ours)).sum(-1)
+    found = []
+    for seed in range(8):
+        ids = _keep(base, torch.Generator().manual_seed(seed))
+        found.append(divergence(base.gather(-1, ids), ours.gather(-1, ids)))
+    errors = torch.stack(found) - exact
+    assert float(errors.std()) < spread
+    assert abs(float(errors.mean())) < 4 * float(errors.std()) / errors.numel() ** 0.5
+    wanted = exact.quantile(0.99)
+    assert float(found[0].quantile(0.99)) == pytest.approx(float(wanted), rel=p99)
+
+
+def test_kl_where_the_rest_has_no_mass_and_where_a_token_is_ruled_out() -> None:
+    base = torch.full((1, 320), -50.0)
+    base[0, 0] = 0.0
+    ours = base.clone()
+    ours[0, 300] = 80.0  # drawn from a rest of mass 0
+    assert float(divergence(base, ours).abs()) < 1e-4
+    ours[0, 0] = -torch.inf
+    assert float(divergence(base, ours)) == torch.inf
+    assert bool(divergence(base, ours * torch.nan).isnan())
 
 
 def test_continuations_are_scored_after_their_context_alone(subject: Builtin) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from math import inf, nan
 from pathlib import Path
 
 import pytest
 
 from quantkit.schemes import SCHEMES
 from quantkit.verify import verify
+from quantkit.verify.findings import MOST_DB, decibels
 from tests.cli import quantkit
 from tests.damage import DOWN, patch
 from tests.rtn import rtn
@@ -37,9 +39,9 @@ def test_the_report_counts_and_orders(fp8: Path, small_model: Path) -> None:
     assert dict(report.ledger) == {"quantized": 21, "kept": 8}
     assert report.modules_quantized == 21
     assert report.tensors_checked == 50
-    decibels = [layer.sqnr_db for layer in report.layers]
-    assert decibels == sorted(decibels)
-    assert 31 < decibels[0] < 32
+    measured = [layer.sqnr_db for layer in report.layers]
+    assert measured == sorted(measured)
+    assert 31 < measured[0] < 32
     assert seen == [(n, 21) for n in range(1, 22)]
 
 
@@ -90,3 +92,12 @@ def test_importing_verify_loads_no_torch() -> None:
     code = "import sys, quantkit.verify; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "wanted"),
+    [(100.0, 1.0, 20.0), (1.0, 0.0, MOST_DB), (0.0, 1.0, -MOST_DB), (1.0, inf, -MOST_DB),
+     (1.0, nan, -MOST_DB), (nan, 1.0, -MOST_DB), (1.0, 1e300, -MOST_DB)],
+)  # fmt: skip
+def test_decibels_are_always_a_number(signal: float, noise: float, wanted: float) -> None:
+    assert decibels(signal, noise) == wanted

@@ -25,16 +25,19 @@ def kernels_command(
     """List the kernels of the builtin runtime, in the order in which they are preferred."""
     from quantkit.device import resolve_device
     from quantkit.runtime.kernels import sglang
+    from quantkit.runtime.kernels.select import check_name
     from quantkit.runtime.load import pick_device
     from quantkit.runtime.preview import available, preview
 
     out = Output(as_json=as_json)
     found = pick_device(resolve_device(device))
-    kernels = available(found)
+    check_name(kernel, found)
+    kernels = {n: why for n, why in available(found).items() if kernel in ("auto", n)}
     autos = {option: sglang.auto(option, found) for option in sglang.OPTIONS}
     backends = [
         {"option": b.option, "name": b.name, "reason": sglang.why_not(b, found)}
         for b in sglang.BACKENDS
+        if kernel in ("auto", b.name)
     ]
     document = {
         "schema_version": 1,
@@ -44,16 +47,18 @@ def kernels_command(
         "gemm_backend_auto": autos,
     }
     if directory is None:
-        out.table(
-            f"kernels on {found}, in order",
-            ["kernel", "runs here"],
-            [(name, reason or "yes") for name, reason in kernels.items()],
-        )
-        out.table(
-            "SGLang's GEMM backends",
-            ["backend", "option", "runs here"],
-            [(b["name"], f"--{b['option']}", b["reason"] or "yes") for b in backends],
-        )
+        if kernels:
+            out.table(
+                f"kernels on {found}, in order",
+                ["kernel", "runs here"],
+                [(name, reason or "yes") for name, reason in kernels.items()],
+            )
+        if backends:
+            out.table(
+                "SGLang's GEMM backends",
+                ["backend", "option", "runs here"],
+                [(b["name"], f"--{b['option']}", b["reason"] or "yes") for b in backends],
+            )
         for option, name in autos.items():
             out.text(f"--{option} auto here: {name or 'none'}")
     else:

@@ -39,7 +39,12 @@ def quantize_command(
         bool, typer.Option("--resume", help="Go on where a stopped rtn_* run left off.")
     ] = False,
     memory: Annotated[
-        str, typer.Option("--memory", help="Most memory of an rtn_* run, such as 2GB.")
+        str,
+        typer.Option(
+            "--memory",
+            help="Most memory of an rtn_* run, such as 2GB; without it and --jobs: a few hundred "
+            "MB and the largest tensor.",
+        ),
     ] = "",
     jobs: Annotated[int | None, typer.Option("--jobs", help="Workers of an rtn_* run.")] = None,
     executor: Annotated[

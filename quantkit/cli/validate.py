@@ -10,6 +10,7 @@ import typer
 from quantkit.cli import options
 from quantkit.cli.output import Output
 from quantkit.errors import EXIT_CHECK
+from quantkit.gates import outcome
 
 if TYPE_CHECKING:
     from quantkit.validate.report import Report
@@ -24,7 +25,7 @@ def validate_command(
         typer.Option("--baseline", help="The 16-bit model; default: what quantkit.json names."),
     ] = "",
     engine: Annotated[
-        str, typer.Option("--engine", help="What runs both models: builtin.")
+        str, typer.Option("--engine", help="What runs both models: builtin, transformers, vllm …")
     ] = "builtin",
     kernel: Annotated[
         str, typer.Option("--kernel", help="The kernel of every quantized layer, or auto.")
@@ -86,9 +87,9 @@ def validate_command(
     finally:
         ui.finish()
     document = result.to_json()
-    write_reports(document, report)
     record(directory, document)
     _show(ui, result)
+    write_reports(document, report)
     ui.document(document)
     if not result.ok:
         raise typer.Exit(EXIT_CHECK)
@@ -118,11 +119,14 @@ def _show(ui: Output, report: Report) -> None:
     for talk in report.canary:
         if talk["quantized_problem"]:
             ui.info(f"warning: canary {talk['prompt']!r}: {talk['quantized_problem']}")
+    for warning in report.warnings:
+        ui.info(f"warning: {warning}")
     for note in report.notes:
         ui.info(f"note: {note}")
     failed = [gate.metric for gate in report.gates if not gate.held]
     worse = [c.metric for c in report.changes or () if c.verdict == "worse"]
-    verdict = "every gate held" if report.ok else f"not good: {', '.join([*failed, *worse])}"
+    verdict = outcome(report.ok, report.undecided)
+    verdict = verdict if report.ok else f"{verdict}: {', '.join([*failed, *worse])}"
     both = report.values["perplexity"]
     ui.text(
         f"{report.checkpoint['name']}: perplexity {both.quantized:.2f} (baseline "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.errors import InputError
 from quantkit.modules import is_tied
 from quantkit.runtime.decoder import Block, CacheScales, Decoder, Shape
 from quantkit.runtime.layers import LayerMaker
@@ -86,10 +87,21 @@ def _cache_scales(maker: LayerMaker, attention: str) -> CacheScales | None:
         }.items()
     }
     values = {
-        kind: 1.0 if name is None else float(maker.source.plain(name, None, torch.float32))
-        for kind, name in found.items()
+        kind: 1.0 if name is None else _cache_scale(maker, name) for kind, name in found.items()
     }
     return CacheScales(values["k"], values["v"])
+
+
+def _cache_scale(maker: LayerMaker, name: str) -> float:
+    scale = maker.source.plain(name, None, torch.float32)
+    if scale.numel() != 1:
+        raise InputError(
+            f"{name} holds {scale.numel()} scales; the runtime computes a cache with one scale a "
+            "tensor, not one a head.",
+            hint="quantize the cache with one scale a tensor, or quantkit validate --engine vllm",
+            code="runtime.cache_scale",
+        )
+    return float(scale)
 
 
 def _plain(maker: LayerMaker, name: str, shape: tuple[int, ...]) -> torch.Tensor:

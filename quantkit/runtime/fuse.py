@@ -2,7 +2,9 @@
 
 Engines merge such siblings into one layer. Per-tensor FP8 weights of unequal scales are then
 requantized to the largest (vLLM `w8a8_utils.requantize_with_max_scale`), and static input scales
-become the largest one; a model measured with the scales of the file is not the one that is served.
+become the largest one, with zero points that of the union of their ranges (vLLM's
+`process_weights_after_loading` of int8 linear layers); a model measured with the scales of the file
+is not the one that is served.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from quantkit.schemes import Scheme
 Fuse = Literal["engine", "none"]
 
 _FP8_MAX = 448.0
+_INT8 = torch.iinfo(torch.int8)
 
 
 def harmonize(
@@ -35,7 +38,7 @@ def harmonize(
         if any(bool(weight.scale != largest) for weight in result):
             result = [requantize(weight, largest) for weight in result]
     _check_global_scales(names, result, scheme)
-    return _with_largest_input_scale(result)
+    return _with_one_input_scale(result)
 
 
 def requantize(weight: QuantWeight, scale: torch.Tensor) -> QuantWeight:
@@ -61,6 +64,7 @@ def join(weights: Sequence[QuantWeight]) -> QuantWeight | None:
         and _equal(weight.global_scale, first.global_scale)
         and _equal(weight.g_idx, first.g_idx)
         and _equal(weight.input_scale, first.input_scale)
+        and _equal(weight.input_zero_point, first.input_zero_point)
         and _equal(weight.input_multiplier, first.input_multiplier)
         and (weight.zero_point is None) == (first.zero_point is None)
         for weight in weights
@@ -108,12 +112,39 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return torch.equal(one.flatten(), other.flatten())
 
 
-def _with_largest_input_scale(weights: list[QuantWeight]) -> list[QuantWeight]:
+def _with_one_input_scale(weights: list[QuantWeight]) -> list[QuantWeight]:
     scales = [w.input_scale.reshape(()) for w in weights if w.input_scale is not None]
     if len(scales) < len(weights):
         return weights
+    if any(weight.input_zero_point is not None for weight in weights):
+        return _with_one_input_range(weights)
     largest = torch.stack(scales).max()
     return [replace(weight, input_scale=largest) for weight in weights]
+
+
+def _with_one_input_range(weights: list[QuantWeight]) -> list[QuantWeight]:
+    """Asymmetric static INT8 inputs on the scale and zero point that hold all of their ranges."""
+    pairs = [(_scalar(weight.input_scale), _scalar(weight.input_zero_point)) for weight in weights]
+    if len(set(pairs)) == 1:
+        return weights
+    low = min(scale * (_INT8.min - zero) for scale, zero in pairs)
+    high = max(scale * (_INT8.max - zero) for scale, zero in pairs)
+    scale = (high - low) / (_INT8.max - _INT8.min)
+    zero = int(_INT8.min - low / scale)  # towards 0, as vLLM casts it
+    like = weights[0].input_scale
+    assert like is not None
+    return [
+        replace(
+            weight,
+            input_scale=like.new_tensor(scale),
+            input_zero_point=like.new_tensor(float(zero)),
+        )
+        for weight in weights
+    ]
+
+
+def _scalar(tensor: torch.Tensor | None) -> float:
+    return 0.0 if tensor is None else float(tensor.reshape(()))
 
 
 def _check_global_scales(

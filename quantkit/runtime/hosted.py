@@ -7,6 +7,7 @@ model's own initialisation.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,34 +56,41 @@ class HostedNetwork(nn.Module):
 
 def build_hosted(config: Any, maker: LayerMaker, progress: Progress | None = None) -> HostedNetwork:
     """Transformers' model of a config, with the checkpoint's layers in it; raises InputError."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=maker.dtype)  # type: ignore[no-untyped-call]
-    except ValueError as error:
-        raise InputError(
-            f"Transformers has no causal language model for {maker.source.checkpoint.path}: "
-            f"{str(error).splitlines()[0]}",
-            hint="only models that continue text can be run",
-            code="runtime.architecture",
-        ) from error
-    _refuse_experts(model, maker)
+    model = empty_model(config, maker.source.checkpoint.path, maker.dtype)
     _compute_buffers(model, maker.device)
     _replace_linears(model, maker, progress)
     _fill_parameters(model, maker)
     return HostedNetwork(model.eval())
 
 
-def _refuse_experts(model: Any, maker: LayerMaker) -> None:
+def empty_model(config: Any, path: Path, dtype: torch.dtype) -> Any:
+    """Transformers' model of a config on the meta device; InputError for a network that cannot be
+    computed: none that continues text, or a mixture of experts."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise InputError(
+            f"Transformers has no causal language model for {path}: {str(error).splitlines()[0]}",
+            hint="only models that continue text can be run",
+            code="runtime.architecture",
+        ) from error
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise InputError(
+            f"Transformers cannot build the model of {path}: {type(error).__name__}: {error}",
+            hint="check the values of config.json, rope_parameters and rope_scaling among them",
+            code="runtime.architecture",
+        ) from error
     for name, weight in model.named_parameters():
         if weight.dim() == 3 and "expert" in name:
             raise InputError(
-                f"{maker.source.checkpoint.path} is a mixture of experts ({name}), which the "
-                "runtime does not compute.",
+                f"{path} is a mixture of experts ({name}), which the runtime does not compute.",
                 hint="quantkit validate --engine vllm",
                 code="runtime.architecture",
             )
+    return model
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:

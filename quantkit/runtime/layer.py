@@ -45,13 +45,13 @@ def centred(weight: QuantWeight) -> QuantWeight:
 
     Layouts that store unsigned codes (uint8) have zero points around 2^(bits - 1), and symmetric
     weights a constant one there. A zero point that differs between groups, or that takes a code
-    out of int8, is left.
+    out of the range of its bits (kernels pack codes of 4 bits and fewer), is left.
     """
     if not weight.format.is_int:
         return weight
     q, zero = weight.q, weight.zero_point
+    half = 1 << (weight.format.bits - 1)
     if q.dtype == torch.uint8:
-        half = 1 << (weight.format.bits - 1)
         q = (q ^ 128).view(torch.int8) if half == 128 else q.view(torch.int8) - half
         zero = (0.0 if zero is None else zero) - torch.full_like(weight.scale, half)
     q = q.to(torch.int8)
@@ -59,7 +59,7 @@ def centred(weight: QuantWeight) -> QuantWeight:
         return replace(weight, q=q)
     first = float(zero.flatten()[0])
     low, high = (int(value) for value in torch.aminmax(q))
-    fits = first == int(first) and low - first >= -128 and high - first <= 127
+    fits = first == int(first) and low - first >= -half and high - first < half
     if not fits or not bool((zero == first).all()):
         return replace(weight, q=q, zero_point=zero)
     return replace(weight, q=q - int(first), zero_point=None)

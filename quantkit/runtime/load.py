@@ -87,7 +87,8 @@ def check_kernel(source: Source, kernel: str) -> None:
 def read_config(source: Source) -> Any:
     """The Transformers config of a checkpoint, without remote code.
 
-    Raises InputError (`runtime.architecture`) for a model type that Transformers does not know.
+    Raises InputError (`runtime.architecture`) for a model type that Transformers does not know, and
+    for values that no network has.
     """
     from transformers import AutoConfig
 
@@ -95,13 +96,22 @@ def read_config(source: Source) -> Any:
     kind = stated.pop("model_type", None)
     stated.pop("quantization_config", None)
     try:
-        return AutoConfig.for_model(kind, **stated)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"Transformers cannot read the config of {source.checkpoint.path}: {error}",
-            hint="check model_type in config.json; models that bring their own code are not loaded",
-            code="runtime.architecture",
-        ) from error
+        config = AutoConfig.for_model(kind, **stated)
+    except Exception as error:  # each family checks its values in its own way
+        raise _unreadable(source, " ".join(str(error).split()) or type(error).__name__) from error
+    heads = getattr(config, "num_attention_heads", 1)
+    if not isinstance(heads, int) or heads < 1:
+        raise _unreadable(source, f"num_attention_heads is {heads!r}")
+    return config
+
+
+def _unreadable(source: Source, why: str) -> InputError:
+    return InputError(
+        f"Transformers cannot read the config of {source.checkpoint.path}: {why}",
+        hint="check model_type and the values of config.json; models that bring their own code are "
+        "not loaded",
+        code="runtime.architecture",
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from quantkit.formats.base import LayerSpec
+from quantkit.runtime.decoder import unsupported
+from quantkit.runtime.hosted import empty_model
 from quantkit.runtime.kernels.select import KERNELS, choose
 from quantkit.runtime.layer import Layer
 from quantkit.runtime.layers import LayerRecord
@@ -32,6 +34,20 @@ def preview(path: Path, device: torch.device, kernel: str = "auto") -> list[Laye
         choice = choose(_layer(name, spec, dtype), device, allowed)
         records.append(LayerRecord.of(name, spec.scheme, choice))
     return records + expanded_records(source)
+
+
+def refuse(path: Path, device: torch.device, kernel: str = "auto") -> None:
+    """Raise what `load` would raise for the declaration, the config or the kernel: no weight is
+    read. A weight that is declared asymmetric may still turn out to need no zero points."""
+    source = open_path(path)
+    check_kernel(source, kernel)
+    config = read_config(source)
+    dtype = pick_dtype(config, "auto")
+    if unsupported(config):
+        empty_model(config, path, dtype)
+    allowed = [] if kernel == "auto" else [kernel]
+    for name, spec in source.layers.items():
+        choose(Layer(name, spec.scheme, spec.shape, dtype), device, allowed)
 
 
 def _layer(name: str, spec: LayerSpec, dtype: torch.dtype) -> Layer:

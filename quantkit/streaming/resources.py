@@ -16,6 +16,10 @@ BASE_BYTES = 320_000_000
 WORKER_BYTES = 40_000_000
 """What a worker adds before its first block."""
 
+DEFAULT_BYTES = 400_000_000
+"""What workers may take together, the largest tensor more, where no limit and no number is asked:
+the default does not grow with the cores."""
+
 MOST_WORKERS = 32
 
 
@@ -24,14 +28,17 @@ def worker_count(
 ) -> int:
     """Workers to start: `jobs` (None: one a core), or fewer where they would pass `memory` bytes.
 
-    Raises InputError when not even one fits.
+    With neither, a few hundred MB and the largest tensor are the limit, in which one worker always
+    fits. Raises InputError when not even one fits into `memory`.
     """
     count = jobs or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
-    if memory is None:
+    if memory is None and jobs is not None:
         return count
-    each = WORKER_BYTES + max(
-        (working_bytes(work, layout) for task in tasks for work in task.works), default=0
-    )
+    works = [work for task in tasks for work in task.works]
+    each = WORKER_BYTES + max((working_bytes(work, layout) for work in works), default=0)
+    if memory is None:
+        room = DEFAULT_BYTES + max((work.tensor.bytes for work in works), default=0)
+        return max(1, min(count, room // each))
     fitting = (memory - BASE_BYTES) // each
     if fitting < 1:
         needed = ceil((BASE_BYTES + each) / 1e6)

@@ -51,9 +51,10 @@ def stream_quantize(
     """Write the shards and the index of `checkpoint`, quantized, into the directory `out`.
 
     `layers` gives modules of the source their schemes; all else is copied. `jobs` is the number of
-    worker processes (default: one a core), `memory` a limit in bytes that may lower it. `resume`
-    goes on where an earlier run into the same `out` stopped; what that needs stays in `out` until
-    `clear_state`. `on_progress` gets the source bytes done, and in all.
+    worker processes (default: one a core), `memory` a limit in bytes that may lower it (default: a
+    few hundred MB and the largest tensor, unless `jobs` is given). `resume` goes on where an
+    earlier run into the same `out` stopped; what that needs stays in `out` until `clear_state`.
+    `on_progress` gets the source bytes done, and in all.
 
     Raises InputError (`stream.*`, `source.*`, `resume.*`, `output.no_space`), and BackendError when
     a worker was lost.

@@ -43,8 +43,10 @@ def settings(
 
 
 def source_identity(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """Source file → size and time of change (ns)."""
-    stats = {file.name: file.stat() for file in checkpoint.files}
+    """Source file → size and time of change (ns): the shards, and the config that says what their
+    tensors are."""
+    files = [*checkpoint.files, checkpoint.path / "config.json"]
+    stats = {file.name: file.stat() for file in files if file.exists()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 

@@ -6,7 +6,7 @@ Both models see the same windows, so that windows are resampled in pairs (Efron 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 2000
 LEVEL = 0.95
+PART_INDICES = 1 << 20
+"""Indices held at a time, 8 MB: a task may have tens of thousands of samples."""
 FEWEST = 8
 """Samples under which an interval would be too narrow to be believed."""
 
@@ -55,13 +57,17 @@ def sampled(values: Floats, statistic: Callable[[Floats], Floats] | None = None)
         return Measured(float("nan"), sampled=True)
     if len(values) < FEWEST:
         return Measured(value, sampled=True)
-    means = finish(values[resamples(len(values))].mean(axis=1))
-    return Measured(value, percentiles(means), sampled=True)
+    means = [values[draws].mean(axis=1) for draws in resamples(len(values))]
+    return Measured(value, percentiles(finish(np.concatenate(means))), sampled=True)
 
 
-def resamples(count: int) -> NDArray[np.int64]:
-    """Indices [RESAMPLES, count], drawn with replacement; the same for the same count."""
-    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+def resamples(count: int, most: int = RESAMPLES) -> Iterator[NDArray[np.int64]]:
+    """`most` rows of indices [rows, count], drawn with replacement, in parts of up to
+    `PART_INDICES`; the same for the same count."""
+    dice = np.random.default_rng(0)
+    rows = max(1, PART_INDICES // count)
+    for start in range(0, most, rows):
+        yield dice.integers(0, count, (min(rows, most - start), count))
 
 
 def percentiles(values: Floats) -> tuple[float, float]:

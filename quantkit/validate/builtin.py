@@ -98,6 +98,14 @@ def open_builtin(path: Path, opening: Opening) -> Builtin:
     return Builtin(runtime, time.monotonic() - start)
 
 
+def refuse_builtin(path: Path, opening: Opening) -> None:
+    """Raise what `open_builtin` would raise, as far as headers and config tell."""
+    from quantkit.runtime.load import pick_device
+    from quantkit.runtime.preview import refuse
+
+    refuse(path, pick_device(opening.device), opening.kernel)
+
+
 def next_logprobs(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     """Logits [..., vocabulary] and ids [...] → log-probability of each id, float32 [...]."""
     scores = logits.float()

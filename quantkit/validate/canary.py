@@ -56,8 +56,18 @@ class Answer:
     problem: str
 
 
-def canary_prompts(model: Path, tokenizer: Tokenizer) -> tuple[tuple[str, ...], list[list[int]]]:
-    """The texts, and their token ids with the chat template around them where there is one."""
+def canary_prompts(
+    model: Path, tokenizer: Tokenizer, longest: int | None = None
+) -> tuple[tuple[str, ...], list[list[int]]]:
+    """The texts, and their token ids with the chat template around them where there is one; prompts
+    lose their beginning where the network's `longest` positions hold no answer beside them."""
+    texts, prompts = _prompts(model, tokenizer)
+    if longest is None:
+        return texts, prompts
+    return texts, [ids[-max(1, longest - NEW_TOKENS) :] for ids in prompts]
+
+
+def _prompts(model: Path, tokenizer: Tokenizer) -> tuple[tuple[str, ...], list[list[int]]]:
     info = read_tokenizer_info(model)
     if info.chat_template is not None:
         render = compile_template(info.chat_template, info.special_tokens, generation_prompt=True)
@@ -70,11 +80,20 @@ def canary_prompts(model: Path, tokenizer: Tokenizer) -> tuple[tuple[str, ...], 
     return BEGINNINGS, [tokenizer.encode(text, True) for text in BEGINNINGS]
 
 
+def answer_tokens(prompts: Sequence[Sequence[int]], longest: int | None) -> int:
+    """The most tokens of an answer: what the network's `longest` positions hold beside a prompt."""
+    room = NEW_TOKENS if longest is None else longest - max(map(len, prompts))
+    return max(1, min(NEW_TOKENS, room))
+
+
 def answer(
-    subject: Subject, prompts: Sequence[Sequence[int]], progress: Progress | None
+    subject: Subject,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    progress: Progress | None,
 ) -> list[list[int]]:
     """Greedy answers, in the dtype that the model is served in."""
-    answers = subject.generate(prompts, NEW_TOKENS)
+    answers = subject.generate(prompts, new_tokens)
     if progress:
         progress(len(prompts), len(prompts))
     return answers

@@ -46,14 +46,18 @@ def choice_logprobs(
     tokenizer: Tokenizer,
     questions: Sequence[Question],
     progress: Progress | None = None,
+    longest: int | None = None,
 ) -> NDArray[np.float64]:
-    """The log-probability of every choice after its prompt, [questions, choices]."""
+    """The log-probability of every choice after its prompt, [questions, choices]; a prompt
+    loses its beginning where the network's `longest` positions do not hold it."""
     prompts = [tokenizer.encode(question.prompt, True) for question in questions]
     pairs = [
         (prompt, tokenizer.encode(f" {choice}", False))
         for question, prompt in zip(questions, prompts, strict=True)
         for choice in question.choices
     ]
+    if longest is not None:
+        pairs = [(prompt[-max(1, longest - len(said)) :], said) for prompt, said in pairs]
     totals = continuation_logprobs(subject, pairs, progress)
     return totals.reshape(len(questions), -1)
 

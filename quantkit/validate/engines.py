@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from quantkit.errors import InputError
 from quantkit.serving.engines import ENGINES as SERVED
 from quantkit.serving.engines import find_interpreter
-from quantkit.validate.builtin import open_builtin
-from quantkit.validate.served import OPENERS
-from quantkit.validate.subject import Opener
+from quantkit.validate.builtin import open_builtin, refuse_builtin
+from quantkit.validate.served import OPENERS, refuse_served
+from quantkit.validate.subject import Opener, Opening
 
 ENGINES: dict[str, Opener] = {"builtin": open_builtin, **OPENERS}
 
@@ -21,6 +23,15 @@ def opener(name: str) -> Opener:
             code="validate.engine",
         )
     return ENGINES[name]
+
+
+def refuse_unopenable(name: str, path: Path, opening: Opening) -> None:
+    """Raise now what opening a checkpoint would raise after its baseline was measured: a kernel
+    that cannot run, a network that is not computed, an engine that is not there."""
+    if name in SERVED:
+        refuse_served(SERVED[name], path, opening)
+    else:
+        refuse_builtin(path, opening)
 
 
 def engine_build(name: str) -> str:

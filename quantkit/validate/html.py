@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from quantkit.errors import InputError
+from quantkit.gates import outcome
 from quantkit.validate.markdown import gate_row, kernels, measured, number
 
 Document = Mapping[str, Any]
@@ -41,14 +42,14 @@ def as_html(document: Document) -> str:
     source = files("quantkit.validate").joinpath("templates/report.html").read_text("utf-8")
     return environment.from_string(source).render(
         report=document,
+        outcome=outcome(document["ok"], document["undecided"]),
         gates=[(gate, *gate_row(gate)) for gate in document["gates"]],
         measured=list(measured(document)),
         kernels=kernels(document["engine"]),
         number=number,
         worst=sorted(document["layers"], key=lambda layer: layer["sqnr_db"])[:10],
         pictures={
-            name: Markup(plots.svg(figure))  # noqa: S704  our own drawing
+            name: None if figure is None else Markup(plots.svg(figure))  # noqa: S704  ours
             for name, figure in figures.items()
-            if figure is not None
         },
     )

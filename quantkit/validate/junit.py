@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as ET  # only written, never parsed
 
-from quantkit.validate.markdown import gate_text
+from quantkit.validate.markdown import gate_text, number
 
 
 def as_junit(document: Mapping[str, Any]) -> str:
@@ -26,9 +26,11 @@ def as_junit(document: Mapping[str, Any]) -> str:
         changes = ET.SubElement(suites, "testsuite", name=f"{name} against the earlier report")
         for change in document["regression"]:
             case = _case(changes, change["metric"], f"{name}.regression")
-            text = f"{change['old']:.6g} → {change['new']:.6g}: {change['verdict']}"
+            text = f"{number(change['old'])} → {number(change['new'])}: {change['verdict']}"
             if change["verdict"] == "worse":
                 ET.SubElement(case, "failure", message=text, type="worse")
+            elif change["verdict"] == "undecided":
+                ET.SubElement(case, "skipped", message=text)
             ET.SubElement(case, "system-out").text = text
     for suite in suites:
         suite.set("tests", str(len(suite)))

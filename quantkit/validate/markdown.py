@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from quantkit.gates import outcome
+
 WORST_LAYERS = 5
 
 
 def as_markdown(document: Mapping[str, Any]) -> str:
     """A summary that is read in a minute."""
     checkpoint, engine, text = document["checkpoint"], document["engine"], document["text"]
-    verdict = "every gate held" if document["ok"] else "**not good**"
+    verdict = outcome(document["ok"], document["undecided"])
+    verdict = verdict if document["ok"] else f"**{verdict}**"
     lines = [
         f"# {checkpoint['name']}: {verdict}",
         "",
@@ -39,7 +42,8 @@ def as_markdown(document: Mapping[str, Any]) -> str:
             (f"`{layer['module']}`", layer["scheme"], f"{layer['sqnr_db']:.1f}",
              f"{layer['floor_db']:.1f}") for layer in layers[:WORST_LAYERS]
         ])  # fmt: skip
-    lines += ["", *(f"- {note}" for note in document["notes"])]
+    lines += ["", *(f"- **Warning**: {text}" for text in document["warnings"])]
+    lines += [f"- {note}" for note in document["notes"]]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -16,7 +16,7 @@ from quantkit.calibration.tokenizer import Tokenizer
 from quantkit.job import Reporter
 from quantkit.validate import text as texts
 from quantkit.validate.cachefile import BaselineCache
-from quantkit.validate.canary import NEW_TOKENS, answer, answer_logprobs
+from quantkit.validate.canary import answer, answer_logprobs, answer_tokens
 from quantkit.validate.choices import Question, choice_logprobs, right
 from quantkit.validate.data import EvalText
 from quantkit.validate.subject import Subject, Throughput
@@ -26,7 +26,10 @@ from quantkit.validate.text import BaselineText, QuantizedText
 
 @dataclass(frozen=True)
 class Questions:
-    """What both models are asked: the text, the canary's prompts, the facts, tasks and speed."""
+    """What both models are asked: the text, the canary's prompts, the facts, tasks and speed.
+
+    `longest` are the networks' positions, None where they have no limit.
+    """
 
     tokenizer: Tokenizer
     text: EvalText
@@ -35,6 +38,7 @@ class Questions:
     facts: list[Question]
     tasks: TaskChoice | None
     throughput: bool
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,12 @@ def ask_baseline(
             "text", len(windows), lambda s: _arrays(texts.measure_baseline(s, windows, _on(ui)))
         ),
     )
-    prompts = _digest(q.prompts, NEW_TOKENS)
+    most = answer_tokens(q.prompts, q.longest)
+    prompts = _digest(q.prompts, most)
     said = cache.value(
-        "canary", prompts, staged("canary", len(q.prompts), lambda s: answer(s, q.prompts, _on(ui)))
+        "canary",
+        prompts,
+        staged("canary", len(q.prompts), lambda s: answer(s, q.prompts, most, _on(ui))),
     )
     likely = cache.value(
         "drift", prompts, staged("canary", 0, lambda s: answer_logprobs(s, q.prompts, said))
@@ -113,8 +120,9 @@ def ask_baseline(
     tasks: dict[str, Any] = {}
     if q.tasks is not None:
         choice = q.tasks
-        make = staged("tasks", 0, lambda s: run_tasks(s, q.tokenizer, choice))
-        tasks = cache.value("tasks", choice.digest, make)
+        make = staged("tasks", 0, lambda s: run_tasks(s, q.tokenizer, choice, q.longest))
+        key = choice.digest if q.longest is None else _digest(choice.digest, q.longest)
+        tasks = cache.value("tasks", key, make)
     speed = _throughput(baseline.subject, "baseline", ui) if q.throughput else None
     return BaselineAnswers(
         BaselineText(**found), said, likely, right(facts["logprobs"], q.facts), tasks, speed
@@ -129,14 +137,14 @@ def ask_quantized(
     ui.stage("quantized: text", len(windows))
     text = texts.measure_quantized(subject, windows, baseline.text, _on(ui))
     ui.stage("quantized: canary", len(q.prompts))
-    said = answer(subject, q.prompts, _on(ui))
+    said = answer(subject, q.prompts, answer_tokens(q.prompts, q.longest), _on(ui))
     likely = answer_logprobs(subject, q.prompts, baseline.canary)
     ui.stage("quantized: facts", 4 * len(q.facts))
     facts = right(_facts(subject, q, ui), q.facts)
     tasks: dict[str, Any] = {}
     if q.tasks is not None:
         ui.stage("quantized: tasks")
-        tasks = run_tasks(subject, q.tokenizer, q.tasks)
+        tasks = run_tasks(subject, q.tokenizer, q.tasks, q.longest)
     speed = _throughput(subject, "quantized", ui) if q.throughput else None
     return QuantizedAnswers(text, said, likely, facts, tasks, speed)
 
@@ -147,7 +155,8 @@ def _throughput(subject: Subject, name: str, ui: Reporter) -> Throughput:
 
 
 def _facts(subject: Subject, questions: Questions, ui: Reporter) -> NDArray[np.float64]:
-    return choice_logprobs(subject, questions.tokenizer, questions.facts, _on(ui))
+    q = questions
+    return choice_logprobs(subject, q.tokenizer, q.facts, _on(ui), q.longest)
 
 
 def _arrays(text: BaselineText) -> dict[str, NDArray[Any]]:

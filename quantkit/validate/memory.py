@@ -19,16 +19,22 @@ CGROUP = Path("/sys/fs/cgroup")
 def needed_bytes(held: Checkpoint | GgufFile, *, expanded: bool) -> int:
     """Bytes that measuring a model takes: weights, the largest tensor once more, one batch.
 
-    `expanded`: its codes become 16-bit weights at load (kernel "dequantized"). A batch holds its
-    logits in 16 bit, a part of them in float32, and some activations.
+    `expanded`: its codes become 16-bit weights at load (kernel "dequantized"), as those of GGUF
+    always do, by way of float32. A batch holds its logits in 16 bit, a part of them in float32, and
+    some activations.
     """
-    weights = held.weight_bytes
-    largest = max((info.bytes for info in held.tensors.values()), default=0)
-    if expanded and isinstance(held, Checkpoint):
-        weights = _bytes_at_16_bit(held)
-    config = text_config(held.config) if isinstance(held, Checkpoint) else {}
-    vocabulary = int(config.get("vocab_size") or 0)
-    wide = int(config.get("intermediate_size") or 0)
+    if isinstance(held, GgufFile):
+        weights = 2 * sum(tensor.elements for tensor in held.tensors.values())
+        largest = 4 * max((tensor.elements for tensor in held.tensors.values()), default=0)
+        embedding = held.tensors.get("token_embd.weight")
+        vocabulary = embedding.shape[0] if embedding else 0
+        wide = int(held.metadata.get(f"{held.architecture}.feed_forward_length") or 0)
+    else:
+        weights = _bytes_at_16_bit(held) if expanded else held.weight_bytes
+        largest = max((info.bytes for info in held.tensors.values()), default=0)
+        config = text_config(held.config)
+        vocabulary = int(config.get("vocab_size") or 0)
+        wide = int(config.get("intermediate_size") or 0)
     batch = BATCH_TOKENS * (2 * vocabulary + 12 * wide) + 256 * 12 * vocabulary
     return weights + largest + batch
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from quantkit.gates import TASK_PREFIX
 from quantkit.validate.bootstrap import Measured, exact, missing, percentiles, resamples, sampled
 from quantkit.validate.canary import Answer
+from quantkit.validate.paired import lost
 from quantkit.validate.subject import Spread, Throughput
 from quantkit.validate.text import BaselineText, QuantizedText
 from quantkit.verify import VerifyReport
@@ -47,14 +48,14 @@ def text_metrics(windows: PerWindow, kl: NDArray[np.float32] | None) -> dict[str
     return found | {
         "kl_mean": sampled(windows.kl),
         "kl_p99": _p99(kl.astype(np.float64)),
-        "kl_max": exact(float(kl.max())),
+        "kl_max": Measured(float(kl.max())),  # of this text: an extreme has no interval
         "top1_agreement": sampled(windows.agreement),
     }
 
 
 def choice_metric(baseline: NDArray[np.bool_], quantized: NDArray[np.bool_]) -> Measured:
     """Accuracy lost on the same questions."""
-    return sampled(baseline.astype(np.float64) - quantized)
+    return lost(baseline.astype(np.float64), quantized.astype(np.float64))
 
 
 def canary_metrics(
@@ -98,8 +99,7 @@ def task_metrics(
 ) -> dict[str, Measured]:
     """TASK.METRIC → values a sample, of both models → what was lost."""
     return {
-        f"{TASK_PREFIX}{name}": sampled(values - quantized[name])
-        for name, values in baseline.items()
+        f"{TASK_PREFIX}{name}": lost(values, quantized[name]) for name, values in baseline.items()
     }
 
 
@@ -117,7 +117,6 @@ def _p99(kl: Floats) -> Measured:
     value = float(np.quantile(kl, 0.99))
     if not np.isfinite(value) or len(kl) < 8:
         return Measured(value, sampled=True)
-    draws = resamples(len(kl))[:400]  # each sorts every token
-    return Measured(
-        value, percentiles(np.array([np.quantile(kl[d], 0.99) for d in draws])), sampled=True
-    )
+    parts = resamples(len(kl), most=400)  # each sorts every token
+    quantiles = [np.quantile(kl[draw], 0.99) for draws in parts for draw in draws]
+    return Measured(value, percentiles(np.array(quantiles)), sampled=True)

@@ -52,7 +52,7 @@ def open_candidate(path: Path, baseline: str) -> Candidate:
     of another architecture or with another tokenizer, or that nothing names."""
     held = open_gguf(path) if gguf_in(path) else open_checkpoint(path)
     provenance = _provenance(path)
-    base = open_checkpoint(resolve_model(baseline or _remembered(path, provenance)))
+    base = open_checkpoint(resolve_model(baseline or remembered(path, provenance)))
     if found := is_quantized(base):
         raise InputError(
             f"The baseline {base.path} is quantized itself ({found}).",
@@ -85,11 +85,29 @@ def tokenizer_of(model: Path) -> Tokenizer:
 
 
 def _provenance(path: Path) -> dict[str, Any] | None:
+    """quantkit.json; InputError where its parts are not what this package writes."""
     file = path / "quantkit.json"
-    return read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    document = read_json(file)
+    for key in ("recipe", "source", "results"):
+        if not isinstance(document.get(key) or {}, dict):
+            raise _malformed(file, key, document[key], "an object")
+    gates = (document.get("recipe") or {}).get("gates") or []
+    if not isinstance(gates, list) or not all(isinstance(gate, str) for gate in gates):
+        raise _malformed(file, "recipe.gates", gates, "a list of words")
+    return document
 
 
-def _remembered(path: Path, provenance: dict[str, Any] | None) -> str:
+def _malformed(file: Path, key: str, value: Any, wanted: str) -> InputError:
+    return InputError(
+        f"{file} is malformed: {key} is {str(value)[:60]!r}, not {wanted}.",
+        hint=f"put the file back that quantkit wrote, or remove it; quantkit verify {file.parent}",
+        code="validate.provenance",
+    )
+
+
+def remembered(path: Path, provenance: dict[str, Any] | None) -> str:
     """The Hub name of the model that a checkpoint was made from."""
     source = (provenance or {}).get("source")
     name = str(source.get("name", "")) if isinstance(source, dict) else ""
@@ -103,16 +121,27 @@ def _remembered(path: Path, provenance: dict[str, Any] | None) -> str:
 
 
 def _refuse_other_architecture(held: Checkpoint, base: Checkpoint) -> None:
-    ours, theirs = text_config(held.config), text_config(base.config)
-    differ = [key for key in SHAPE_KEYS if ours.get(key) != theirs.get(key)]
+    ours, theirs = _shape(held), _shape(base)
+    if None in (ours["head_dim"], theirs["head_dim"]):  # each family has its own default
+        ours["head_dim"] = theirs["head_dim"] = None  # `verify` compares the shapes themselves
+    differ = [key for key in SHAPE_KEYS if ours[key] != theirs[key]]
     if differ:
         key = differ[0]
         raise InputError(
             f"The baseline {base.path} is another architecture than {held.path}: {key} is "
-            f"{theirs.get(key)!r}, not {ours.get(key)!r}.",
+            f"{theirs[key]!r}, not {ours[key]!r}.",
             hint="--baseline with the model that this checkpoint was made from",
             code="validate.other_architecture",
         )
+
+
+def _shape(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`SHAPE_KEYS` of a config; as many key-value heads as heads where it does not state them."""
+    config = text_config(checkpoint.config)
+    stated = {key: config.get(key) for key in SHAPE_KEYS}
+    if stated["num_key_value_heads"] is None:
+        stated["num_key_value_heads"] = stated["num_attention_heads"]
+    return stated
 
 
 def _refuse_other_tokenizer(held: Checkpoint, base: Checkpoint) -> None:

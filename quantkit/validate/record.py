@@ -22,19 +22,26 @@ def record(directory: Path, document: Mapping[str, Any]) -> bool:
     file = directory / PROVENANCE
     if not file.is_file() or not os.access(directory, os.W_OK):
         return False
+    try:
+        _write(directory, file, document)
+    except OSError:  # a full or read-only disk
+        return False
+    return True
+
+
+def _write(directory: Path, file: Path, document: Mapping[str, Any]) -> None:
     provenance = read_json(file)
-    provenance.setdefault("results", {})["validation"] = summary(document)
+    provenance["results"] = {**(provenance.get("results") or {}), "validation": summary(document)}
     _replace(file, json.dumps(provenance, indent=2, ensure_ascii=False) + "\n")
     card = directory / CARD
     if card.is_file():
         _replace(card, with_measured(card.read_text(encoding="utf-8"), provenance))
-    return True
 
 
 def summary(document: Mapping[str, Any]) -> dict[str, Any]:
     """The report without its raw material."""
-    kept = ("quantkit_version", "ok", "baseline", "engine", "text", "gates", "metrics", "values",
-            "throughput", "notes")  # fmt: skip
+    kept = ("quantkit_version", "ok", "undecided", "baseline", "engine", "text", "gates",
+            "metrics", "values", "throughput", "notes", "warnings")  # fmt: skip
     return {key: document[key] for key in kept}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite, nan
 from typing import Any, Literal
 
 import numpy as np
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from quantkit.errors import InputError
 from quantkit.gates import direction_of
 from quantkit.validate.bootstrap import FEWEST, Measured, sampled
+from quantkit.validate.paired import lost
 
-Moved = Literal["same", "noise", "better", "worse"]
+Moved = Literal["same", "noise", "undecided", "better", "worse"]
 
 _SAME: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("recipe", ("checkpoint", "recipe_digest")),
@@ -41,7 +43,8 @@ class Change:
     """How one metric moved since the earlier report.
 
     `delta` is new - old, `interval` its 95 % interval where it can be had. "noise": the interval
-    holds 0, or the change is within the metric's tolerance.
+    holds 0, or the change is within the metric's tolerance. "undecided": there are too few samples
+    for an interval. A value that is NaN or infinite is worse than any other.
     """
 
     metric: str
@@ -77,24 +80,49 @@ def compare(
     changes = []
     for name, measured in metrics.items():
         before = old["metrics"].get(name, {})
-        value = before.get("value")
+        value = _value(before)
         if name in _NOT_COMPARED or value is None or measured.value is None:
             continue
         paired = _paired(name, new, old)
         interval = paired.interval if paired else _difference(measured, before.get("interval"))
         delta = measured.value - value
-        changes.append(
-            Change(name, value, measured.value, delta, interval, _moved(name, delta, interval))
-        )
+        moved = _moved(name, value, measured, interval)
+        changes.append(Change(name, value, measured.value, delta, interval, moved))
     return changes
 
 
-def _moved(name: str, delta: float, interval: tuple[float, float] | None) -> Moved:
+def no_longer_measured(metrics: Mapping[str, Measured], old: Mapping[str, Any]) -> list[str]:
+    """Metrics that the earlier report has a value of and this run has none."""
+    return [
+        name
+        for name, before in old["metrics"].items()
+        if _value(before) is not None and (name not in metrics or metrics[name].value is None)
+    ]
+
+
+def _value(metric: Mapping[str, Any]) -> float | None:
+    """The value of a metric in a report: NaN where it is null without a reason, as `to_json` writes
+    what is no number; None where it was not measured."""
+    value = metric.get("value")
+    return nan if value is None and metric.get("why") == "" else value
+
+
+def _moved(
+    name: str, old: float, measured: Measured, interval: tuple[float, float] | None
+) -> Moved:
+    assert measured.value is not None
+    if not (isfinite(old) and isfinite(measured.value)):
+        if isfinite(old) == isfinite(measured.value):
+            return "same"
+        return "worse" if isfinite(old) else "better"
+    delta = measured.value - old
     if delta == 0:
         return "same"
-    certain = interval is None or interval[0] > 0 or interval[1] < 0
-    if not certain or abs(delta) <= TOLERANCE.get(name, _TASK_TOLERANCE):
+    held_by_0 = interval is not None and interval[0] <= 0 <= interval[1]
+    if held_by_0 or abs(delta) <= TOLERANCE.get(name, _TASK_TOLERANCE):
         return "noise"
+    if interval is None and measured.sampled:
+        return "undecided"
     return "worse" if (delta > 0) == (direction_of(name) == "<=") else "better"
 
 
@@ -109,12 +137,12 @@ def _paired(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Measur
     if name not in places:
         return None
     part, key = places[name]
-    ours, theirs = _array(new[part][key]), _array(old[part][key])
+    ours, theirs = _array(new[part].get(key)), _array(old[part].get(key))
     if ours is None or theirs is None or len(ours) != len(theirs) or len(ours) < FEWEST:
         return None
-    differences = ours - theirs
     if name == "mcq_drop":
-        return sampled(-differences)
+        return lost(theirs, ours)
+    differences = ours - theirs
     if name != "ppl_ratio":
         return sampled(differences)
     ratio = old["metrics"]["ppl_ratio"]["value"]

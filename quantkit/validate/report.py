@@ -6,14 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantkit import __version__
-from quantkit.errors import InputError
 from quantkit.validate.bootstrap import Measured
 from quantkit.validate.canary import Answer
 from quantkit.validate.metrics import PerWindow
@@ -50,6 +48,7 @@ class Report:
     text: dict[str, Any]
     layers: list[LayerFidelity]
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     metrics: dict[str, Measured] = field(default_factory=dict)
     gates: list[GateResult] = field(default_factory=list)
     values: dict[str, Both] = field(default_factory=dict)
@@ -63,9 +62,15 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every gate was held, and nothing became worse than in an earlier report."""
+        """Whether no gate failed or went unmeasured, and nothing became worse than in an earlier
+        report. A sample that is too small to say fails nothing: see `undecided`."""
         worse = any(change.verdict == "worse" for change in self.changes or ())
         return all(gate.held for gate in self.gates) and not worse
+
+    @property
+    def undecided(self) -> int:
+        """Gates that were measured on a sample too small to say."""
+        return sum(gate.held and gate.verdict == "undecided" for gate in self.gates)
 
     def to_json(self) -> dict[str, Any]:
         """The document: plain JSON values, NaN as null."""
@@ -74,6 +79,7 @@ class Report:
             "kind": KIND,
             "quantkit_version": __version__,
             "ok": self.ok,
+            "undecided": self.undecided,
             "checkpoint": self.checkpoint,
             "baseline": self.baseline,
             "engine": self.engine,
@@ -95,6 +101,7 @@ class Report:
             "right": {name: [int(v) for v in value] for name, value in vars(self.right).items()},
             "regression": None if self.changes is None else [asdict(c) for c in self.changes],
             "notes": self.notes,
+            "warnings": self.warnings,
             "seconds": round(self.seconds, 1),
         }
         plain: dict[str, Any] = _without_nan(document)
@@ -130,28 +137,6 @@ def kl_histogram(kl: NDArray[np.float32] | None) -> dict[str, Any] | None:
     finite = np.clip(kl[np.isfinite(kl)], _KL_EDGES[0], _KL_EDGES[-1])
     counts, _ = np.histogram(finite, _KL_EDGES)
     return {"edges": [float(f"{edge:.4g}") for edge in _KL_EDGES], "counts": counts.tolist()}
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """An earlier JSON report; InputError for a file that is none, or of another version."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _no_report(path, f"cannot be read: {error}") from error
-    if not isinstance(document, dict) or document.get("kind") != KIND:
-        raise _no_report(path, "is no report of quantkit validate")
-    if document.get("schema_version") != SCHEMA_VERSION:
-        version = document.get("schema_version")
-        raise _no_report(path, f"has schema_version {version!r}; this quantkit reads 1")
-    return document
-
-
-def _no_report(path: Path, why: str) -> InputError:
-    return InputError(
-        f"The report {path} {why}.",
-        hint="quantkit validate DIR --baseline MODEL --report report.json  # makes one",
-        code="validate.bad_report",
-    )
 
 
 def _list(values: NDArray[np.float64] | None) -> list[float] | None:

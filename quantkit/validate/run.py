@@ -17,13 +17,15 @@ from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.device import resolve_device
 from quantkit.gates import Gate, parse_gate
 from quantkit.job import Reporter
+from quantkit.modules import positions
 from quantkit.scan import refuse_bad_weights, scan
 from quantkit.validate.bootstrap import missing
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.canary import canary_prompts, judge
 from quantkit.validate.choices import facts
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
-from quantkit.validate.engines import engine_build, opener
+from quantkit.validate.earlier import read_report
+from quantkit.validate.engines import engine_build, opener, refuse_unopenable
 from quantkit.validate.measure import (
     BaselineAnswers,
     Lazy,
@@ -42,19 +44,24 @@ from quantkit.validate.metrics import (
     text_metrics,
     weight_metrics,
 )
-from quantkit.validate.preflight import Candidate, check_integrity, open_candidate, tokenizer_of
-from quantkit.validate.regression import compare, refuse_incomparable
+from quantkit.validate.preflight import (
+    Candidate,
+    check_integrity,
+    open_candidate,
+    remembered,
+    tokenizer_of,
+)
+from quantkit.validate.regression import compare, no_longer_measured, refuse_incomparable
 from quantkit.validate.report import (
     Both,
     Report,
     conversations,
     kl_histogram,
-    read_report,
     recipe_digest,
 )
 from quantkit.validate.subject import Opening, Progress, Subject
 from quantkit.validate.tasks import choose_tasks
-from quantkit.validate.verdicts import chosen_gates, default_gates, hold
+from quantkit.validate.verdicts import accepted, chosen_gates, default_gates, hold
 from quantkit.verify import VerifyReport
 
 SAMPLES = 32
@@ -98,12 +105,16 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     tasks = choose_tasks(request.tasks, request.limit)
     candidate = open_candidate(request.path, request.baseline)
     device = resolve_device(request.device)
+    refuse_unopenable(request.engine, candidate.baseline.path, Opening(device))
+    refuse_unopenable(request.engine, candidate.path, Opening(device, request.kernel))
     integrity = check_integrity(candidate, staged(ui, "verify"))
-    gates = _gates(candidate, integrity, asked)
+    gates, loosened = _gates(candidate, integrity, asked)
     their_need, our_need = _check_memory(candidate, request.kernel, device)
     base = candidate.baseline
     tokenizer, info = tokenizer_of(base.path), read_tokenizer_info(base.path)
-    text = eval_text(request.data, tokenizer, request.samples, info.max_length)
+    longest = _longest(candidate)
+    limits = [most for most in (info.max_length, longest) if most]
+    text = eval_text(request.data, tokenizer, request.samples, min(limits, default=None))
     seen = seen_by_calibration(text, candidate.provenance, base.path)
     refuse_seen(text, seen or 0.0)
     ui.stage("scan baseline", base.weight_bytes, "bytes")
@@ -112,7 +123,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     report = Report(
         checkpoint=_describe(candidate, integrity),
         baseline={
-            "name": _name(request.baseline, base),
+            "name": _name(request.baseline or remembered(request.path, candidate.provenance), base),
             "fingerprint": scanned.fingerprint,
             "weight_bytes": base.weight_bytes,
         },
@@ -126,12 +137,15 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
         },
         layers=integrity.layers,
         notes=_notes(candidate, scanned.fingerprint, seen),
+        warnings=loosened,
     )
     if earlier is not None:
         refuse_incomparable(vars(report), earlier)
-    prompts, ids = canary_prompts(base.path, tokenizer)
+    prompts, ids = canary_prompts(base.path, tokenizer, longest)
     asked_facts = facts(FACTS_A_SAMPLE * request.samples)
-    questions = Questions(tokenizer, text, prompts, ids, asked_facts, tasks, request.throughput)
+    questions = Questions(
+        tokenizer, text, prompts, ids, asked_facts, tasks, request.throughput, longest
+    )
 
     def opened(path: Path, name: str, kernel: str) -> Subject:
         return opens(path, Opening(device, kernel, staged(ui, f"load {name}")))
@@ -176,6 +190,10 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     report.seconds = time.monotonic() - start
     if earlier is not None:
         report.changes = compare(report.metrics, report.to_json(), earlier)
+        if gone := no_longer_measured(report.metrics, earlier):
+            report.warnings.append(
+                f"the earlier report has {', '.join(gone)}, which this run did not measure"
+            )
     return report
 
 
@@ -236,14 +254,23 @@ def _fill(
     report.kl_histogram = kl_histogram(ours.text.kl)
 
 
-def _gates(candidate: Candidate, integrity: VerifyReport, asked: list[Gate]) -> list[Gate]:
-    """The scheme's gates, the recipe's and the command's; of a metric the last one counts."""
+def _gates(
+    candidate: Candidate, integrity: VerifyReport, asked: list[Gate]
+) -> tuple[list[Gate], list[str]]:
+    """The scheme's gates, the recipe's and the command's (of a metric the last one counts), and
+    warnings of what the recipe loosens."""
     recipe = (candidate.provenance or {}).get("recipe") or {}
-    return chosen_gates(
-        default_gates({layer.scheme for layer in integrity.layers}),
-        [parse_gate(str(text)) for text in recipe.get("gates") or []],
-        asked,
-    )
+    defaults = default_gates({layer.scheme for layer in integrity.layers})
+    stated = [parse_gate(text, "recipe") for text in recipe.get("gates") or []]
+    counted, warnings = accepted(stated, defaults)
+    return chosen_gates(defaults, counted, asked), warnings
+
+
+def _longest(candidate: Candidate) -> int | None:
+    """The positions that both networks have; None where neither config states them."""
+    held = candidate.held.config if isinstance(candidate.held, Checkpoint) else {}
+    found = [most for config in (held, candidate.baseline.config) if (most := positions(config))]
+    return min(found, default=None)
 
 
 def _check_memory(candidate: Candidate, kernel: str, device: str) -> tuple[int, int]:
@@ -273,7 +300,7 @@ def _describe(candidate: Candidate, integrity: VerifyReport) -> dict[str, Any]:
 
 def _name(asked: str, base: Checkpoint) -> str:
     """The baseline as it was named, a directory by its last part: reports are published."""
-    return base.path.resolve().name if not asked or Path(asked).exists() else asked
+    return base.path.resolve().name if Path(asked).exists() else asked
 
 
 def _notes(candidate: Candidate, fingerprint: str, seen: float | None) -> list[str]:

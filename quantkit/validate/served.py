@@ -14,7 +14,7 @@ from quantkit.checkpoint import Checkpoint, open_checkpoint, read_json
 from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
 from quantkit.formats.registry import detect, is_quantized
-from quantkit.modules import text_config
+from quantkit.modules import positions, text_config
 from quantkit.serving.drivers.base import Order
 from quantkit.serving.engines import ENGINES, Engine, find_interpreter
 from quantkit.serving.process import EngineProcess
@@ -38,6 +38,7 @@ class Served:
         self.name = process.engine.name
         self.version = process.version
         self._process = process
+        self._longest = _longest(checkpoint)
         self._vocabulary = int(text_config(checkpoint.config)["vocab_size"])
         self.weights_only = _quantizes_activations(checkpoint) and any(
             part in kernel for kernel in process.kernels for part in _WEIGHT_ONLY
@@ -58,24 +59,27 @@ class Served:
             NEW_TOKENS,
             PROMPT_TOKENS,
             REPEATS,
+            fitting,
             row,
         )
+
+        prompt_tokens, new_tokens = fitting(PROMPT_TOKENS, NEW_TOKENS, self._longest)
 
         total = len(BATCHES) * (REPEATS + 1)
         draw = random.Random(_SEED)  # noqa: S311
         rows = []
         for number, batch in enumerate(BATCHES):
-            prompts = [draw.choices(range(self._vocabulary), k=PROMPT_TOKENS) for _ in range(batch)]
+            prompts = [draw.choices(range(self._vocabulary), k=prompt_tokens) for _ in range(batch)]
             first, rest = [], []
             for repeat in range(REPEATS + 1):
                 one = self._process.seconds(prompts, 1)
-                whole = self._process.seconds(prompts, NEW_TOKENS)
+                whole = self._process.seconds(prompts, new_tokens)
                 if repeat:
                     first.append(one)
                     rest.append(max(whole - one, 1e-9))
                 if progress:
                     progress(number * (REPEATS + 1) + repeat + 1, total)
-            rows.append(row(batch, PROMPT_TOKENS, NEW_TOKENS, first, rest))
+            rows.append(row(batch, prompt_tokens, new_tokens, first, rest))
         return Throughput(self._process.load_seconds, self._process.memory_bytes, rows)
 
     def kernels(self) -> dict[str, int]:
@@ -91,16 +95,8 @@ def served(engine: Engine) -> Opener:
     def open_served(path: Path, opening: Opening) -> Served:
         """Start the engine. Raises InputError for a checkpoint that it would load wrongly, and
         BackendError when its environment is not there or it fails."""
-        checkpoint = open_checkpoint(path)
-        if opening.kernel != "auto":
-            raise InputError(
-                f"--kernel {opening.kernel} is of the builtin runtime; {engine.title} chooses its "
-                "own.",
-                hint="leave --kernel out, or validate with --engine builtin",
-                code="validate.kernel",
-            )
-        _refuse_garbage(checkpoint, engine)
-        python = find_interpreter(engine)
+        refuse_served(engine, path, opening)
+        checkpoint, python = open_checkpoint(path), find_interpreter(engine)
         return Served(
             checkpoint, EngineProcess(engine, python, _order(checkpoint, engine, opening))
         )
@@ -108,12 +104,25 @@ def served(engine: Engine) -> Opener:
     return open_served
 
 
+def refuse_served(engine: Engine, path: Path, opening: Opening) -> None:
+    """Raise what opening would raise, as far as it is known without starting the engine."""
+    checkpoint = open_checkpoint(path)
+    if opening.kernel != "auto":
+        raise InputError(
+            f"--kernel {opening.kernel} is of the builtin runtime; {engine.title} chooses its own.",
+            hint="leave --kernel out, or validate with --engine builtin",
+            code="validate.kernel",
+        )
+    _refuse_garbage(checkpoint, engine)
+    find_interpreter(engine)
+
+
 OPENERS: dict[str, Opener] = {name: served(engine) for name, engine in ENGINES.items()}
 
 
 def _order(checkpoint: Checkpoint, engine: Engine, opening: Opening) -> Order:
     config = text_config(checkpoint.config)
-    length = min(LONGEST, int(config.get("max_position_embeddings") or LONGEST))
+    length = _longest(checkpoint)
     heads = int(config["num_attention_heads"])
     size = int(config.get("head_dim") or config["hidden_size"] // heads)
     kept = int(config.get("num_key_value_heads") or heads)
@@ -126,6 +135,10 @@ def _order(checkpoint: Checkpoint, engine: Engine, opening: Opening) -> Order:
         length=length,
         cache_bytes=2 * length * per_token,
     )
+
+
+def _longest(checkpoint: Checkpoint) -> int:
+    return min(LONGEST, positions(checkpoint.config) or LONGEST)
 
 
 def _stop_tokens(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[int]:

@@ -30,6 +30,8 @@ _TASK_LINE = re.compile(r"^task:\s*[\"']?([\w.\-]+)", re.MULTILINE)
 DEFAULT_NEW_TOKENS = 256
 LONGEST = 2048
 """Tokens of context and continuation that a model is given at one time."""
+TASK_FILES = frozenset({".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt"})
+"""What a task is made of; its folder may hold models and logs beside it."""
 GENERATED = 8
 """Prompts that are continued at one time."""
 
@@ -49,13 +51,17 @@ class TaskChoice:
 
     @property
     def digest(self) -> str:
-        """Changes with the tasks, their YAML files, the limit and the harness."""
+        """Changes with the tasks, the files that make them (`TASK_FILES`, also in folders inside),
+        the limit and the harness."""
         from importlib.metadata import version
 
         total = hashlib.sha256(repr((self.names, self.limit, version("lm_eval"))).encode())
         for folder in self.folders:
-            for file in sorted(p for p in folder.iterdir() if p.is_file()):
-                total.update(file.read_bytes())
+            made = (file for file in folder.rglob("*") if file.suffix in TASK_FILES)
+            for file in sorted(file for file in made if file.is_file()):
+                total.update(f"{file.relative_to(folder)}\n".encode())
+                with file.open("rb") as handle:
+                    total.update(hashlib.file_digest(handle, "sha256").digest())
         return total.hexdigest()
 
 
@@ -95,14 +101,17 @@ def choose_tasks(asked: Sequence[str], limit: int | None) -> TaskChoice | None:
     return choice
 
 
-def run_tasks(subject: Subject, tokenizer: Tokenizer, choice: TaskChoice) -> dict[str, Any]:
+def run_tasks(
+    subject: Subject, tokenizer: Tokenizer, choice: TaskChoice, longest: int | None = None
+) -> dict[str, Any]:
     """`results`: task → metric → value, and `samples`: "task.metric" → a value a sample, higher
-    being better. Raises BackendError when the harness fails."""
+    being better. `longest` are the network's positions, where they are fewer than `LONGEST`. Raises
+    BackendError when the harness fails."""
     import lm_eval
 
     try:
         found = lm_eval.simple_evaluate(
-            model=_as_lm(subject, tokenizer),
+            model=_as_lm(subject, tokenizer, min(LONGEST, longest or LONGEST)),
             tasks=list(choice.names),
             task_manager=_manager(choice),
             limit=choice.limit,
@@ -170,14 +179,14 @@ def _manager(choice: TaskChoice) -> Any:
     )
 
 
-def _as_lm(subject: Subject, tokenizer: Tokenizer) -> LM:
+def _as_lm(subject: Subject, tokenizer: Tokenizer, longest: int) -> LM:
     """The subject as lm-eval's model: log-likelihoods, rolling ones, greedy generation."""
     from lm_eval.api.model import LM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class SubjectLM(LM):  # type: ignore[misc]
         def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-            pairs = [_split(tokenizer, *request.args) for request in requests]
+            pairs = [_split(tokenizer, longest, *request.args) for request in requests]
             totals = continuation_logprobs(subject, pairs)
             greedy = [False] * len(pairs)
             asked = Counter((request.task_name, request.doc_id) for request in requests)
@@ -190,13 +199,13 @@ def _as_lm(subject: Subject, tokenizer: Tokenizer) -> LM:
             results = []
             for request in requests:
                 ids = tokenizer.encode(request.args[0], False)
-                windows = get_rolling_token_windows(ids, _first_token(tokenizer), LONGEST - 1, 1)
+                windows = get_rolling_token_windows(ids, _first_token(tokenizer), longest - 1, 1)
                 pairs = [make_disjoint_window(window) for window in windows]
                 results.append(float(continuation_logprobs(subject, pairs).sum()))
             return results
 
         def generate_until(self, requests: list[Instance]) -> list[str]:
-            return [_generate(subject, tokenizer, *request.args) for request in requests]
+            return [_generate(subject, tokenizer, longest, *request.args) for request in requests]
 
     return SubjectLM()
 
@@ -206,17 +215,19 @@ def _first_token(tokenizer: Tokenizer) -> int:
     return (tokenizer.encode("", True) or tokenizer.encode("\n", False))[0]
 
 
-def _split(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def _split(
+    tokenizer: Tokenizer, longest: int, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
     """Ids of both, tokenized as one text; the context loses its beginning when it is too long."""
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     if not stripped:
-        return [_first_token(tokenizer)], tokenizer.encode(continuation, False)
+        return [_first_token(tokenizer)], tokenizer.encode(continuation, False)[: longest - 1]
     whole = tokenizer.encode(stripped + continuation, True)
     count = len(tokenizer.encode(stripped, True))
     said = whole[count:]
-    room = max(LONGEST - len(said), 1)
-    return whole[:count][-room:], said[: LONGEST - 1]
+    room = max(longest - len(said), 1)
+    return whole[:count][-room:], said[: longest - 1]
 
 
 def _greedy(subject: Subject, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
@@ -230,7 +241,9 @@ def _greedy(subject: Subject, pairs: Sequence[tuple[list[int], list[int]]]) -> l
     return same
 
 
-def _generate(subject: Subject, tokenizer: Tokenizer, context: str, settings: Any) -> str:
+def _generate(
+    subject: Subject, tokenizer: Tokenizer, longest: int, context: str, settings: Any
+) -> str:
     settings = dict(settings)
     if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
         raise InputError(
@@ -240,8 +253,8 @@ def _generate(subject: Subject, tokenizer: Tokenizer, context: str, settings: An
         )
     until = settings.get("until", [])
     stops = [until] if isinstance(until, str) else list(until)
-    most = int(settings.get("max_gen_toks", DEFAULT_NEW_TOKENS))
-    ids = tokenizer.encode(context, True)[-max(LONGEST - most, 1) :]
+    most = min(int(settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)), longest - 1)
+    ids = tokenizer.encode(context, True)[-(longest - most) :]
     text = tokenizer.decode(subject.generate([ids], most)[0])
     for stop in stops:
         text = text.split(stop)[0] if stop else text

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from quantkit.modules import positions
 from quantkit.validate.subject import Progress, Spread, Throughput, ThroughputRow
 
 if TYPE_CHECKING:
@@ -57,8 +58,12 @@ def measure(
     """Greedy generation from random prompts, `repeats` times at each batch size.
 
     Each batch size is run once before it is measured. `new_tokens` are at least 2: the first one
-    ends the prefill, the others are decoding. `load_seconds` is what the caller measured.
+    ends the prefill, the others are decoding. `load_seconds` is what the caller measured. A network
+    of fewer positions is given shorter prompts.
     """
+    prompt_tokens, new_tokens = fitting(
+        prompt_tokens, new_tokens, positions(runtime.config.to_dict())
+    )
     assert new_tokens > 1
     done, total = 0, len(batches) * (repeats + 1)
     rows = []
@@ -73,6 +78,14 @@ def measure(
         rest = [clock.rest for clock in clocks[1:]]
         rows.append(row(batch, prompt_tokens, new_tokens, first, rest))
     return Throughput(load_seconds, runtime.memory_bytes, rows)
+
+
+def fitting(prompt_tokens: int, new_tokens: int, longest: int | None) -> tuple[int, int]:
+    """Tokens of a prompt and of its answer, cut to what `longest` positions hold together."""
+    if longest is None or prompt_tokens + new_tokens <= longest:
+        return prompt_tokens, new_tokens
+    new_tokens = max(2, min(new_tokens, longest // 2))
+    return max(1, longest - new_tokens), new_tokens
 
 
 def row(

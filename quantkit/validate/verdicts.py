@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from quantkit.gates import TASK_PREFIX, Gate, parse_gate
+from quantkit.gates import TASK_PREFIX, Gate, GateSource, parse_gate
 from quantkit.schemes import SCHEMES
 from quantkit.validate.bootstrap import FEWEST, Measured
 
@@ -37,7 +37,8 @@ WEIGHTS_ONLY = "weights only: the activations that the scheme quantizes were com
 class GateResult:
     """One gate and what became of it.
 
-    `measured` is false where the metric could not be measured as the gate wants it: such a gate is
+    `source` is what asks for the gate: the scheme's default, the recipe or the command. `measured`
+    is false where the metric could not be measured as the gate wants it: such a gate is
     undecided, and does not count as held.
     """
 
@@ -48,6 +49,7 @@ class GateResult:
     verdict: Verdict
     reason: str
     measured: bool
+    source: GateSource = "command"
 
     @property
     def held(self) -> bool:
@@ -59,14 +61,45 @@ class GateResult:
 
 
 def default_gates(schemes: Iterable[str]) -> list[Gate]:
-    """The gates of a checkpoint with layers of these schemes: those of the narrowest weights."""
-    bits = [SCHEMES[name].weight.bits for name in schemes if name in SCHEMES]
-    return [parse_gate(text) for text in (*ALWAYS, *BY_BITS[min(bits, default=4)])]
+    """The gates of a checkpoint with layers of these schemes, or ggml types: those of the narrowest
+    weights, and the strictest where no name tells how many bits they have."""
+    bits = [_bits(name) for name in schemes]
+    texts = (*ALWAYS, *BY_BITS[min(bits, default=max(BY_BITS))])
+    return [parse_gate(text, "default") for text in texts]
+
+
+def _bits(name: str) -> int:
+    """The key of `BY_BITS` for a scheme or a ggml type (Q6_K, IQ2_XXS): the next one under its
+    bits, which are the first digit of a name without an entry in `SCHEMES`."""
+    digit = next((int(c) for c in name if c.isdigit()), max(BY_BITS))
+    bits = SCHEMES[name].weight.bits if name in SCHEMES else digit
+    return max((known for known in BY_BITS if known <= bits), default=min(BY_BITS))
 
 
 def chosen_gates(*layers: Sequence[Gate]) -> list[Gate]:
     """Defaults, the recipe's gates and the command's: of one metric the last one counts."""
     return list({gate.metric: gate for gates in layers for gate in gates}.values())
+
+
+def accepted(recipe: Sequence[Gate], defaults: Sequence[Gate]) -> tuple[list[Gate], list[str]]:
+    """The gates of a checkpoint's own recipe that count, and what to warn of.
+
+    A recipe that comes with the checkpoint may set looser gates than the defaults, but not without
+    a word; those of `ALWAYS` it can only tighten.
+    """
+    always = {parse_gate(text).metric for text in ALWAYS}
+    by_metric = {gate.metric: gate for gate in defaults}
+    counted, warnings = [], []
+    for gate in recipe:
+        default = by_metric.get(gate.metric)
+        if default is None or not gate.looser(default):
+            counted.append(gate)
+        elif gate.metric in always:
+            warnings.append(f"the recipe's gate {gate} is not held: it is looser than {default}")
+        else:
+            counted.append(gate)
+            warnings.append(f"the recipe's gate {gate} is looser than the default {default}")
+    return counted, warnings
 
 
 def hold(gate: Gate, measured: Measured, *, weights_only: bool) -> GateResult:
@@ -87,6 +120,7 @@ def hold(gate: Gate, measured: Measured, *, weights_only: bool) -> GateResult:
         verdict,
         reason,
         was_measured,
+        gate.source,
     )
 
 

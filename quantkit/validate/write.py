@@ -48,13 +48,39 @@ def check_reports(paths: Sequence[Path]) -> None:
                 hint="name a file in a directory that exists",
                 code="validate.report_unwritable",
             )
+        _probe(path)
         if path.suffix == ".html":
             from quantkit.validate.html import require_matplotlib
 
             require_matplotlib()
 
 
+def _probe(path: Path) -> None:
+    """InputError where the file cannot be written; nothing is left of the attempt."""
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            path.touch()
+            path.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"--report {path} cannot be written: {error.strerror or error}.",
+        hint="name a file in a directory that can be written to, on a disk with room",
+        code="validate.report_unwritable",
+    )
+
+
 def write_reports(document: Document, paths: Sequence[Path]) -> None:
-    """Write every report."""
-    for path in paths:
-        path.write_text(WRITERS[path.suffix](document), encoding="utf-8")
+    """Write every report, JSON first: it holds what the others are made from. Raises InputError for
+    one that cannot be written."""
+    for path in sorted(paths, key=lambda path: path.suffix != ".json"):
+        text = WRITERS[path.suffix](document)
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(path, error) from error

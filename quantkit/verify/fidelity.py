@@ -9,12 +9,13 @@ point the right way and whose gain is off has a wrong scale, however well the re
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil, inf, log10
+from math import ceil
 from typing import TYPE_CHECKING
 
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
 from quantkit.schemes import NumberFormat
+from quantkit.verify.findings import MOST_DB, decibels
 
 if TYPE_CHECKING:
     import torch
@@ -38,14 +39,13 @@ class Sums:
 
     @property
     def sqnr_db(self) -> float:
-        """10 log10 T·T / |T - Q|²; at most 70 (the sums hold seven digits)."""
+        """10 log10 T·T / |T - Q|², finite; at most 70 (the sums hold seven digits)."""
         target, cross, actual = (
             float(t.double().sum()) for t in (self.target, self.cross, self.actual)
         )
         if target == 0:
-            return 70.0 if actual == 0 else -inf
-        noise = max(target - 2 * cross + actual, target * 1e-7)
-        return 10 * log10(target / noise) if noise < inf else -inf
+            return 70.0 if actual == 0 else -MOST_DB
+        return decibels(target, max(target - 2 * cross + actual, target * 1e-7))
 
     def row_gain(self) -> torch.Tensor:
         """Least-squares scale of every row of Q against T, float32 [rows]; 1 for a row of zeros."""

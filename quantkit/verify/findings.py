@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from math import inf, log10
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from quantkit.errors import QuantkitError
 from quantkit.schemes import Scheme
 
 SCHEMA_VERSION = 1
+MOST_DB = 200.0
+"""The SQNR of a weight that is exactly its source's; that of a broken one is its negative."""
 
 Severity = Literal["error", "warning", "info"]
 
@@ -73,9 +76,23 @@ class EngineRequest:
     gpu: str | None = None
 
 
+def decibels(signal: float, noise: float) -> float:
+    """10 log10 signal / noise within ±`MOST_DB`: a number for JSON whatever the sums are."""
+    if noise == 0:
+        return MOST_DB
+    ratio = signal / noise if noise < inf else 0.0  # NaN is as bad as infinite
+    return bounded_db(10 * log10(ratio)) if ratio > 0 else -MOST_DB
+
+
+def bounded_db(value: float) -> float:
+    """A ratio in dB, within ±`MOST_DB`."""
+    return max(-MOST_DB, min(value, MOST_DB))
+
+
 @dataclass(frozen=True)
 class LayerFidelity:
-    """How close one layer's dequantized weight is to the source: SQNR in dB, and its floor."""
+    """How close one layer's dequantized weight is to the source: SQNR in dB (always finite), and
+    its floor."""
 
     module: str
     scheme: str

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from quantkit.verify.findings import (
     LayerFidelity,
     PlannedLayers,
     VerifyReport,
+    decibels,
     error,
     from_exception,
     info,
@@ -259,7 +259,7 @@ def _value(report: VerifyReport, held: GgufFile, base: Checkpoint, pair: Pair) -
             return []
         return [error("gguf.altered", f"{name} differs from {pair.name}", AGAIN, name)]
     noise = float((mine - source).square().sum())
-    sqnr = 10 * log10(float(source.square().sum()) / noise) if noise else 200.0
+    sqnr = decibels(float(source.square().sum()), noise)
     floor = _FLOORS.get(next((c for c in pair.stored.type if c.isdigit()), "8"), 1.0)
     module = pair.name.removesuffix(".weight")
     report.layers.append(LayerFidelity(module, pair.stored.type, sqnr, floor))

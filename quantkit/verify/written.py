@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from quantkit.verify.findings import LayerFidelity, VerifyReport, Written, error
+from quantkit.verify.findings import LayerFidelity, VerifyReport, Written, bounded_db, error
 from quantkit.verify.judge import floor_db
 from quantkit.verify.kept import settle_altered
 from quantkit.verify.ledger import make_ledger
@@ -18,7 +18,7 @@ def check_written(report: VerifyReport, subject: Subject, source: Source, writte
     report.findings += [*ledger.findings, *settle_altered(ledger, [], {})]
     report.ledger = Counter(ledger.states.values())
     for module, spec in subject.declaration.layers.items():
-        sqnr = written.sqnr_db[module]
+        sqnr = bounded_db(written.sqnr_db[module])
         floor = floor_db(spec.scheme)
         report.layers.append(LayerFidelity(module, spec.scheme.name, round(sqnr, 2), floor))
         if not sqnr >= floor:

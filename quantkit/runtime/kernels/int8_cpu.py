@@ -61,6 +61,8 @@ def rejects(layer: Layer) -> str | None:
         return f"needs one weight scale a channel, not a {weight.granularity}"
     if activation.granularity not in ("tensor", "token"):
         return f"needs one activation scale a tensor or token, not a {activation.granularity}"
+    if activation.dynamic and activation.granularity == "tensor":
+        return "quantizes blocks of rows: a dynamic scale must be one a token"
     if layer.has_zero_point:
         return "needs symmetric weights"
     return None

@@ -84,6 +84,12 @@ def choose(layer: Layer, device: torch.device, allowed: Sequence[str] = ()) -> C
     )
 
 
+def check_name(name: str, device: torch.device) -> None:
+    """InputError (`kernel.unknown`) for a name that is neither a kernel's nor a backend's."""
+    if name != "auto":
+        _candidates([name], device)
+
+
 def _candidates(
     allowed: Sequence[str], device: torch.device
 ) -> tuple[Sequence[Kernel], dict[str, str]]:
