@@ -69,3 +69,23 @@ def artifact(small_model: Path) -> Callable[[str], Path]:
         return artifacts(library, small_model) / checkpoint
 
     return get
+
+
+@pytest.fixture(scope="session")
+def checkpoints(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """8 and 4 bits, symmetric and with zero points."""
+    from quantkit.schemes import SCHEMES
+    from tests.rtn import rtn
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    grouped = {
+        bits: SCHEMES[f"w{bits}a16"].with_weight(granularity="group", group_size=64)
+        for bits in (8, 4)
+    }
+    asymmetric = {bits: scheme.with_weight(symmetric=False) for bits, scheme in grouped.items()}
+    return {
+        "8": rtn(small_model, root / "w8a8", SCHEMES["w8a8_dynamic"]),
+        "4": rtn(small_model, root / "w4a16", grouped[4]),
+        "8 asymmetric": rtn(small_model, root / "w8a16", asymmetric[8]),
+        "4 asymmetric": rtn(small_model, root / "w4a16_asym", asymmetric[4]),
+    }
