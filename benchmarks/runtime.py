@@ -34,6 +34,7 @@ from quantkit.runtime import Runtime, load
 
 BATCHES = (1, 8)
 PROMPT, NEW = 256, 17
+PAUSE = 0.5
 LOAD = """
 import sys, time
 from pathlib import Path
@@ -74,11 +75,19 @@ def quantized(source: Path, root: Path, method: str, *settings: str) -> Path:
 
 
 def in_turn(rounds: int, *sides: Timer) -> list[float]:
-    """Median seconds of each side; one round first that does not count."""
+    """Median seconds of each side; one round first that does not count.
+
+    A pause comes before each: threads of the other side's process spin for a while after its work.
+    """
     for side in sides:
         side()
-    times = [[side() for side in sides] for _ in range(rounds)]
+    times = [[after_a_pause(side) for side in sides] for _ in range(rounds)]
     return [median(column) for column in zip(*times, strict=True)]
+
+
+def after_a_pause(side: Timer) -> float:
+    time.sleep(PAUSE)
+    return side()
 
 
 def seconds(work: Callable[[], object]) -> float:

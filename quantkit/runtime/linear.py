@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from quantkit.formats.base import QuantWeight
+from quantkit.runtime import vllm_operators
 from quantkit.runtime.kernels.select import Choice
 from quantkit.runtime.layer import Layer
 
@@ -21,8 +22,9 @@ FEW_ROWS = 32
 class PlainLinear(nn.Module):
     """A 16-bit linear layer, weight [out, in].
 
-    On a CPU a narrow weight is kept in oneDNN's own arrangement: with few rows of input that
-    takes half the time or less. From `WIDE_COLUMNS` on the gain is under a tenth.
+    On a CPU a narrow weight is kept in oneDNN's own arrangement, by vLLM's operators where they are
+    to be had: with few rows of input that takes half the time or less. From `WIDE_COLUMNS` on the
+    gain is under a tenth.
     """
 
     weight: torch.Tensor
@@ -30,19 +32,34 @@ class PlainLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.prepacked = weight.shape[1] < WIDE_COLUMNS and _has_bfloat16_linear(weight)
-        if self.prepacked:
+        self.rows, columns = weight.shape
+        self.prepacked = columns < WIDE_COLUMNS and _has_bfloat16_linear(weight)
+        self.kept: vllm_operators.Weight | None = None
+        if self.prepacked and vllm_operators.usable(weight):
+            self.kept = vllm_operators.plain_weight(weight)
+            weight = weight.new_empty(0)
+        elif self.prepacked:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
+    @property
+    def outside_bytes(self) -> int:
+        """What the weight takes where torch does not count it."""
+        return self.kept.nbytes if self.kept else 0
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kept is not None:
+            result = x.new_empty(*x.shape[:-1], self.rows)
+            rows = x.reshape(-1, x.shape[-1])
+            torch.ops._C.onednn_mm(result.view(-1, self.rows), rows, self.bias, self.kept.handle)
+            return result
         if not self.prepacked:
             return linear(x, self.weight, self.bias)
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self.weight, self.bias, "none", [], ""
         )
-        return result
+        return product
 
 
 def _has_bfloat16_linear(weight: torch.Tensor) -> bool:
@@ -78,6 +95,12 @@ class QuantLinear(nn.Module):
         )
         if weight.q.is_cuda:  # kernels may read it before those ahead of them have ended
             torch.cuda.synchronize(weight.q.device)
+
+    @property
+    def outside_bytes(self) -> int:
+        """What the weight takes where torch does not count it."""
+        weight = getattr(self.packed, "weight", None)
+        return weight.nbytes if isinstance(weight, vllm_operators.Weight) else 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])

@@ -17,7 +17,7 @@ from quantkit.runtime.graph import DecodeGraph, unsupported
 from quantkit.runtime.hosted import HostedNetwork
 from quantkit.runtime.kernels.select import packed_tensors
 from quantkit.runtime.layers import LayerRecord
-from quantkit.runtime.linear import QuantLinear
+from quantkit.runtime.linear import PlainLinear, QuantLinear
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -70,13 +70,16 @@ class Runtime(nn.Module):
     @property
     def memory_bytes(self) -> int:
         """What all weights take in memory, each counted once."""
-        held = {}
+        held: dict[int, int] = {}
+        outside = 0
         for module in self.modules():
+            if isinstance(module, PlainLinear | QuantLinear):
+                outside += module.outside_bytes
             packed = packed_tensors(module.packed) if isinstance(module, QuantLinear) else ()
             for tensor in (*module.parameters(False), *module.buffers(False), *packed):
                 place = tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)
                 held[place] = tensor.numel() * tensor.element_size()
-        return sum(held.values())
+        return sum(held.values()) + outside
 
     def kernels(self) -> dict[str, int]:
         """Kernel → how many modules it computes."""

@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+from quantkit.runtime.vllm_operators import usable
+
 _BLOCK_ELEMENTS = 1 << 17
 
 
@@ -18,6 +20,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if x.device.type != "cpu" or x.dtype == torch.float32:
         return torch.nn.functional.rms_norm(x, (width,), weight, eps)
     rows = x.reshape(-1, width)
+    if usable(x):
+        result = torch.empty_like(x)
+        torch.ops._C.rms_norm(result, x, weight, eps)
+        return result
     step = max(1, _BLOCK_ELEMENTS // width)
     if rows.shape[0] <= step:
         return _normalised(rows, weight, eps).view(x.shape)

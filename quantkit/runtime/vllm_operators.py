@@ -1,11 +1,14 @@
 """vLLM's compiled CPU operators, from the managed environment `vllm`, without importing vLLM.
 
-One library registers them as `torch.ops._C`; which of the three it is follows vLLM's own choice
-(`vllm/platforms/cpu.py`, `import_kernels`). It must be built for the torch at hand.
+Where that environment is made, norms, activations and products of the lean decoder go through them:
+each is one call in which torch needs several. One library registers them as `torch.ops._C`; which
+of the three it is follows vLLM's own choice (`vllm/platforms/cpu.py`, `import_kernels`). It must be
+built for the torch at hand.
 """
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import torch
 from quantkit.environments.managed import ready
 
 CREATE = "quantkit env create vllm"
+_SHAPES = 128
+"""Shapes of input whose oneDNN plans a weight keeps, as vLLM has it."""
 
 
 @cache
@@ -45,3 +50,34 @@ def _library() -> str:
 def _torch_of(packages: Path) -> str:
     folder = next(packages.glob("torch-*.dist-info"), None)
     return folder.name.removesuffix(".dist-info").removeprefix("torch-") if folder else "unknown"
+
+
+def usable(x: torch.Tensor) -> bool:
+    """Whether the operators compute a tensor of this kind: bfloat16 on a CPU, contiguous."""
+    fits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous()
+    return fits and missing() is None
+
+
+class Weight:
+    """A weight in oneDNN's arrangement, kept by vLLM's library and deleted with this object.
+
+    `nbytes` is what it takes there, which torch does not count.
+    """
+
+    def __init__(self, pointer: int, nbytes: int) -> None:
+        self.handle = torch.tensor(pointer, dtype=torch.int64)
+        self.nbytes = nbytes
+        weakref.finalize(self, torch.ops._C.release_dnnl_matmul_handler, pointer)
+
+
+def int8_weight(codes: torch.Tensor, scale: torch.Tensor) -> Weight:
+    """int8 codes [out, in] and scale float32 [out], for activations with a scale a token."""
+    pointer = torch.ops._C.create_onednn_scaled_mm_handler(
+        codes.t(), scale, torch.bfloat16, True, False, _SHAPES
+    )
+    return Weight(pointer, codes.nbytes)
+
+
+def plain_weight(weight: torch.Tensor) -> Weight:
+    """A bfloat16 weight [out, in]."""
+    return Weight(torch.ops._C.create_onednn_mm_handler(weight.t(), _SHAPES), weight.nbytes)

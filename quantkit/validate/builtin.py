@@ -26,11 +26,19 @@ class Builtin:
     """A checkpoint in the builtin runtime."""
 
     name = "builtin"
-    version = __version__
 
     def __init__(self, runtime: Runtime, load_seconds: float) -> None:
         self.runtime = runtime
         self.load_seconds = load_seconds
+
+    @property
+    def version(self) -> str:
+        on_cpu = self.runtime.device.type == "cpu"
+        return (
+            f"{__version__} with vLLM's CPU operators"
+            if on_cpu and has_vllm_operators()
+            else __version__
+        )
 
     @property
     def weights_only(self) -> bool:
@@ -104,6 +112,13 @@ def refuse_builtin(path: Path, opening: Opening) -> None:
     from quantkit.runtime.preview import refuse
 
     refuse(path, pick_device(opening.device), opening.kernel)
+
+
+def has_vllm_operators() -> bool:
+    """Whether the runtime computes with vLLM's operators on a CPU, which round otherwise."""
+    from quantkit.runtime.vllm_operators import missing
+
+    return missing() is None
 
 
 def next_logprobs(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:

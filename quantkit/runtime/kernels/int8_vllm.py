@@ -6,7 +6,6 @@ One quantizes the rows of the input, one multiplies and scales within oneDNN. Wi
 
 from __future__ import annotations
 
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -18,25 +17,12 @@ from quantkit.runtime.kernels.base import not_bfloat16
 from quantkit.runtime.layer import Layer
 
 NAME = "int8_vllm"
-_PRIMITIVES = 128
-"""Shapes of input whose oneDNN plans a weight keeps, as vLLM has it."""
-
-
-class Handle:
-    """vLLM's own object of one weight, deleted with this one."""
-
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
-        pointer = torch.ops._C.create_onednn_scaled_mm_handler(
-            weight.t(), scale, torch.bfloat16, True, False, _PRIMITIVES
-        )
-        self.tensor = torch.tensor(pointer, dtype=torch.int64)
-        weakref.finalize(self, torch.ops._C.release_dnnl_matmul_handler, pointer)
 
 
 class Packed(NamedTuple):
     """`scale` [out] is the weight's."""
 
-    handle: Handle
+    weight: vllm_operators.Weight
     scale: torch.Tensor
 
 
@@ -58,7 +44,7 @@ def rejects(layer: Layer) -> str | None:
 def prepare(weight: QuantWeight, layer: Layer) -> Packed:  # noqa: ARG001
     """See `Kernel.prepare`."""
     scale = weight.scale.float().expand(weight.q.shape[0], 1).reshape(-1).contiguous()
-    return Packed(Handle(weight.q.contiguous(), scale), scale)
+    return Packed(vllm_operators.int8_weight(weight.q.contiguous(), scale), scale)
 
 
 def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
@@ -67,5 +53,5 @@ def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     scale = torch.empty(x.shape[0], 1)
     torch.ops._C.dynamic_scaled_int8_quant(codes, x.contiguous(), scale, None)
     result = x.new_empty(x.shape[0], packed.scale.shape[0])
-    torch.ops._C.onednn_scaled_mm(result, codes, scale, None, None, None, packed.handle.tensor)
+    torch.ops._C.onednn_scaled_mm(result, codes, scale, None, None, None, packed.weight.handle)
     return result
