@@ -6,7 +6,6 @@ import torch
 from torch.nn.functional import silu
 
 from quantkit.runtime.kernels.base import no_gpu, no_triton
-from quantkit.runtime.vllm_operators import usable
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -15,10 +14,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         from quantkit.runtime.gpu import elementwise
 
         return elementwise.silu_mul(gate_up)
-    if usable(gate_up):
-        result = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-        torch.ops._C.silu_and_mul(result, gate_up)
-        return result
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate).mul_(up)
 
