@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.errors import InputError
 from quantkit.runtime import load
+from quantkit.runtime.attention import attend
 from quantkit.validate.builtin import Builtin
 from quantkit.validate.canary import answer, answer_tokens
 from quantkit.validate.choices import choice_logprobs, facts
@@ -193,3 +195,19 @@ def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
     assert caught.value.code == "runtime.architecture"
     assert "mixture of experts" in caught.value.message
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "count"), [(9, 3, 300), (4, 4, 64), (8, 1, 129)])
+def test_attention_in_blocks_is_causal_attention(heads: int, kv_heads: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    q, k, v = (
+        torch.randn(2, number, count, 32, generator=generator).bfloat16()
+        for number in (heads, kv_heads, kv_heads)
+    )
+    found = attend(q, k, v, None, causal=True).float()
+    keys, values = (x.float().repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+    exact = scaled_dot_product_attention(q.float(), keys, values, is_causal=True)
+    wanted = exact.transpose(1, 2).flatten(2)
+    assert float((found - wanted).norm() / wanted.norm()) < 5e-3
+    v[:, :, -1] += 1000
+    assert torch.equal(attend(q, k, v, None, causal=True).float()[:, :-1], found[:, :-1])

@@ -19,7 +19,8 @@ def attend(
     *,
     causal: bool,
 ) -> torch.Tensor:
-    """Queries [batch, heads, n, d] over keys and values [batch, kv_heads, all, d] → as queries.
+    """Queries [batch, heads, n, d] over keys and values [batch, kv_heads, all, d] →
+    [batch, n, heads × d].
 
     `mask` is boolean [batch, 1, n, all], None where `causal` (or nothing) says enough.
     """
@@ -29,9 +30,10 @@ def attend(
             return _one_token(queries, keys, values, mask)
         if causal and queries.shape[2] >= FEWEST_ROWS and queries.dtype == torch.bfloat16:
             return _in_blocks(queries, keys, values)
-    return scaled_dot_product_attention(
+    attended = scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=shared
     )
+    return attended.transpose(1, 2).flatten(2)
 
 
 def _one_token(
@@ -44,7 +46,7 @@ def _one_token(
     batch, _, _, width = queries.shape
     together = queries.reshape(batch, keys.shape[1], -1, width)
     attended = scaled_dot_product_attention(together, keys, values, attn_mask=mask)
-    return attended.reshape(queries.shape)
+    return attended.reshape(batch, 1, -1)
 
 
 def _in_blocks(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -56,18 +58,20 @@ def _in_blocks(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) 
     """
     batch, heads, count, width = queries.shape
     kv_heads = keys.shape[1]
-    grouped = (queries * width**-0.5).view(batch, kv_heads, -1, count, width)
-    result = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    group = heads // kv_heads
+    of_key = queries.view(batch, kv_heads, group, count, width).transpose(2, 3)
+    scaled = queries.new_empty(batch, kv_heads, count, group, width)
+    torch.mul(of_key, width**-0.5, out=scaled)
+    result = queries.new_empty(batch, count, kv_heads, group, width)
     hidden = torch.full((_BLOCK_ROWS, _BLOCK_ROWS), -torch.inf, dtype=queries.dtype).triu_(1)
     for text in range(batch):
         turned = keys[text].transpose(1, 2)
         for start in range(0, count, _BLOCK_ROWS):
             end = min(start + _BLOCK_ROWS, count)
             rows = end - start
-            block = grouped[text, :, :, start:end].reshape(kv_heads, -1, width)
-            scores = torch.bmm(block, turned[:, :, :end]).view(heads, rows, end)
-            scores[:, :, start:] += hidden[:rows, :rows]
-            weights = scores.softmax(-1).view(kv_heads, -1, end)
-            attended = torch.bmm(weights, values[text, :, :end])
-            result[text, :, start:end] = attended.view(heads, rows, width)
-    return result
+            block = scaled[text, :, start:end].flatten(1, 2)
+            scores = torch.bmm(block, turned[:, :, :end])
+            scores.view(kv_heads, rows, group, end)[..., start:] += hidden[:rows, None, :rows]
+            attended = torch.bmm(scores.softmax(-1), values[text, :, :end])
+            result[text, start:end] = attended.view(kv_heads, rows, group, width).transpose(0, 1)
+    return result.flatten(2)

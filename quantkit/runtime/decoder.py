@@ -119,8 +119,7 @@ class Block(nn.Module):
             values = through_fp8(values, self.cache_scales.values)
         if step.cache is not None:
             keys, values = step.cache.extend(index, keys, values)
-        attended = attend(queries, keys, values, step.mask, causal=step.causal)
-        return attended.transpose(1, 2).reshape(batch, count, -1)
+        return attend(queries, keys, values, step.mask, causal=step.causal)
 
 
 @dataclass(frozen=True)

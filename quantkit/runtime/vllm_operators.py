@@ -1,8 +1,9 @@
 """vLLM's compiled CPU operators, from the managed environment `vllm`, without importing vLLM.
 
-Where that environment is made, norms and products of the lean decoder go through them: each is one call in which torch needs several. One library registers them as `torch.ops._C`; which
-of the three it is follows vLLM's own choice (`vllm/platforms/cpu.py`, `import_kernels`). It must be
-built for the torch at hand.
+Where that environment is made, norms and products of the lean decoder go through them: each is one
+call in which torch needs several. One library registers them as `torch.ops._C`; which of the three
+it is follows vLLM's own choice (`vllm/platforms/cpu.py`, `import_kernels`). It must be built for
+the torch at hand.
 """
 
 from __future__ import annotations
