@@ -60,8 +60,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 SLOW = {
     "autoround_w2a16", "autoround_w3a16", "autoround_w4a16", "autoround_w8a16", "autoround_nvfp4",
-    "autoround_mxfp4", "autoround_gguf_q4_k_m", "llmcompressor_w4a16_autoround",
-    "msmodelslim_w4a4_dynamic",
+    "autoround_mxfp4", "autoround_gguf_q4_k_m", "llmcompressor_w8a8",
+    "llmcompressor_w4a16_autoround", "msmodelslim_w4a4_dynamic",
 }  # fmt: skip
 AGAINST = (
     "llmcompressor_w4a16", "llmcompressor_w4a16_autoround", "llmcompressor_nvfp4",
