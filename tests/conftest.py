@@ -14,6 +14,7 @@ from tests.cli import METHODS, QUICK, quantkit
 from tests.helpers import cut_layers
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads starve the other processes
+os.environ["QUANTKIT_VLLM_OPERATORS"] = "off"  # their environment may appear while tests run
 os.environ.setdefault("QUANTKIT_CACHE", str(Path(__file__).parent.parent / ".cache"))
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background: children inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -89,3 +90,12 @@ def checkpoints(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "8 asymmetric": rtn(small_model, root / "w8a16", asymmetric[8]),
         "4 asymmetric": rtn(small_model, root / "w4a16_asym", asymmetric[4]),
     }
+
+
+@pytest.fixture(scope="session")
+def sealed(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of our own, with quantkit.json and card."""
+    out = tmp_path_factory.mktemp("sealed") / "w8a8"
+    run = quantkit("quantize", small_model, "--method", "rtn_w8a8_dynamic", "--out", out)
+    assert run.code == 0, run.err
+    return out

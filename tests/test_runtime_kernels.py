@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from quantkit.runtime.kernels import int4_cpu, int8_cpu, int8_vllm
 from quantkit.runtime.kernels.base import GPU_ONLY, Kernel
 from quantkit.runtime.kernels.select import KERNELS, choose, names
 from quantkit.runtime.layer import Layer, centred, contiguous_groups, describe
+from quantkit.runtime.linear import PlainLinear
+from quantkit.runtime.norm import rms_norm
 from quantkit.schemes import SCHEMES, NumberFormat, Scheme
 
 CPU = torch.device("cpu")
@@ -159,6 +162,30 @@ def layer_of(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Layer, Qua
     return describe(name, scheme, weight, dtype), weight
 
 
+@pytest.fixture
+def operators(vllm_python: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """vLLM's CPU operators, loaded."""
+    assert vllm_python.is_file()
+    monkeypatch.delenv(vllm_operators.SWITCH)
+    vllm_operators.missing.cache_clear()
+    yield
+    vllm_operators.missing.cache_clear()
+
+
+@pytest.mark.usefixtures("operators")
+def test_norms_and_products_of_vllm_are_torchs() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, weight, plain = (torch.randn(*shape, generator=generator).bfloat16()
+                        for shape in ((3, 7, 64), (96, 64), (64,)))  # fmt: skip
+    layer = PlainLinear(weight, None)
+    assert layer.kept is not None
+    assert layer.outside_bytes == weight.nbytes
+    exact = x.float() @ weight.float().T
+    assert float((layer(x).float() - exact).norm() / exact.norm()) < 4e-3
+    normed = torch.nn.functional.rms_norm(x.float(), (64,), plain.float(), 1e-5)
+    assert float((rms_norm(x, plain, 1e-5).float() - normed).norm() / normed.norm()) < 4e-3
+
+
 FITTING = [
     pytest.param(kernel, name, id=f"{kernel.NAME}-{name}")
     for kernel in KERNELS
@@ -172,8 +199,7 @@ def test_kernel_computes_the_scheme(
     kernel: Kernel, name: str, request: pytest.FixtureRequest
 ) -> None:
     if kernel.NAME == "int8_vllm":
-        request.getfixturevalue("vllm_python")
-        vllm_operators.missing.cache_clear()
+        request.getfixturevalue("operators")
     reason = kernel.unavailable(CPU)
     if reason is not None:
         pytest.skip(f"{kernel.NAME}: {reason}")
@@ -231,9 +257,8 @@ def test_reference_is_exact_in_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", [int8_cpu, int8_vllm], ids=lambda kernel: kernel.NAME)
-def test_a_row_of_zeros_stays_zero(kernel: Kernel, vllm_python: Path) -> None:
-    assert vllm_python.is_file()
-    vllm_operators.missing.cache_clear()
+@pytest.mark.usefixtures("operators")
+def test_a_row_of_zeros_stays_zero(kernel: Kernel) -> None:
     assert kernel.unavailable(CPU) is None
     layer, weight = layer_of("w8a8_dynamic")
     x = torch.randn(3, layer.shape[1]).bfloat16()

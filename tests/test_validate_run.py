@@ -32,15 +32,6 @@ from tests.validating import (
 
 
 @pytest.fixture(scope="module")
-def sealed(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of our own, with quantkit.json and card."""
-    out = tmp_path_factory.mktemp("sealed") / "w8a8"
-    run = quantkit("quantize", small_model, "--method", "rtn_w8a8_dynamic", "--out", out)
-    assert run.code == 0, run.err
-    return out
-
-
-@pytest.fixture(scope="module")
 def run(
     sealed: Path, small_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Run, Path]:

@@ -8,6 +8,7 @@ the torch at hand.
 
 from __future__ import annotations
 
+import os
 import weakref
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,9 @@ import torch
 from quantkit.environments.managed import ready
 
 CREATE = "quantkit env create vllm"
+SWITCH = "QUANTKIT_VLLM_OPERATORS"
+"""`off` in this variable computes as a machine does that has no such environment."""
+
 _SHAPES = 128
 """Shapes of input whose oneDNN plans a weight keeps, as vLLM has it."""
 
@@ -24,6 +28,8 @@ _SHAPES = 128
 @cache
 def missing() -> str | None:
     """Why vLLM's CPU operators are not to be had, or None once they are loaded."""
+    if os.environ.get(SWITCH) == "off":
+        return f"{SWITCH} is off"
     python = ready("vllm")
     if python is None:
         return f"needs vLLM's CPU operators: {CREATE}"
