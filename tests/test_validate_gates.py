@@ -12,6 +12,7 @@ from quantkit.validate.bootstrap import PART_INDICES, Measured, exact, missing, 
 from quantkit.validate.metrics import choice_metric, task_metrics
 from quantkit.validate.paired import lost, score_interval
 from quantkit.validate.report import Report
+from quantkit.validate.run import _askable
 from quantkit.validate.verdicts import BY_BITS, accepted, chosen_gates, default_gates, hold
 
 PPL = Gate("ppl_ratio", "<=", 1.02)
@@ -198,3 +199,13 @@ def test_a_recipe_loosens_a_default_only_with_a_warning_and_never_the_integrity(
 def test_every_default_gate_is_of_a_known_metric() -> None:
     for bits in BY_BITS:
         assert {parse_gate(text).metric for text in BY_BITS[bits]} <= METRICS.keys()
+
+
+def test_an_engine_without_logits_is_not_held_to_default_gates_of_them() -> None:
+    gates = chosen_gates(default_gates(["w4a16"]), [parse_gate("kl_p99<=2", "recipe")])
+    assert _askable(gates, "builtin") == (gates, [])
+    left, notes = _askable(gates, "vllm")
+    assert {gate.metric for gate in gates} - {gate.metric for gate in left} == {"kl_mean"}
+    assert notes == ["kl_mean is not gated: vllm gives no logits"]
+    asked = chosen_gates(gates, [parse_gate("kl_mean<=0.1")])
+    assert _askable(asked, "vllm") == (asked, [])

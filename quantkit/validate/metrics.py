@@ -18,6 +18,8 @@ from quantkit.verify import VerifyReport
 
 Floats = NDArray[np.float64]
 NO_LOGITS = "the engine does not give logits"
+OF_LOGITS = ("kl_mean", "kl_p99", "kl_max", "top1_agreement")
+"""Metrics that only an engine that gives logits can tell: the builtin one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def text_metrics(windows: PerWindow, kl: NDArray[np.float32] | None) -> dict[str
     found = {"ppl_ratio": sampled(windows.nll - windows.nll_baseline, np.exp)}
     if windows.kl is None or windows.agreement is None or kl is None:
         absent = missing(NO_LOGITS)
-        return found | dict.fromkeys(("kl_mean", "kl_p99", "kl_max", "top1_agreement"), absent)
+        return found | dict.fromkeys(OF_LOGITS, absent)
     return found | {
         "kl_mean": sampled(windows.kl),
         "kl_p99": _p99(kl.astype(np.float64)),

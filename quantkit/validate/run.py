@@ -36,6 +36,7 @@ from quantkit.validate.measure import (
 )
 from quantkit.validate.memory import explained, needed_bytes, refuse_too_large
 from quantkit.validate.metrics import (
+    OF_LOGITS,
     PerWindow,
     canary_metrics,
     choice_metric,
@@ -109,6 +110,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     refuse_unopenable(request.engine, candidate.path, Opening(device, request.kernel))
     integrity = check_integrity(candidate, staged(ui, "verify"))
     gates, loosened = _gates(candidate, integrity, asked)
+    gates, unasked = _askable(gates, request.engine)
     their_need, our_need = _check_memory(candidate, request.kernel, device)
     base = candidate.baseline
     tokenizer, info = tokenizer_of(base.path), read_tokenizer_info(base.path)
@@ -136,7 +138,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
             "seen_by_calibration": seen,
         },
         layers=integrity.layers,
-        notes=_notes(candidate, scanned.fingerprint, seen),
+        notes=unasked + _notes(candidate, scanned.fingerprint, seen),
         warnings=loosened,
     )
     if earlier is not None:
@@ -264,6 +266,15 @@ def _gates(
     stated = [parse_gate(text, "recipe") for text in recipe.get("gates") or []]
     counted, warnings = accepted(stated, defaults)
     return chosen_gates(defaults, counted, asked), warnings
+
+
+def _askable(gates: list[Gate], engine: str) -> tuple[list[Gate], list[str]]:
+    """Without the default gates that only logits could tell, where the engine gives none."""
+    if engine == "builtin":
+        return gates, []
+    out = [g for g in gates if g.source == "default" and g.metric in OF_LOGITS]
+    notes = [f"{gate.metric} is not gated: {engine} gives no logits" for gate in out]
+    return [gate for gate in gates if gate not in out], notes
 
 
 def _longest(candidate: Candidate) -> int | None:
