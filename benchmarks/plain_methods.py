@@ -193,7 +193,7 @@ def msmodelslim() -> Script:
         source, tokens, out, settings = job
         SafeGenerator.get_tokenizer_from_pretrained = staticmethod(lambda **_: None)
         adapter = PluginModelFactory().create("default", Path(source), False)
-        samples = [list(batch.values()) for batch in batches(tokens, 1)]
+        samples = [[b["input_ids"], b["attention_mask"]] for b in batches(tokens, 1)]
         adapter.handle_dataset = lambda *_: samples
         service = ModelslimV1QuantService(
             ModelslimV1QuantServiceConfig(), Texts(), ContextFactory(enable_debug=False)
