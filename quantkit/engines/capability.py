@@ -77,8 +77,8 @@ def _runs(layout: FormatRule | None, rule: SchemeRule | None, gpu: Gpu) -> Runs:
     if gpu.vendor == "amd":
         allowed = layout.amd if rule.amd is None else rule.amd
         able = gpu.key in allowed if isinstance(allowed, tuple) else allowed
-        written = "gptq"  # what the methods of a layout with several packings write
-        able = able and (layout.amd_packings is None or written in layout.amd_packings)
+        # of a layout with several packings, our methods write GPTQ's
+        able = able and (layout.amd_packings is None or "gptq" in layout.amd_packings)
         return "yes" if able else "no"
     if gpu.vendor == "ascend":
         return "yes" if layout.npu and rule.npu is not False else "no"

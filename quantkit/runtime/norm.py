@@ -19,11 +19,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     width = x.shape[-1]
     if x.device.type != "cpu" or x.dtype == torch.float32:
         return torch.nn.functional.rms_norm(x, (width,), weight, eps)
-    rows = x.reshape(-1, width)
     if usable(x):
-        result = torch.empty_like(x)
-        torch.ops._C.rms_norm(result, x, weight, eps)
-        return result
+        normed = torch.empty_like(x)
+        torch.ops._C.rms_norm(normed, x, weight, eps)
+        return normed
+    rows = x.reshape(-1, width)
     step = max(1, _BLOCK_ELEMENTS // width)
     if rows.shape[0] <= step:
         return _normalised(rows, weight, eps).view(x.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from quantkit.runtime.kernels.select import KERNELS, choose
 from quantkit.runtime.layer import Layer
 from quantkit.runtime.layers import LayerRecord
 from quantkit.runtime.load import check_kernel, expanded_records, open_path, pick_dtype, read_config
+from quantkit.runtime.source import Source
 
 
 def available(device: torch.device) -> dict[str, str | None]:
@@ -25,10 +27,7 @@ def preview(path: Path, device: torch.device, kernel: str = "auto") -> list[Laye
 
     An asymmetric weight counts as one with zero points, which loading may find to be all alike.
     """
-    source = open_path(path)
-    check_kernel(source, kernel)
-    dtype = pick_dtype(read_config(source), "auto")
-    allowed = [] if kernel == "auto" else [kernel]
+    source, _, dtype, allowed = _opened(path, kernel)
     records = []
     for name, spec in source.layers.items():
         choice = choose(_layer(name, spec, dtype), device, allowed)
@@ -39,15 +38,19 @@ def preview(path: Path, device: torch.device, kernel: str = "auto") -> list[Laye
 def refuse(path: Path, device: torch.device, kernel: str = "auto") -> None:
     """Raise what `load` would raise for the declaration, the config or the kernel: no weight is
     read. A weight that is declared asymmetric may still turn out to need no zero points."""
+    source, config, dtype, allowed = _opened(path, kernel)
+    if unsupported(config):
+        empty_model(config, path, dtype)
+    for name, spec in source.layers.items():
+        choose(Layer(name, spec.scheme, spec.shape, dtype), device, allowed)
+
+
+def _opened(path: Path, kernel: str) -> tuple[Source, Any, torch.dtype, list[str]]:
+    """The checkpoint, its config and dtype, and the kernels that may be chosen (empty: all)."""
     source = open_path(path)
     check_kernel(source, kernel)
     config = read_config(source)
-    dtype = pick_dtype(config, "auto")
-    if unsupported(config):
-        empty_model(config, path, dtype)
-    allowed = [] if kernel == "auto" else [kernel]
-    for name, spec in source.layers.items():
-        choose(Layer(name, spec.scheme, spec.shape, dtype), device, allowed)
+    return source, config, pick_dtype(config, "auto"), [] if kernel == "auto" else [kernel]
 
 
 def _layer(name: str, spec: LayerSpec, dtype: torch.dtype) -> Layer:
