@@ -194,7 +194,7 @@ def random_decoder(**more: Any) -> Decoder:
 
 @ON_GPU
 @torch.inference_mode()
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
 def test_the_captured_step_computes_what_the_decoder_does(width: int) -> None:
     network = random_decoder(head_dim=width)
     assert unsupported(network) is None

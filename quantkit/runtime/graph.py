@@ -43,6 +43,8 @@ class DecodeGraph:
         self.ids = torch.zeros(batch, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.int32, device=device)
         self.padding = torch.zeros(batch, dtype=torch.int32, device=device)
+        heads = batch * network.shape.kv_heads
+        self.arrived = torch.zeros(heads, dtype=torch.int32, device=device)
         self.tables = network.rotary.tables(self.cache.capacity)
         self.graph = torch.cuda.CUDAGraph()
         self.logits = self._capture()
@@ -108,11 +110,10 @@ class DecodeGraph:
         if block.q_norm is not None and block.k_norm is not None:
             qkv = _norm_heads(block, qkv)
         scales = block.cache_scales
-        queries = attention.store_new(
+        return attention.attend_new(
             qkv, self.tables, self.position, self.padding, keys, values,
-            None if scales is None else (scales.keys, scales.values),
+            None if scales is None else (scales.keys, scales.values), self.arrived,
         )  # fmt: skip
-        return attention.attend(queries, keys, values, self.position, self.padding)
 
 
 def _norm_heads(block: Block, qkv: torch.Tensor) -> torch.Tensor:

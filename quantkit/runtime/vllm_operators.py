@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from quantkit.environments.managed import ready
+from quantkit.runtime import vllm_library
 
 CREATE = "quantkit env create vllm"
 SWITCH = "QUANTKIT_VLLM_OPERATORS"
@@ -40,11 +41,7 @@ def missing() -> str | None:
     theirs = _torch_of(packages)
     if theirs != torch.__version__:
         return f"vLLM's operators are built for torch {theirs}, this is {torch.__version__}"
-    try:
-        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-    except OSError as error:
-        return f"vLLM's operators do not load: {str(error).splitlines()[0]}"
-    return None
+    return vllm_library.load(library)
 
 
 def _library() -> str:

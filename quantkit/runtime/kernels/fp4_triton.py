@@ -20,7 +20,7 @@ _COLUMNS = 64
 
 
 class Packed(NamedTuple):
-    """`words` and `scale` (E4M3 or bfloat16) as `gpu.fragments.few` takes them; `rows` is out.
+    """`words` and `scale` (E4M3 or bfloat16) as `gpu.few_rows.few` takes them; `rows` is out.
 
     `factor` is the product of the global scales; `input_group` 0: a 16-bit input.
     """
@@ -78,13 +78,13 @@ def prepare(weight: QuantWeight, layer: Layer) -> Packed:
 
 def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """See `Kernel.apply`."""
-    from quantkit.runtime.gpu import fragments, matrix, quantize
+    from quantkit.runtime.gpu import few_rows, matrix, quantize
 
     x = x.contiguous()
     if packed.input_group:
         x = quantize.round_four_bits(x, packed.input_group, packed.input_scale)
     if x.shape[0] <= FEW_ROWS:
-        return fragments.few(
+        return few_rows.few(
             x, packed.words, packed.scale, None, packed.rows,
             group=packed.group, floating=True, factor=packed.factor,
         )  # fmt: skip

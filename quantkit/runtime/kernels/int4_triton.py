@@ -17,7 +17,7 @@ _CELL = 32
 
 
 class Packed(NamedTuple):
-    """As `gpu.fragments.few` takes them; `rows` is out."""
+    """As `gpu.few_rows.few` takes them; `rows` is out."""
 
     words: torch.Tensor
     scale: torch.Tensor
@@ -64,11 +64,11 @@ def prepare(weight: QuantWeight, layer: Layer) -> Packed:
 
 def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """See `Kernel.apply`."""
-    from quantkit.runtime.gpu import fragments, matrix
+    from quantkit.runtime.gpu import few_rows, matrix
 
     x = x.contiguous()
     if x.shape[0] <= FEW_ROWS:
-        return fragments.few(
+        return few_rows.few(
             x, packed.words, packed.scale, packed.zero, packed.rows,
             group=packed.group, floating=False,
         )  # fmt: skip

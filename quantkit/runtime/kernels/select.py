@@ -10,6 +10,7 @@ import torch
 
 from quantkit.errors import InputError
 from quantkit.runtime.kernels import (
+    cutlass_vllm,
     dequantized,
     fp4_triton,
     fp8_block_triton,
@@ -21,6 +22,7 @@ from quantkit.runtime.kernels import (
     int8_triton,
     int8_vllm,
     int8_weight_cpu,
+    marlin_vllm,
     reference,
     sglang,
     weight8_triton,
@@ -35,11 +37,13 @@ KERNELS: tuple[Kernel, ...] = (
     int8_weight_cpu,
     fp8_scaled_mm,
     fp8_block_triton,
+    cutlass_vllm,
     int8_triton,
     int4_triton,
     int4_tinygemm,
     weight8_triton,
     fp4_triton,
+    marlin_vllm,
     reference,
     dequantized,
 )

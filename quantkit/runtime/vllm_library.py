@@ -1,0 +1,25 @@
+"""One of vLLM's compiled operator libraries in this process, registered as `torch.ops._C`.
+
+The libraries for CPUs and for CUDA give some operators the same names, and a second one would end
+the process; so the first that is asked for is the one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_loaded: list[Path] = []
+
+
+def load(library: Path) -> str | None:
+    """Why the operators of a library are not to be had, or None once they are registered."""
+    if _loaded:
+        return None if _loaded[0] == library else f"this process has loaded {_loaded[0].name}"
+    try:
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"vLLM's operators do not load: {str(error).splitlines()[0]}"
+    _loaded.append(library)
+    return None
