@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint import open_checkpoint
+from quantkit.environments.managed import ready
+from quantkit.formats import ascend
+from quantkit.formats.dequantize import dequantize
 from quantkit.verify import verify
 from tests.backends import LIBRARIES, VLLM_LOADS, engine_alarms, make
 from tests.cli import QUICK, Run, quantkit, refused
@@ -144,6 +150,61 @@ def test_a_practice_that_cannot_run_is_refused(
     )  # fmt: skip
     refused(run, 1, telling)
     assert not (tmp_path / "out").exists()
+
+
+DEQUANTIZE = """
+import sys
+from msmodelslim.core.quant_service.modelslim_v1.save.utils.pack import w4a8_pack_int4
+from msmodelslim.ir.api import dequantize
+from msmodelslim.ir.qal import QDType, QParam, QScheme, QScope, QStorage
+from safetensors.torch import load_file, save_file
+stored, found = load_file(sys.argv[1]), {}
+for name in [key[:-6] for key in stored if key.endswith(".codes")]:
+    codes, scale = stored[name + ".codes"], stored[name + ".scale"]
+    kind = QDType.INT4 if "W4" in sys.argv[3] else QDType.INT8
+    scheme = QScheme(scope=QScope.PER_CHANNEL, dtype=kind, symmetric=False)
+    param = QParam(scheme, ext={"scale": scale, "offset": stored[name + ".offset"]})
+    found[name] = dequantize(QStorage(kind, codes).T, param).T.value.contiguous()
+    if sys.argv[3] == "W4A8_DYNAMIC":
+        found[name + ".packed"] = w4a8_pack_int4(codes).contiguous()
+save_file(found, sys.argv[2])
+"""
+"""msModelSlim's own dequantization of codes, scales and offsets, and its packing."""
+
+
+@pytest.mark.parametrize("kind", ["w8a16", "w8a8", "w8a8_dynamic", "w4a8_dynamic", "w4a4_dynamic"])
+def test_ascend_weights_are_what_msmodelslim_dequantizes(
+    made: Callable[[str, str], Path], tmp_path: Path, kind: str
+) -> None:
+    checkpoint = open_checkpoint(made("msmodelslim", f"msmodelslim_{kind}"))
+    layers = {}
+    stored: dict[str, torch.Tensor] = {}
+    for name, spec in ascend.declare(checkpoint).layers.items():
+        tensors = {
+            suffix: checkpoint.tensor(f"{name}.{suffix}")
+            for suffix in ascend.expected(spec)
+            if f"{name}.{suffix}" in checkpoint.tensors
+        }
+        weight = layers[name] = ascend.read(tensors, spec)
+        scale = tensors.get("weight_scale")
+        if scale is None:
+            scale = tensors["deq_scale"] / tensors["input_scale"]
+        codes = weight.q if kind == "w4a8_dynamic" else tensors["weight"]
+        offset = tensors.get("weight_offset", torch.zeros_like(scale))
+        stored[f"{name}.codes"] = codes.contiguous()
+        stored[f"{name}.scale"] = scale.float().reshape(-1)
+        stored[f"{name}.offset"] = offset.float().reshape(-1)
+    save_file(stored, tmp_path / "stored")
+    python = ready("msmodelslim")
+    assert python
+    command = [str(python), "-c", DEQUANTIZE, str(tmp_path / "stored"), str(tmp_path / "found")]
+    subprocess.run([*command, kind.upper()], check=True, capture_output=True)
+    found = load_file(tmp_path / "found")
+    assert len(layers) == 14
+    for name, weight in layers.items():
+        assert torch.equal(dequantize(weight), found[name]), name
+        if kind == "w4a8_dynamic":
+            assert torch.equal(checkpoint.tensor(f"{name}.weight"), found[f"{name}.packed"])
 
 
 SCALES = ("weight_scale", "scales", "deq_scale")
