@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,6 +59,18 @@ def vllm_python() -> Path:
     from quantkit.environments.managed import create, spec_named
 
     return create(spec_named("vllm"), None, print)
+
+
+@pytest.fixture
+def operators(vllm_python: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """vLLM's CPU operators, loaded."""
+    from quantkit.runtime import vllm_operators
+
+    assert vllm_python.is_file()
+    monkeypatch.delenv(vllm_operators.SWITCH)
+    vllm_operators.missing.cache_clear()
+    yield
+    vllm_operators.missing.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ import torch
 from quantkit.errors import InputError
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
-from quantkit.runtime import vllm_operators
 from quantkit.runtime.activations import round_groups
 from quantkit.runtime.kernels import int4_cpu, int8_cpu, int8_vllm
 from quantkit.runtime.kernels.base import GPU_ONLY, Kernel
@@ -160,16 +157,6 @@ def layer_of(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Layer, Qua
     scheme, shape = SHAPES[name]
     weight = centred(random_weight(scheme, shape))
     return describe(name, scheme, weight, dtype), weight
-
-
-@pytest.fixture
-def operators(vllm_python: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """vLLM's CPU operators, loaded."""
-    assert vllm_python.is_file()
-    monkeypatch.delenv(vllm_operators.SWITCH)
-    vllm_operators.missing.cache_clear()
-    yield
-    vllm_operators.missing.cache_clear()
 
 
 @pytest.mark.usefixtures("operators")

@@ -26,6 +26,8 @@ def attend(
     """
     shared = queries.shape[1] != keys.shape[1]
     if queries.device.type == "cpu":
+        if queries.shape[2] == 1 and keys.stride(3) != 1:
+            return _one_token_turned(queries, keys, values, mask)
         if queries.shape[2] == 1 and shared:
             return _one_token(queries, keys, values, mask)
         if causal and queries.shape[2] >= FEWEST_ROWS and queries.dtype == torch.bfloat16:
@@ -46,6 +48,22 @@ def _one_token(
     batch, _, _, width = queries.shape
     together = queries.reshape(batch, keys.shape[1], -1, width)
     attended = scaled_dot_product_attention(together, keys, values, attn_mask=mask)
+    return attended.reshape(batch, 1, -1)
+
+
+def _one_token_turned(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The same over keys that lie turned, which torch's own attention would copy.
+
+    Scores are rounded to the dtype, as in `_in_blocks`.
+    """
+    batch, _, _, width = queries.shape
+    together = queries.reshape(batch, keys.shape[1], -1, width) * width**-0.5
+    scores = torch.matmul(together, keys.transpose(2, 3))
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    attended = torch.matmul(scores.softmax(-1), values)
     return attended.reshape(batch, 1, -1)
 
 

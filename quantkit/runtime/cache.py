@@ -39,9 +39,7 @@ class KVCache:
         """Make room for `count` more positions."""
         needed = self.length + count
         if needed > self.capacity:
-            size = max(needed, 2 * self.capacity)
-            self.keys = [self._grown(tensor, size) for tensor in self.keys]
-            self.values = [self._grown(tensor, size) for tensor in self.values]
+            self._resize(max(needed, 2 * self.capacity))
 
     def extend(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
@@ -62,6 +60,10 @@ class KVCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Positions filled (Transformers' name for `length`)."""
         return self.length
+
+    def _resize(self, capacity: int) -> None:
+        self.keys = [self._grown(tensor, capacity) for tensor in self.keys]
+        self.values = [self._grown(tensor, capacity) for tensor in self.values]
 
     def _grown(self, tensor: torch.Tensor, capacity: int) -> torch.Tensor:
         batch, heads, _, head_dim = tensor.shape

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import embedding
 
-from quantkit.runtime import rotary
+from quantkit.runtime import operator_attention, rotary
 from quantkit.runtime.attention import attend
 from quantkit.runtime.cache import KVCache
 from quantkit.runtime.mlp import silu_mul
-from quantkit.runtime.norm import rms_norm
+from quantkit.runtime.norm import add_rms_norm, rms_norm
+from quantkit.runtime.operator_attention import Operators, TurnedCache
 from quantkit.runtime.rotary import Rotary, head_dim, rotate
 
 PART_TOKENS = 2048
@@ -90,19 +92,31 @@ class Block(nn.Module):
         self.register_buffer("k_norm", head_norms[1] if head_norms else None)
         self.qkv, self.out, self.gate_up, self.down = linears
 
-    def forward(self, x: torch.Tensor, step: Step, index: int) -> torch.Tensor:
-        """x [batch, n, hidden], changed in place to what attention and MLP add to it."""
-        normed = rms_norm(x, self.input_norm, self.eps)
-        x += self.out(self._attend(self.qkv(normed), step, index))
-        normed = rms_norm(x, self.mlp_norm, self.eps)
-        x += self.down(silu_mul(self.gate_up(normed)))
-        return x
+    def forward(
+        self,
+        x: torch.Tensor,
+        normed: torch.Tensor,
+        step: Step,
+        index: int,
+        next_norm: torch.Tensor,
+        keep: int = 0,
+    ) -> torch.Tensor:
+        """x [batch, n, hidden] and its norm before attention → the norm, by `next_norm`, after all.
+
+        What attention and MLP add is added to x in place; `normed` may be overwritten. With `keep`
+        only so many last positions are computed after attention, and x is left.
+        """
+        attended = self._attend(self.qkv(normed), step, index)
+        if keep:
+            x, attended = x[:, -keep:].contiguous(), attended[:, -keep:].contiguous()
+        normed = add_rms_norm(x, self.out(attended), self.mlp_norm, self.eps)
+        return add_rms_norm(x, self.down(silu_mul(self.gate_up(normed))), next_norm, self.eps)
 
     def _attend(self, qkv: torch.Tensor, step: Step, index: int) -> torch.Tensor:
         batch, count, _ = qkv.shape
         shape = self.shape
         turned, heads = shape.heads + shape.kv_heads, qkv.view(batch, count, -1, shape.head_dim)
-        rotated = heads[:, :, :turned]
+        rotated, values = heads[:, :, :turned], heads[:, :, turned:]
         if self.q_norm is not None and self.k_norm is not None:
             rotated = torch.cat(
                 (
@@ -111,12 +125,17 @@ class Block(nn.Module):
                 ),
                 dim=2,
             )
-        rotated = rotate(rotated, step.cos, step.sin).transpose(1, 2)
-        queries, keys = rotated[:, : shape.heads], rotated[:, shape.heads :]
-        values = heads[:, :, turned:].transpose(1, 2)
+        if step.operators is not None:
+            rotated = step.operators.rotate(rotated)
+        else:
+            rotated = rotate(rotated, step.cos, step.sin)
+        queries, keys = rotated[:, :, : shape.heads], rotated[:, :, shape.heads :]
         if self.cache_scales is not None:
             keys = through_fp8(keys, self.cache_scales.keys)
             values = through_fp8(values, self.cache_scales.values)
+        if step.operators is not None:
+            return step.operators.attend(index, queries, keys, values)
+        queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))
         if step.cache is not None:
             keys, values = step.cache.extend(index, keys, values)
         return attend(queries, keys, values, step.mask, causal=step.causal)
@@ -126,7 +145,8 @@ class Block(nn.Module):
 class Step:
     """What all layers of one forward pass share: positions, mask and cache.
 
-    `mask` is boolean [batch, 1, n, all], or None where `causal` (or nothing) says enough.
+    `mask` is boolean [batch, 1, n, all], or None where `causal` (or nothing) says enough. Where
+    `operators` are there, they know all of it.
     """
 
     cos: torch.Tensor
@@ -134,6 +154,7 @@ class Step:
     mask: torch.Tensor | None
     causal: bool
     cache: KVCache | None
+    operators: Operators | None = None
 
 
 class Decoder(nn.Module):
@@ -162,6 +183,8 @@ class Decoder(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` positions."""
         shape = (batch, self.shape.kv_heads, capacity, self.shape.head_dim)
+        if self._with_operators:
+            return TurnedCache(len(self.blocks), shape)
         return KVCache(len(self.blocks), shape, self.embed.dtype, self.embed.device)
 
     def forward(
@@ -182,35 +205,55 @@ class Decoder(nn.Module):
         for rows in self._parts(*ids.shape):
             mask = None if attention_mask is None else attention_mask[rows]
             part = None if cache is None else cache.part(rows)
-            hidden = self._hidden(ids[rows], self._step(count, mask, part))
-            parts.append(hidden[:, -keep:] if keep else hidden)
+            parts.append(self._normed(ids[rows], self._step(ids[rows].shape, mask, part), keep))
         if cache is not None:
             cache.advance(count)
-        x = parts[0] if len(parts) == 1 else torch.cat(parts)
-        logits: torch.Tensor = self.head(rms_norm(x, self.norm, self.eps))
+        normed = parts[0] if len(parts) == 1 else torch.cat(parts)
+        logits: torch.Tensor = self.head(normed)
         return logits
+
+    @cached_property
+    def _with_operators(self) -> bool:
+        return operator_attention.usable(self.embed, self.shape.head_dim)
 
     def _parts(self, batch: int, count: int) -> list[slice]:
         """Which sequences go through the layers together."""
         size = max(1, PART_TOKENS // count) if self.embed.device.type == "cpu" else batch
         return [slice(start, start + size) for start in range(0, batch, size)]
 
-    def _hidden(self, ids: torch.Tensor, step: Step) -> torch.Tensor:
+    def _normed(self, ids: torch.Tensor, step: Step, keep: int) -> torch.Tensor:
+        """What the head takes, [batch, keep or n, hidden]."""
         x = embedding(ids, self.embed)
+        normed = rms_norm(x, self.blocks[0].input_norm, self.eps)  # type: ignore[arg-type]
+        last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            x = block(x, step, index)
-        return x
+            after = self.norm if index == last else self.blocks[index + 1].input_norm
+            normed = block(x, normed, step, index, after, keep if index == last else 0)
+        return normed
 
-    def _step(self, count: int, attention_mask: torch.Tensor | None, cache: KVCache | None) -> Step:
+    def _step(
+        self, shape: torch.Size, attention_mask: torch.Tensor | None, cache: KVCache | None
+    ) -> Step:
+        """What a pass over ids of a shape [batch, n] needs."""
+        batch, count = shape
         start = 0 if cache is None else cache.length
         end = start + count
         cos, sin = self.rotary.tables(end)
         if attention_mask is None or bool(attention_mask.all()):
+            cos, sin = cos[start:end], sin[start:end]
+            if self._with_operators:
+                table, heads = self.rotary.joined(end), self.shape.heads
+                if cache is None:
+                    scratch = (batch, self.shape.kv_heads, count, self.shape.head_dim)
+                    cache = TurnedCache(len(self.blocks), scratch, shared=True)
+                if isinstance(cache, TurnedCache):
+                    operators = Operators(cache, table, batch, count, heads)
+                    return Step(cos, sin, None, False, cache, operators)
             causal = start == 0 and count > 1
             mask = None
             if start and count > 1:
                 mask = causal_mask(count, end, self.embed.device)
-            return Step(cos[start:end], sin[start:end], mask, causal, cache)
+            return Step(cos, sin, mask, causal, cache)
         real = attention_mask.to(self.embed.device, torch.bool)
         positions = (real.long().cumsum(1) - 1).clamp_(min=0)[:, start:]
         mask = causal_mask(count, end, self.embed.device) & real[:, None, None, :]

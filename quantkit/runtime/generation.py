@@ -90,8 +90,8 @@ def generate(
 
 def _picker(sampling: Sampling, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Logits [batch, vocabulary] → the next ids [batch]."""
-    if not sampling.sample:
-        return lambda logits: logits.argmax(-1)
+    if not sampling.sample:  # on a CPU, argmax of 16-bit numbers takes five times as long
+        return lambda logits: logits.max(-1).indices
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
 
     def pick(logits: torch.Tensor) -> torch.Tensor:

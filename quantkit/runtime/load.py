@@ -17,6 +17,7 @@ from quantkit.runtime.gguf import open_gguf_source
 from quantkit.runtime.hosted import build_hosted
 from quantkit.runtime.kernels import dequantized
 from quantkit.runtime.layers import LayerMaker, LayerRecord
+from quantkit.runtime.memory import keep
 from quantkit.runtime.model import Runtime
 from quantkit.runtime.source import Source, open_source
 
@@ -53,6 +54,8 @@ def load(
     build = build_hosted if unsupported(config) else build_decoder
     network = build(config, maker, progress)
     _check_all_used(source)
+    if maker.device.type == "cpu":
+        keep()
     records = maker.records + expanded_records(source)
     return Runtime(config, network, records, source.layout, _stop_tokens(source, config))
 

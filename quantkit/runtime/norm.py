@@ -20,8 +20,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if x.device.type != "cpu" or x.dtype == torch.float32:
         return torch.nn.functional.rms_norm(x, (width,), weight, eps)
     if usable(x):
+        x = x.contiguous()
         normed = torch.empty_like(x)
-        torch.ops._C.rms_norm(normed, x, weight, eps)
+        torch.ops._C.rms_norm.default(normed, x, weight, eps)
         return normed
     rows = x.reshape(-1, width)
     step = max(1, _BLOCK_ELEMENTS // width)
@@ -32,6 +33,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         block = slice(start, start + step)
         result[block] = _normalised(rows[block], weight, eps)
     return result.view(x.shape)
+
+
+def add_rms_norm(
+    x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """x += added in place, and the `rms_norm` of the sum; `added` may be overwritten by it.
+
+    Both [..., width] and contiguous.
+    """
+    if usable(x):
+        torch.ops._C.fused_add_rms_norm.default(added, x, weight, eps)
+        return added
+    x += added
+    return rms_norm(x, weight, eps)
 
 
 def _normalised(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

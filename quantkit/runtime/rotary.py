@@ -16,6 +16,7 @@ class Rotary:
         self._frequencies, self._scaling = _frequencies(config)
         self._dtype, self._device = dtype, device
         self._cos = self._sin = torch.empty(0, 1, 0, dtype=dtype, device=device)
+        self._joined = torch.empty(0, 0, dtype=dtype, device=device)
 
     def tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of at least `length` positions, in the model's dtype."""
@@ -25,6 +26,13 @@ class Rotary:
             self._cos = (angles.cos() * self._scaling).to(self._device, self._dtype).unsqueeze(1)
             self._sin = (angles.sin() * self._scaling).to(self._device, self._dtype).unsqueeze(1)
         return self._cos, self._sin
+
+    def joined(self, length: int) -> torch.Tensor:
+        """The same as one table [at least length, head_dim]: cosines, then sines."""
+        cos, sin = self.tables(length)
+        if self._joined.shape[0] != cos.shape[0]:
+            self._joined = torch.cat((cos, sin), dim=2).squeeze(1)
+        return self._joined
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -56,9 +56,8 @@ def _torch_of(packages: Path) -> str:
 
 
 def usable(x: torch.Tensor) -> bool:
-    """Whether the operators compute a tensor of this kind: bfloat16 on a CPU, contiguous."""
-    fits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous()
-    return fits and missing() is None
+    """Whether the operators compute a tensor of this kind: bfloat16 on a CPU."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and missing() is None
 
 
 class Weight:
@@ -83,4 +82,5 @@ def int8_weight(codes: torch.Tensor, scale: torch.Tensor) -> Weight:
 
 def plain_weight(weight: torch.Tensor) -> Weight:
     """A bfloat16 weight [out, in]."""
-    return Weight(torch.ops._C.create_onednn_mm_handler(weight.t(), _SHAPES), weight.nbytes)
+    pointer = torch.ops._C.create_onednn_mm_handler(weight.contiguous().t(), _SHAPES)
+    return Weight(pointer, weight.nbytes)

@@ -24,7 +24,7 @@ _GROUPS = (256, 128, 64, 32)
 _BLOCKS = (64, 32)
 _ALIGNMENT = 64
 _PACKED_ROWS = 512
-_EXPANDED_COLUMNS = 256
+_EXPANDED_COLUMNS = 1024
 
 
 class Packed(NamedTuple):
@@ -88,16 +88,16 @@ def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
 
 def _expanded(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """The product with the weight decoded, some columns of the output at a time."""
-    rows, columns = packed.shape
+    rows = packed.shape[0]
     result = x.new_empty(x.shape[0], packed.scale_zero.shape[1])
-    scale, zero = packed.scale_zero.unbind(-1)
-    zero = torch.addcmul(zero, scale, scale.new_full((), -8.0))
+    scale, zero = (grid.contiguous() for grid in packed.scale_zero.unbind(-1))
+    zero.addcmul_(scale, scale.new_full((), -8.0))
     for start in range(0, result.shape[1], _EXPANDED_COLUMNS):
         part = slice(start, min(start + _EXPANDED_COLUMNS, result.shape[1]))
-        codes = _decode(packed.weight[part], _block()).to(x.dtype)
-        cells = codes.view(-1, packed.group, codes.shape[1])
-        weight = torch.addcmul(zero[:, None, part], cells, scale[:, None, part])
-        torch.mm(x, weight.view(columns, -1), out=result[:, part])
+        weight = _decode(packed.weight[part], _block(), x.dtype)
+        cells = weight.view(-1, packed.group, weight.shape[1])
+        torch.addcmul(zero[:, None, part], cells, scale[:, None, part], out=cells)
+        torch.mm(x, weight, out=result[:, part])
     return result[:, :rows].contiguous()
 
 
@@ -112,10 +112,12 @@ def _encode(codes: torch.Tensor) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(codes.shape[0], columns // 2)
 
 
-def _decode(packed: torch.Tensor, block: int) -> torch.Tensor:
+def _decode(packed: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Tensor:
     """Rows of torch's packed codes [out, in / 2], a multiple of the block → codes [in, out]."""
     pairs = packed.reshape(packed.shape[0] // block, -1, block // 2).transpose(0, 1)
-    codes = torch.stack((pairs & 15, pairs >> 4), dim=2)
+    codes = torch.empty(pairs.shape[0], pairs.shape[1], 2, block // 2, dtype=dtype)
+    codes[:, :, 0] = pairs & 15
+    codes[:, :, 1] = pairs >> 4
     return codes.flatten(1)
 
 
@@ -128,7 +130,7 @@ def _block() -> int:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     except (RuntimeError, AttributeError):
         return 0
-    fits = (b for b in _BLOCKS if torch.equal(_decode(packed, b), codes.T.to(torch.uint8)))
+    fits = (b for b in _BLOCKS if torch.equal(_decode(packed, b, codes.dtype), codes.T))
     return next(fits, 0)
 
 
