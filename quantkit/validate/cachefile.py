@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from quantkit.cache import cache_dir
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Raised whenever the same question would be measured in another way."""
 
 Arrays = Mapping[str, NDArray[Any]]
