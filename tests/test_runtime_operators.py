@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quantkit.errors import InputError
 from quantkit.runtime import Runtime, decoder, load, vllm_operators
 from quantkit.runtime.decoder import Block, CacheScales, Decoder
+from quantkit.runtime.linear import PlainLinear
 from quantkit.runtime.norm import add_rms_norm, rms_norm
 from quantkit.runtime.operator_attention import Operators, TurnedCache, usable
 from quantkit.runtime.rotary import Rotary, rotate
@@ -183,3 +189,35 @@ def test_rotation_and_residual_norms_are_torchs(monkeypatch: pytest.MonkeyPatch)
         assert error(normed, exact) < 5e-3
         assert error(rms_norm(total.bfloat16(), weight, 1e-5), exact) < 5e-3
         without(monkeypatch)
+
+
+def test_a_cache_of_another_batch_is_refused(model: Runtime) -> None:
+    cache = model.network.new_cache(1, 64)
+    with pytest.raises(InputError, match="The cache holds 1 sequences, and 2 are given"):
+        model(ids(2, 5), past_key_values=cache)
+
+
+def test_two_threads_compute_what_one_does(network: Path) -> None:
+    model = load(network)
+    given = [ids(2, 40), ids(1, 70)]
+    alone = [model(one).logits for one in given]
+
+    def again(index: int) -> list[bool]:
+        same = (model(given[index]).logits for _ in range(40))
+        return [torch.equal(logits, alone[index]) for logits in same]
+
+    with ThreadPoolExecutor(2) as pool:
+        for right in pool.map(again, (0, 1)):
+            assert all(right)
+
+
+def test_a_copied_weight_outlives_the_first() -> None:
+    layer = PlainLinear(torch.randn(96, 64).bfloat16(), None)
+    x = torch.randn(3, 64).bfloat16()
+    wanted = layer(x)
+    other = copy.deepcopy(layer)
+    del layer
+    gc.collect()
+    assert torch.equal(other(x), wanted)
+    with pytest.raises(TypeError, match="of one process"):
+        pickle.dumps(other)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from quantkit.errors import InputError
 from quantkit.runtime import vllm_cuda_operators, vllm_library
-from quantkit.runtime.kernels import marlin_vllm
-from quantkit.runtime.layer import Layer
+from quantkit.runtime.kernels import base, marlin_vllm
+from quantkit.runtime.layer import Layer, centred, describe
 from quantkit.schemes import SCHEMES
 from quantkit.validate.builtin import has_vllm_operators
+from tests.test_runtime_kernels import random_weight
 
 
 @pytest.fixture(autouse=True)
@@ -69,12 +72,127 @@ def test_a_second_library_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert vllm_library.load(second) == "this process has loaded _C.abi3.so"
 
 
+def test_a_vllm_that_is_imported_already_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.ops._C, "rms_norm", print, raising=False)
+    assert vllm_library.load(tmp_path / "x.so") == "this process has imported a vLLM of its own"
+
+
+REPACK = "gptq_marlin_repack(Tensor b_q_weight, {}SymInt size_k, SymInt size_n, int num_bits, bool is_a_8bit) -> Tensor"  # noqa: E501
+GEMM = (
+    "marlin_gemm(Tensor a, Tensor? c_or_none, Tensor b_q_weight, Tensor? b_bias_or_none, "
+    "Tensor b_scales, Tensor? a_scales, Tensor? global_scale, Tensor? b_zeros_or_none, {}"
+    "Tensor workspace, int b_type_id, SymInt size_m, SymInt size_n, SymInt size_k, {}"
+    "bool use_atomic_add, bool use_fp32_reduce, bool is_zp_float) -> Tensor"
+)
+SCALED = "cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()"  # noqa: E501
+VERSIONS = {
+    "0.26": [
+        REPACK.format("Tensor perm, "),
+        GEMM.format("Tensor? g_idx_or_none, Tensor? perm_or_none, ", "bool is_k_full, "),
+        SCALED,
+    ],
+    "0.33": [REPACK.format(""), GEMM.format("", ""), SCALED],
+}
+"""The schemas that the two versions' libraries register."""
+
+
+@pytest.fixture
+def operators(request: pytest.FixtureRequest) -> Iterator[list[tuple[Any, ...]]]:
+    """Operators of these schemas that only note what they are called with: there is no GPU here."""
+    library: Any = torch.library.Library("_C", "FRAGMENT")  # type: ignore[no-untyped-call]
+    called: list[tuple[Any, ...]] = []
+
+    def note(*given: Any) -> torch.Tensor:
+        called.append(given)
+        return torch.zeros(1, dtype=torch.int32)
+
+    schemas = request.param if isinstance(request.param, list) else VERSIONS[request.param]
+    for schema in schemas:
+        library.define(schema)
+        library.impl(schema.split("(")[0], note, "CPU")
+    yield called
+    library._destroy()
+
+
+@pytest.mark.parametrize(
+    ("operators", "arguments"), [("0.26", (6, 19)), ("0.33", (5, 16))], indirect=["operators"]
+)
+def test_marlin_is_called_as_either_version_wants(
+    operators: list[tuple[Any, ...]], arguments: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert vllm_cuda_operators.unlike() is None
+    properties = type("Properties", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    scheme = SCHEMES["w4a16"]
+    weight = centred(random_weight(scheme, (128, 256)))
+    layer = describe("l", scheme, weight, torch.bfloat16)
+    packed = marlin_vllm.prepare(weight, layer)
+    marlin_vllm.apply(torch.zeros(3, 256, dtype=torch.bfloat16), packed)
+    assert tuple(map(len, operators)) == arguments
+    words = operators[0][0]
+    assert torch.equal((words[0] & 15).int(), weight.q[:, 0].int() + 8)
+    assert torch.equal((words[31] >> 28 & 15).int(), weight.q[:, 255].int() + 8)
+
+
+@pytest.mark.parametrize("operators", ["0.33"], indirect=True)
+def test_negative_scales_are_refused_by_marlin(
+    operators: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = SCHEMES["nvfp4a16"]
+    weight = centred(random_weight(scheme, (128, 256)))
+    weight.scale[0, 0] *= -1
+    layer = describe("l", scheme, weight, torch.bfloat16)
+    with pytest.raises(InputError, match="negative scales"):
+        marlin_vllm.prepare(weight, layer)
+    assert operators
+
+
+@pytest.mark.parametrize(
+    ("operators", "reason"),
+    [
+        ([SCALED, REPACK.format("")], "this vLLM has no operator marlin_gemm"),
+        (
+            [SCALED, REPACK.format("int tile, "), GEMM.format("", "")],
+            "this vLLM's gptq_marlin_repack takes an unknown argument, tile",
+        ),
+    ],
+    indirect=["operators"],
+)
+def test_operators_of_an_unknown_kind_are_refused(
+    operators: list[tuple[Any, ...]], reason: str
+) -> None:
+    assert vllm_cuda_operators.unlike() == reason
+    assert not operators
+
+
+@pytest.mark.parametrize(
+    ("found", "triton", "gluon"),
+    [
+        ("3.4.0", "needs Triton 3.5, this is 3.4.0", "needs Triton 3.6, this is 3.4.0"),
+        ("3.5.1", None, "needs Triton 3.6, this is 3.5.1"),
+        ("3.6.0", None, None),
+    ],
+)
+def test_an_old_triton_is_refused(
+    monkeypatch: pytest.MonkeyPatch, found: str, triton: str | None, gluon: str | None
+) -> None:
+    monkeypatch.setattr(base, "find_spec", lambda name: name)
+    monkeypatch.setattr(base, "version", lambda _: found)
+    base.no_triton.cache_clear()
+    reasons = base.no_triton(), base.no_gluon()
+    base.no_triton.cache_clear()
+    for reason, wanted in zip(reasons, (triton, gluon), strict=True):
+        assert reason == wanted if wanted is None else str(reason).startswith(wanted)
+
+
 def test_tests_compute_without_the_operators() -> None:
     assert not has_vllm_operators()
 
 
 def test_marlin_packs_the_first_code_lowest() -> None:
-    codes = torch.randint(16, (16, 24))
+    codes = torch.randint(16, (16, 24), dtype=torch.uint8)
     for dim in (0, 1):
         words = marlin_vllm._packed(codes, 4, dim)
         shifted = torch.stack([words >> 4 * at & 15 for at in range(8)], dim + 1)

@@ -6,10 +6,13 @@ from copy import copy
 
 import torch
 
+from quantkit.errors import InputError
+
 
 class KVCache:
     """Keys and values of every layer, [batch, heads, capacity, head_dim]; `length` are filled.
 
+    A subclass may keep `keys` in another order; `extend` gives them back in this one.
     Grows by doubling when a forward pass does not fit, so that a caller need not know the length.
     """
 
@@ -35,8 +38,18 @@ class KVCache:
         shared.values = [tensor[rows] for tensor in self.values]
         return shared
 
-    def reserve(self, count: int) -> None:
-        """Make room for `count` more positions."""
+    def reserve(self, batch: int, count: int) -> None:
+        """Make room for `count` more positions of `batch` sequences.
+
+        Raises InputError (`runtime.cache`) when it is a cache of another number of them.
+        """
+        held = self.keys[0].shape[0]
+        if held != batch:
+            raise InputError(
+                f"The cache holds {held} sequences, and {batch} are given.",
+                hint=f"make one of them: model.network.new_cache({batch}, capacity)",
+                code="runtime.cache",
+            )
         needed = self.length + count
         if needed > self.capacity:
             self._resize(max(needed, 2 * self.capacity))

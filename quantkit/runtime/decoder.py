@@ -1,7 +1,7 @@
 """A lean decoder for Llama-like networks (Llama, Mistral, Qwen2, Qwen3), any linear layers in it.
 
 The arithmetic is that of Transformers' modules, up to the order of roundings; q/k/v and gate/up
-are one product each, attention is torch's own, and nothing is built per call.
+are one product each, and attention is torch's own or, on a CPU, that of vLLM's operators.
 """
 
 from __future__ import annotations
@@ -197,14 +197,15 @@ class Decoder(nn.Module):
         """Token ids [batch, n] → logits [batch, keep or n, vocabulary] in the model's dtype.
 
         `attention_mask` [batch, cached + n] is 0 on padding; `keep` asks for the last positions.
+        Raises InputError for a cache of another number of sequences.
         """
-        count = ids.shape[1]
+        batch, count = ids.shape
         if cache is not None:
-            cache.reserve(count)
-        parts = []
-        for rows in self._parts(*ids.shape):
+            cache.reserve(batch, count)
+        parts, wanted = [], self._parts(batch, count)
+        for rows in wanted:
             mask = None if attention_mask is None else attention_mask[rows]
-            part = None if cache is None else cache.part(rows)
+            part = cache if cache is None or len(wanted) == 1 else cache.part(rows)
             parts.append(self._normed(ids[rows], self._step(ids[rows].shape, mask, part), keep))
         if cache is not None:
             cache.advance(count)

@@ -24,6 +24,10 @@ def unsupported(network: Decoder) -> str | None:
     reason = no_gpu(device) or no_triton()
     if reason is not None:
         return reason
+    if any(block.cache_scales for block in network.blocks):
+        reason = no_gpu(device, (8, 9))
+        if reason is not None:
+            return f"its FP8 key-value cache {reason}"
     if network.embed.dtype == torch.float32:
         return "computes in 16 bit"
     if width & (width - 1) or width < 16:

@@ -52,7 +52,10 @@ class PlainLinear(nn.Module):
         if self.kept is not None:
             result = x.new_empty(*x.shape[:-1], self.rows)
             rows = x.reshape(-1, x.shape[-1])
-            torch.ops._C.onednn_mm(result.view(-1, self.rows), rows, self.bias, self.kept.handle)
+            with vllm_operators.LOCK:
+                torch.ops._C.onednn_mm(
+                    result.view(-1, self.rows), rows, self.bias, self.kept.handle
+                )
             return result
         if not self.prepacked:
             return linear(x, self.weight, self.bias)

@@ -11,8 +11,8 @@ from functools import cached_property
 
 import torch
 
+from quantkit.runtime import vllm_operators
 from quantkit.runtime.cache import KVCache
-from quantkit.runtime.vllm_operators import missing
 
 HEAD_DIMS = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})
 """Those it is compiled for (vLLM's `CPUAttentionBackend.get_supported_head_sizes`)."""
@@ -26,8 +26,8 @@ def usable(embed: torch.Tensor, head_dim: int) -> bool:
 
     Not with AMX, for which the operator has another order of the cache.
     """
-    fits = embed.device.type == "cpu" and embed.dtype == torch.bfloat16 and head_dim in HEAD_DIMS
-    return fits and not torch.cpu._is_amx_tile_supported() and missing() is None
+    fits = head_dim in HEAD_DIMS and not torch.cpu._is_amx_tile_supported()
+    return fits and vllm_operators.usable(embed)
 
 
 class TurnedCache(KVCache):
@@ -109,11 +109,12 @@ class Operators:
             keys.flatten(0, 1), values.flatten(0, 1), *cached, self._slots, self._instructions
         )
         result = queries.new_empty(self.batch * self.count, self.heads, queries.shape[3])
-        torch.ops._C.cpu_attention_with_kv_cache.default(
-            queries.flatten(0, 1), *cached, result, self._starts, self._lengths,
-            queries.shape[3] ** -0.5, True, None, _NO_WINDOW, self._blocks, 0.0, self._schedule,
-            None, None,
-        )  # fmt: skip
+        with vllm_operators.LOCK:
+            torch.ops._C.cpu_attention_with_kv_cache.default(
+                queries.flatten(0, 1), *cached, result, self._starts, self._lengths,
+                queries.shape[3] ** -0.5, True, None, _NO_WINDOW, self._blocks, 0.0,
+                self._schedule, None, None,
+            )  # fmt: skip
         return result.view(self.batch, self.count, -1)
 
     @cached_property

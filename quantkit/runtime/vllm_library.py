@@ -17,6 +17,8 @@ def load(library: Path) -> str | None:
     """Why the operators of a library are not to be had, or None once they are registered."""
     if _loaded:
         return None if _loaded[0] == library else f"this process has loaded {_loaded[0].name}"
+    if hasattr(torch.ops._C, "rms_norm"):
+        return "this process has imported a vLLM of its own"
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:

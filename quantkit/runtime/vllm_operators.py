@@ -1,17 +1,19 @@
 """vLLM's compiled CPU operators, from the managed environment `vllm`, without importing vLLM.
 
-Where that environment is made, norms and products of the lean decoder go through them: each is one
-call in which torch needs several. One library registers them as `torch.ops._C`; which of the three
-it is follows vLLM's own choice (`vllm/platforms/cpu.py`, `import_kernels`). It must be built for
-the torch at hand.
+Where that environment is made, attention, norms and products of the lean decoder go through them:
+each is one call in which torch needs several. One library registers them as `torch.ops._C`; which
+of the three it is follows vLLM's own choice (`vllm/platforms/cpu.py`, `import_kernels`). It must be
+built for the torch at hand, and ends a process that later imports vLLM itself.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from functools import cache
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
@@ -21,6 +23,9 @@ from quantkit.runtime import vllm_library
 CREATE = "quantkit env create vllm"
 SWITCH = "QUANTKIT_VLLM_OPERATORS"
 """`off` in this variable computes as a machine does that has no such environment."""
+
+LOCK = threading.Lock()
+"""Held during a product or attention: they share one scratchpad in vLLM's library."""
 
 _SHAPES = 128
 """Shapes of input whose oneDNN plans a weight keeps, as vLLM has it."""
@@ -71,16 +76,24 @@ class Weight:
         self.nbytes = nbytes
         weakref.finalize(self, torch.ops._C.release_dnnl_matmul_handler, pointer)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
+        return self  # nothing writes to it
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a weight in oneDNN's arrangement is of one process")
+
 
 def int8_weight(codes: torch.Tensor, scale: torch.Tensor) -> Weight:
     """int8 codes [out, in] and scale float32 [out], for activations with a scale a token."""
-    pointer = torch.ops._C.create_onednn_scaled_mm_handler(
-        codes.t(), scale, torch.bfloat16, True, False, _SHAPES
-    )
+    with LOCK:
+        pointer = torch.ops._C.create_onednn_scaled_mm_handler(
+            codes.t(), scale, torch.bfloat16, True, False, _SHAPES
+        )
     return Weight(pointer, codes.nbytes)
 
 
 def plain_weight(weight: torch.Tensor) -> Weight:
     """A bfloat16 weight [out, in]."""
-    pointer = torch.ops._C.create_onednn_mm_handler(weight.contiguous().t(), _SHAPES)
+    with LOCK:
+        pointer = torch.ops._C.create_onednn_mm_handler(weight.contiguous().t(), _SHAPES)
     return Weight(pointer, weight.nbytes)

@@ -102,9 +102,6 @@ def _attend(
             v = tl.load(values + offsets, seen[:, None], other=0.0)
     result = result / tl.where(total > 0, total, 1.0)[:, None]
     line = one * SHARED + row
-    if PARTS == 1:
-        tl.store(y + line[:, None] * D + d[None, :], result.to(kind), asked[:, None])
-        return
     own = line.to(tl.int64) * PARTS + part
     tl.store(found + own[:, None] * D + d[None, :], result, asked[:, None])
     weight = tl.where(total > 0, largest + tl.log2(tl.where(total > 0, total, 1.0)), -1e30)

@@ -118,7 +118,7 @@ def multiply(
     """x [m, in] @ W.T × factor in bfloat16, [m, rows].
 
     `bits` 8: w int8 or FP8 [rows, in], scale and zero [rows / height, in / group], or with `group`
-    0 scale [rows]. `bits` 4: words, scale and zero as `fragments.few` takes them.
+    0 scale [rows]. `bits` 4: words, scale and zero as `few_rows.few` takes them.
     """
     columns = x.shape[1]
     if x.shape[0] > FEW_ROWS:

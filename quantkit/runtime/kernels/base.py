@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -36,6 +37,9 @@ class Kernel(Protocol):
 
 GPU_ONLY = "runs on a CUDA GPU"
 
+FP4_FORMATS = frozenset({(16, "e4m3"), (32, "e8m0")})
+"""Group size and scale of NVFP4 and MXFP4."""
+
 
 def no_gpu(device: torch.device, least: tuple[int, int] = (8, 0)) -> str | None:
     """Why the device is no GPU of at least this compute capability that torch can use, or None."""
@@ -51,18 +55,20 @@ def no_gpu(device: torch.device, least: tuple[int, int] = (8, 0)) -> str | None:
 
 
 @cache
-def no_triton() -> str | None:
-    """Why there is no Triton to compile a kernel with, or None."""
-    return None if find_spec("triton") else "needs Triton: pip install triton"
+def no_triton(least: tuple[int, int] = (3, 5)) -> str | None:
+    """Why there is no Triton of a version that our kernels compile with, or None."""
+    wanted = ".".join(map(str, least))
+    if not find_spec("triton"):
+        return f"needs Triton: pip install 'triton>={wanted}'"
+    found = version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) < least:
+        return f"needs Triton {wanted}, this is {found}: pip install 'triton>={wanted}'"
+    return None
 
 
-@cache
 def no_gluon() -> str | None:
     """Why there is no Gluon, Triton's language with explicit layouts, or None."""
-    reason = no_triton()
-    if reason is None and not find_spec("triton.experimental"):
-        reason = "needs a Triton that has Gluon: pip install 'triton>=3.6'"
-    return reason
+    return no_triton((3, 6))
 
 
 def not_bfloat16(layer: Layer) -> str | None:

@@ -42,6 +42,8 @@ def rejects(layer: Layer) -> str | None:
     if layer.shape[0] % _ALIGNMENT:
         return f"needs a multiple of 16 outputs, not {layer.shape[0]}"
     if layer.scheme.weight.element == "int8":
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0):
+            return "has no product of INT8 from compute capability 10.0 on"
         return int8_triton.rejects(layer)
     return fp8_scaled_mm.rejects(layer)
 
@@ -64,5 +66,7 @@ def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
         scale = quantize.tensor_scale(x)
     codes, scale = quantize.by_row(x.contiguous(), packed.weight.dtype, scale)
     result = x.new_empty(x.shape[0], packed.weight.shape[0])
-    torch.ops._C.cutlass_scaled_mm(result, codes, packed.weight.T, scale, packed.scale, None)
+    torch.ops._C.cutlass_scaled_mm.default(
+        result, codes, packed.weight.T, scale, packed.scale, None
+    )
     return result

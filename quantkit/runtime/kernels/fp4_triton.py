@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from quantkit.formats.base import QuantWeight
-from quantkit.runtime.kernels.base import no_gluon, no_gpu, not_bfloat16
+from quantkit.runtime.kernels.base import FP4_FORMATS, no_gluon, no_gpu, not_bfloat16
 from quantkit.runtime.layer import Layer
 
 NAME = "fp4_triton"
@@ -42,7 +42,7 @@ def unavailable(device: torch.device) -> str | None:
 def rejects(layer: Layer) -> str | None:
     """See `Kernel.rejects`."""
     weight, activation = layer.scheme.weight, layer.scheme.input
-    if weight.element != "fp4_e2m1" or (weight.group_size, weight.scale) not in _FORMATS:
+    if weight.element != "fp4_e2m1" or (weight.group_size, weight.scale) not in FP4_FORMATS:
         return "computes NVFP4 and MXFP4 weights"
     if activation is not None and (
         activation.element != "fp4_e2m1" or activation.scale != weight.scale
@@ -92,6 +92,3 @@ def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
         x, packed.words, packed.scale, None, packed.rows,
         bits=4, group=packed.group, floating=True, factor=packed.factor,
     )  # fmt: skip
-
-
-_FORMATS = frozenset({(16, "e4m3"), (32, "e8m0")})

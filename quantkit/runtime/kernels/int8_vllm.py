@@ -65,6 +65,7 @@ def _multiply(rows: torch.Tensor, packed: Packed, result: torch.Tensor) -> None:
     codes = torch.empty(rows.shape, dtype=torch.int8)
     scale = torch.empty(rows.shape[0], 1)
     torch.ops._C.dynamic_scaled_int8_quant.default(codes, rows.contiguous(), scale, None)
-    torch.ops._C.onednn_scaled_mm.default(
-        result, codes, scale, None, None, None, packed.weight.handle
-    )
+    with vllm_operators.LOCK:
+        torch.ops._C.onednn_scaled_mm.default(
+            result, codes, scale, None, None, None, packed.weight.handle
+        )

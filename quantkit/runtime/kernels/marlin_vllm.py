@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 import torch
 
+from quantkit.errors import InputError
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime import vllm_cuda_operators
-from quantkit.runtime.kernels.base import no_gpu, not_bfloat16
+from quantkit.runtime.kernels.base import FP4_FORMATS, no_gpu, not_bfloat16
 from quantkit.runtime.layer import Layer
 
 NAME = "marlin_vllm"
 _OUT, _IN = 64, 128
 _GROUPS = (32, 64, 128)
-_FP4 = frozenset({(16, "e4m3"), (32, "e8m0")})
 _BY_GROUP = [i + 8 * j for i in range(8) for j in range(8)]
 _BY_CHANNEL = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
 _PAIRS = (0, 2, 1, 3)
@@ -51,7 +51,7 @@ def rejects(layer: Layer) -> str | None:
     if rows % _OUT or columns % _IN:
         return f"needs multiples of 64 outputs and 128 inputs, not {rows} and {columns}"
     if weight.element == "fp4_e2m1":
-        if (weight.group_size, weight.scale) not in _FP4:
+        if (weight.group_size, weight.scale) not in FP4_FORMATS:
             return "computes NVFP4 and MXFP4 of the FP4 formats"
         return not_bfloat16(layer)
     if weight.granularity not in ("channel", "group"):
@@ -67,19 +67,26 @@ def prepare(weight: QuantWeight, layer: Layer) -> Packed:
     """See `Kernel.prepare`."""
     number, (rows, columns) = weight.format, layer.shape
     half = 1 << (number.bits - 1) if number.is_int else 0
-    codes = (weight.q.int() + half).T
-    words = torch.ops._C.gptq_marlin_repack(
-        _packed(codes, number.bits, 0), torch.empty(0, dtype=torch.int32, device=codes.device),
-        columns, rows, number.bits, False,
+    codes = (weight.q.view(torch.uint8) + half).T  # wraps: as unsigned, the least code is 0
+    words = vllm_cuda_operators.call(
+        "gptq_marlin_repack", b_q_weight=_packed(codes, number.bits, 0), size_k=columns,
+        size_n=rows, num_bits=number.bits, is_a_8bit=False,
+        perm=torch.empty(0, dtype=torch.int32, device=codes.device),
     )  # fmt: skip
     scale = weight.scale.to(layer.dtype).T.contiguous()
     single = scale.shape[0] == 1
     scale = _reordered(scale, _BY_CHANNEL if single else _BY_GROUP)
     zero = outer = None
     if weight.zero_point is not None:
-        points = _reordered((weight.zero_point + half).int().T.contiguous(), _BY_GROUP)
+        points = _reordered((weight.zero_point + half).to(torch.uint8).T.contiguous(), _BY_GROUP)
         zero = _packed(_reordered(points, _NIBBLES), 4, 1)
     if number.element == "fp4_e2m1":
+        if bool((scale < 0).any()):
+            raise InputError(
+                f"{layer.name} has negative scales, which {NAME} cannot represent.",
+                hint="leave the choice to --kernel auto, or see quantkit kernels DIR",
+                code="kernel.refused",
+            )
         scale, outer = _four_bit_scales(scale, weight.global_scale)
     workspace = torch.zeros(
         torch.cuda.get_device_properties(codes.device).multi_processor_count,
@@ -91,24 +98,26 @@ def prepare(weight: QuantWeight, layer: Layer) -> Packed:
 def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """See `Kernel.apply`."""
     x = x.contiguous()
-    result: torch.Tensor = torch.ops._C.marlin_gemm(
-        x, None, packed.words, None, packed.scale, None, packed.outer, packed.zero, None, None,
-        packed.workspace, packed.kind, x.shape[0], packed.rows, x.shape[1],
-        True, False, True, False,
+    result: torch.Tensor = vllm_cuda_operators.call(
+        "marlin_gemm", a=x, c_or_none=None, b_q_weight=packed.words, b_bias_or_none=None,
+        b_scales=packed.scale, a_scales=None, global_scale=packed.outer,
+        b_zeros_or_none=packed.zero, g_idx_or_none=None, perm_or_none=None,
+        workspace=packed.workspace, b_type_id=packed.kind, size_m=x.shape[0], size_n=packed.rows,
+        size_k=x.shape[1], is_k_full=True, use_atomic_add=False, use_fp32_reduce=True,
+        is_zp_float=False,
     )  # fmt: skip
     return result
 
 
 def _packed(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """Codes of `bits` as int32 words along a dimension of the matrix, the first one lowest."""
+    """uint8 codes of `bits` as int32 words along a dimension of the matrix, the first lowest."""
     count = 32 // bits
-    rows, columns = codes.shape
-    down = dim == 0
-    cells = codes.long().reshape((-1, count, columns) if down else (rows, -1, count))
-    shifts = torch.arange(0, 32, bits, device=codes.device)
-    shifts = shifts.view((1, -1, 1) if down else (1, 1, -1))
-    words = (cells << shifts).sum(1 if down else 2)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int().contiguous()
+    shape = [size // count if at == dim else size for at, size in enumerate(codes.shape)]
+    words = torch.zeros(shape, dtype=torch.int32, device=codes.device)
+    for at in range(count):
+        part = codes[at::count] if dim == 0 else codes[:, at::count]
+        words |= part.int() << bits * at
+    return words
 
 
 def _reordered(grid: torch.Tensor, order: list[int] | tuple[int, ...]) -> torch.Tensor:
@@ -123,12 +132,13 @@ def _four_bit_scales(
 
     E8M0 as they are. E4M3, all positive, without the sign and with one more exponent bit: twice
     the bits of float16(scale × 2^7), of which the upper byte stays; scaled up so that the
-    uppermost bit is always one, which the outer scale takes back.
+    uppermost bit is always one, which the outer scale takes back. A scale of less than 2^-14 of the
+    largest becomes 0, as in vLLM.
     """
     scale = _reordered(scale, _PAIRS)
     if outer is None:
         return scale.to(torch.float8_e8m0fnu), None
-    up = torch.exp2(torch.log2(448 / scale.max().float()).floor().clamp(min=0))
+    up = torch.exp2(torch.log2(448 / scale.max().float().clamp(min=2**-9)).floor().clamp(min=0))
     raised = (scale.float() * up).half() * 2**7
     raised[raised < 2] = 0
     upper = (raised.view(torch.int16) << 1).view(torch.float8_e4m3fn)[:, 1::2].contiguous()
