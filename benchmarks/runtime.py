@@ -39,16 +39,16 @@ LOAD = """
 import sys, time
 from pathlib import Path
 import torch
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+before, start = status("VmRSS:"), time.perf_counter()
 if sys.argv[1] == "quantkit":
     from quantkit.runtime import load
 else:
     from transformers import AutoModelForCausalLM
     import compressed_tensors
     load = AutoModelForCausalLM.from_pretrained
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-before, start = status("VmRSS:"), time.perf_counter()
 model = load(sys.argv[2])
 with torch.inference_mode():
     model(torch.arange(3, 11)[None])
@@ -56,7 +56,8 @@ print(time.perf_counter() - start, status("VmHWM:") - before)
 """
 """A child's seconds until a first forward pass is done, and the MiB that it took at most.
 
-Without the pass Transformers has mapped the files and read nothing.
+Without the pass Transformers has mapped the files and read nothing. The imports count on both
+sides: each imports Transformers, one before `load` and one, for the config, within it.
 """
 
 Timer = Callable[[], float]
