@@ -78,12 +78,28 @@ def quantized(source: Path, out: Path, name: str) -> Path:
     return write_model(out, [tensors], config)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+
+
+@ON_LINUX
 @pytest.mark.parametrize("scheme", ["", "fp8_dynamic", "w8a8_dynamic", "w4a16"])
 def test_memory_is_the_stored_size_and_one_tensor(
     random_llama: Path, tmp_path: Path, scheme: str
 ) -> None:
-    path = quantized(random_llama, tmp_path / "quantized", scheme) if scheme else random_llama
+    hold_the_bound(random_llama, tmp_path, scheme)
+
+
+@ON_LINUX
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("scheme", ["", "w8a8_dynamic"])
+def test_memory_with_weights_in_vllms_library(
+    random_llama: Path, tmp_path: Path, scheme: str
+) -> None:
+    hold_the_bound(random_llama, tmp_path, scheme)
+
+
+def hold_the_bound(source: Path, root: Path, scheme: str) -> None:
+    path = quantized(source, root / "quantized", scheme) if scheme else source
     checkpoint = open_checkpoint(path)
     largest = max(info.bytes for info in checkpoint.tensors.values())
     done = subprocess.run(
