@@ -12,8 +12,9 @@ from quantkit.errors import CheckError
 from quantkit.formats.gguf_file import GgufFile, gguf_in, open_gguf
 from quantkit.job import Reporter, Result
 from quantkit.plan import Plan
+from quantkit.publish import PROVENANCE
 from quantkit.request import Outcome, Request
-from quantkit.seal import CARD, PROVENANCE, provenance, seal, write_json
+from quantkit.seal import CARD, provenance, seal, write_json
 from quantkit.verify import EngineRequest, PlannedLayers, VerifyReport, Written, verify
 
 

@@ -21,7 +21,7 @@ from quantkit.job import NO_DATA, Job, Reporter, Result
 from quantkit.origin import plan_of_export, state_calibration, stored_recipe
 from quantkit.plan import Plan, has_experts_or_towers, make_plan
 from quantkit.process import run_worker
-from quantkit.publish import check_space, check_target, staged
+from quantkit.publish import check_apart, check_space, check_target, staged
 from quantkit.recipe import Recipe
 from quantkit.registry import MODELOPT
 from quantkit.request import ExportRequest, Outcome, Request
@@ -81,13 +81,14 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
     ui.stage("plan")
     source, plan = preflight(request)
     _refuse_untranslated(source, plan)
+    check_apart(request.out, source.path)
     check_target(request.out, overwrite=request.overwrite)
     if plan.backend.adapter is None:
         return stream(request, source, plan, ui)
     _refuse_stream_flags(request, plan)
     check_space(request.out, plan.estimate.disk, "the checkpoint")
     if request.checkpoint_save:
-        _check_state_file(request.checkpoint_save, request.overwrite, plan)
+        _check_state_file(request.checkpoint_save, request.overwrite, source, plan)
     python = find_interpreter(plan.backend, request.python or request.recipe.python)
     with staged(request.out, overwrite=request.overwrite) as partial:
         ui.stage("scan source", source.weight_bytes, "bytes")
@@ -149,7 +150,13 @@ def _refuse_untranslated(source: Checkpoint, plan: Plan) -> None:
         )
 
 
-def _check_state_file(file: Path, overwrite: bool, plan: Plan) -> None:
+def _check_state_file(file: Path, overwrite: bool, source: Checkpoint, plan: Plan) -> None:
+    if source.path.resolve() in file.resolve().parents:
+        raise InputError(
+            f"The state file {file} lies in the source {source.path}.",
+            hint="choose another --checkpoint-save",
+            code="output.is_input",
+        )
     if file.exists() and not overwrite:
         raise InputError(
             f"The state file {file} exists.",
@@ -264,6 +271,7 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
             code="state.no_model",
         )
     source = open_checkpoint(resolve_model(model, trust_remote_code=request.trust_remote_code))
+    check_apart(request.out, source.path, request.restore)
     check_target(request.out, overwrite=request.overwrite)
     ui.stage("scan source", source.weight_bytes, "bytes")
     found = scan(source, ui.advance)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from quantkit.errors import InputError
 
+PROVENANCE = "quantkit.json"
 RESUME_FOLDER = ".stream"
 """In `DIR.partial`: what a run that can be resumed remembers, until the output is complete."""
 
@@ -48,7 +49,10 @@ def staged(
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists, or a parent that cannot be written."""
+    """Refuse an output that exists, or a parent that cannot be written.
+
+    `overwrite` replaces what quantkit made, which has a quantkit.json, and nothing else.
+    """
     if target.is_file() or target.is_symlink():
         raise InputError(
             f"The output {target} exists and is not a directory.",
@@ -61,9 +65,34 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             hint="choose another --out, or replace it with --overwrite once the new one verified",
             code="output.exists",
         )
+    if target.is_dir() and any(target.iterdir()) and not (target / PROVENANCE).is_file():
+        raise InputError(
+            f"The output {target} exists and was not made by quantkit: it has no "
+            f"{PROVENANCE}. --overwrite would delete {_some_of(target)}.",
+            hint="choose another --out, or remove that directory first",
+            code="output.not_ours",
+        )
     parent = next(p for p in target.parents if p.exists())
     if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
         raise _not_writable(parent)
+
+
+def check_apart(target: Path, *inputs: Path) -> None:
+    """Refuse an output that is, or holds, a file or directory that the run reads."""
+    place = target.resolve()
+    for path in inputs:
+        found = path.resolve()
+        if place == found or place in found.parents:
+            raise InputError(
+                f"The output {target} {'is' if place == found else 'holds'} {path}, which is read.",
+                hint="choose another --out",
+                code="output.is_input",
+            )
+
+
+def _some_of(directory: Path) -> str:
+    names = sorted(entry.name for entry in directory.iterdir())
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_space(target: Path, needed: int, what: str) -> None:

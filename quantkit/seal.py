@@ -21,10 +21,9 @@ from quantkit.errors import BackendError
 from quantkit.formats.gguf_file import gguf_in
 from quantkit.job import Result
 from quantkit.plan import Plan
-from quantkit.publish import RESUME_FOLDER
+from quantkit.publish import PROVENANCE, RESUME_FOLDER
 
 SCHEMA_VERSION = 1
-PROVENANCE = "quantkit.json"
 CARD = "README.md"
 _OWN_FILES = (PROVENANCE, CARD)
 _QUANTIZATION_FILES = frozenset(

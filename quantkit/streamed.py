@@ -14,9 +14,9 @@ from quantkit.formats.base import LayerSpec
 from quantkit.formats.registry import packing, writer_named
 from quantkit.job import Reporter, Result
 from quantkit.plan import Plan
-from quantkit.publish import check_space, staged
+from quantkit.publish import PROVENANCE, check_space, staged
 from quantkit.request import Outcome, Request
-from quantkit.seal import CARD, PROVENANCE, write_json
+from quantkit.seal import CARD, write_json
 from quantkit.seam import ignore_list
 from quantkit.verify import Written
 

@@ -165,6 +165,29 @@ def test_an_existing_output_is_not_touched(small_model: Path, tmp_path: Path) ->
     assert (out / "mine").read_text() == "precious"
 
 
+def test_overwriting_replaces_nothing_but_checkpoints_of_our_own(
+    small_model: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(small_model, home / "model")
+    (home / "notes.txt").write_text("precious")
+    quick = ("--method", "rtn_w8a8_dynamic", "--overwrite")
+    for source, out, telling in (
+        (home / "model", home / "model", f"The output {home / 'model'} is {home / 'model'}"),
+        (home / "model", home, f"The output {home} holds {home / 'model'}, which is read"),
+        (small_model, home, "was not made by quantkit: it has no quantkit.json"),
+        (small_model, home / "model", "--overwrite would delete"),
+    ):
+        refused(quantkit("quantize", source, *quick, "--out", out), 1, telling)
+    assert (home / "notes.txt").read_text() == "precious"
+    assert (home / "model" / "model.safetensors").is_file()
+    refused(
+        quantkit("quantize", home / "model", *FP8, "--out", tmp_path / "new", "--overwrite",
+                 "--checkpoint-save", home / "model" / "model.safetensors"),
+        1, "lies in the source",
+    )  # fmt: skip
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 120 MB."""

@@ -48,6 +48,7 @@ def test_an_existing_output_survives_a_failed_overwrite(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
+    (target / "quantkit.json").write_text("{}")
     with pytest.raises(InputError, match="exists"), staged(target, overwrite=False):
         pass
     with pytest.raises(ValueError, match="broken"), staged(target, overwrite=True):

@@ -13,7 +13,8 @@ from typing import Any
 
 from quantkit.card import with_measured
 from quantkit.checkpoint import read_json
-from quantkit.seal import CARD, PROVENANCE
+from quantkit.publish import PROVENANCE
+from quantkit.seal import CARD
 
 
 def record(directory: Path, document: Mapping[str, Any]) -> bool:
