@@ -52,13 +52,18 @@ def export_format(recipe: Recipe) -> str:
 
 
 def _chosen(recipe: Recipe, method: Method) -> Method:
-    options = recipe.options
-    data_free = options.get("iters") == 0 and options.get("disable_opt_rtn")
-    return replace(
-        method,
-        layout=LAYOUTS[export_format(recipe)],
-        calibrated=recipe.scheme == "nvfp4" or not data_free,
-    )
+    return replace(method, layout=LAYOUTS[export_format(recipe)], calibrated=_calibrated(recipe))
+
+
+def _calibrated(recipe: Recipe) -> bool:
+    """Whether data reach the model: without tuning, only a search or static inputs ask for them.
+
+    8-bit integers are not searched for unless asked (auto_round's `quantization/rtn/config.py`).
+    """
+    plain = recipe.options.get("disable_opt_rtn")
+    if plain is None:
+        plain = recipe.scheme == "w8a16"
+    return recipe.scheme == "nvfp4" or recipe.options.get("iters") != 0 or not plain
 
 
 def _unsupported(recipe: Recipe) -> str | None:
