@@ -173,6 +173,17 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or (any(c in pattern for c in "*?[") and fnmatchcase(name, pattern))
 
 
+def pattern_fault(entry: str) -> str | None:
+    """Why a `re:` entry is no regular expression, None for one that is and for any other entry."""
+    if not entry.startswith("re:"):
+        return None
+    try:
+        re.compile(entry.removeprefix("re:"))
+    except (re.error, RecursionError, OverflowError) as error:
+        return str(error) or "it nests too deeply"
+    return None
+
+
 def named_by(module: Module, entries: Iterable[str]) -> str | None:
     """The first entry (preset or pattern) of a list that names the module, or None."""
     for entry in entries:
