@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from quantkit.errors import InputError
+
 Kind = Literal[
     "linear", "experts", "head", "embedding", "router", "tower", "mtp", "norm", "other"
 ]  # fmt: skip
@@ -177,11 +179,28 @@ def pattern_fault(entry: str) -> str | None:
     """Why a `re:` entry is no regular expression, None for one that is and for any other entry."""
     if not entry.startswith("re:"):
         return None
+    return regex_fault(entry.removeprefix("re:"))
+
+
+def regex_fault(text: str) -> str | None:
+    """Why a text is no regular expression, None for one that is."""
     try:
-        re.compile(entry.removeprefix("re:"))
+        re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         return str(error) or "it nests too deeply"
     return None
+
+
+def compiled(text: str, entry: str) -> re.Pattern[str]:
+    """The regular expression that an entry of a checkpoint's configuration holds."""
+    if fault := regex_fault(text):
+        raise InputError(
+            f"The quantization configuration holds the pattern {entry!r}, which is no regular "
+            f"expression: {fault}.",
+            hint="correct the pattern in quantization_config, as in its ignore or targets",
+            code="format.pattern",
+        )
+    return re.compile(text)
 
 
 def named_by(module: Module, entries: Iterable[str]) -> str | None:

@@ -352,3 +352,17 @@ def test_checkpoint_values_are_not_read(artifact: Artifact, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     checkpoint: Checkpoint = open_checkpoint(tmp_path)
     assert gptq.declare(checkpoint).layers == declared(source).layers
+
+
+@pytest.mark.parametrize("place", ["ignore", "targets"])
+def test_a_bad_pattern_is_refused_by_name(artifact: Artifact, tmp_path: Path, place: str) -> None:
+    def change(config: Config) -> None:
+        if place == "ignore":
+            config["ignore"].append("re:*")
+        else:
+            config["config_groups"]["group_0"]["targets"] = ["re:*"]
+
+    path = edited(artifact("llmcompressor/fp8_dynamic"), tmp_path / "model", change)
+    with pytest.raises(InputError, match=r"'re:\*'.*nothing to repeat") as caught:
+        declared(path)
+    assert caught.value.code == "format.pattern"
