@@ -366,3 +366,12 @@ def test_a_bad_pattern_is_refused_by_name(artifact: Artifact, tmp_path: Path, pl
     with pytest.raises(InputError, match=r"'re:\*'.*nothing to repeat") as caught:
         declared(path)
     assert caught.value.code == "format.pattern"
+
+
+def test_a_bad_rule_of_gptqmodel_is_refused_by_name(artifact: Artifact, tmp_path: Path) -> None:
+    path = edited(
+        artifact("gptqmodel/w4"), tmp_path / "model", lambda c: c.update(dynamic={"-:(": {}})
+    )
+    with pytest.raises(InputError, match=r"'-:\('.*unterminated") as caught:
+        declared(path)
+    assert caught.value.code == "format.pattern"
