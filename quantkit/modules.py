@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from quantkit.errors import InputError
+
 Kind = Literal[
     "linear", "experts", "head", "embedding", "router", "tower", "mtp", "norm", "other"
 ]  # fmt: skip
@@ -171,6 +173,34 @@ def matches(name: str, pattern: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return name == pattern or (any(c in pattern for c in "*?[") and fnmatchcase(name, pattern))
+
+
+def pattern_fault(entry: str) -> str | None:
+    """Why a `re:` entry is no regular expression, None for one that is and for any other entry."""
+    if not entry.startswith("re:"):
+        return None
+    return regex_fault(entry.removeprefix("re:"))
+
+
+def regex_fault(text: str) -> str | None:
+    """Why a text is no regular expression, None for one that is."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        return str(error) or "it nests too deeply"
+    return None
+
+
+def compiled(text: str, entry: str) -> re.Pattern[str]:
+    """The regular expression that an entry of a checkpoint's configuration holds."""
+    if fault := regex_fault(text):
+        raise InputError(
+            f"The quantization configuration holds the pattern {entry!r}, which is no regular "
+            f"expression: {fault}.",
+            hint="correct the pattern in quantization_config, as in its ignore or targets",
+            code="format.pattern",
+        )
+    return re.compile(text)
 
 
 def named_by(module: Module, entries: Iterable[str]) -> str | None:

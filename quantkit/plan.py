@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 
 from quantkit.checkpoint import DTYPE_BITS, Checkpoint
+from quantkit.contradictions import refuse_contradictions
 from quantkit.engines import Support, support
 from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
@@ -95,13 +96,14 @@ def make_plan(
         reasons.append(f"{code}; read that code, then pass --trust-remote-code")
     if reasons:
         raise _refusal(checkpoint.path, recipe, reasons)
+    refuse_contradictions(checkpoint)
     return _assign(checkpoint, recipe, scheme, linear_modules(checkpoint.modules))
 
 
 def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: list[Module]) -> Plan:
     layers: dict[str, Scheme] = {}
     kept: dict[str, str] = {}
-    misfits: list[str] = []
+    misfits: dict[str, str] = {}
     notes: list[str] = []
     for module in modules:
         chosen = _choose(module, recipe, scheme)
@@ -117,9 +119,11 @@ def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: lis
             layers[module.name] = chosen.with_weight(group_size=size)
             notes.append(f"{module.name}: group size {size} instead of {chosen.weight.group_size}")
         else:
-            misfits.append(misfit)
+            misfits[module.name] = misfit
     if misfits:
-        raise _misfit_error(checkpoint.path, recipe, misfits)
+        wanted = [m for m in modules if m.name in misfits or m.name in layers]
+        size = _common_size(wanted, [_choose(module, recipe, scheme) for module in wanted])
+        raise _misfit_error(checkpoint.path, recipe, misfits, size)
     if not layers:
         raise _refusal(
             checkpoint.path,
@@ -186,6 +190,14 @@ def _fitting(module: Module, scheme: Scheme) -> int | None:
     fixed = scheme.weight.scale != "float"
     sizes = (s for s in GROUP_SIZES if s < group and module.shape[-1] % s == 0)
     return None if fixed else next(sizes, None)
+
+
+def _common_size(modules: list[Module], schemes: list[Scheme | str]) -> int | None:
+    """The largest group size that fits every module, None where none does or formats fix it."""
+    if any(isinstance(s, Scheme) and s.weight.scale != "float" for s in schemes):
+        return None
+    columns = [module.shape[-1] for module in modules]
+    return next((s for s in GROUP_SIZES if all(length % s == 0 for length in columns)), None)
 
 
 def _refuse_unused_entries(recipe: Recipe, modules: list[Module]) -> None:
@@ -257,11 +269,19 @@ def _refusal(path: Path, recipe: Recipe, reasons: list[str]) -> InputError:
     )
 
 
-def _misfit_error(path: Path, recipe: Recipe, misfits: list[str]) -> InputError:
-    shown = "; ".join(misfits[:3]) + (f"; and {len(misfits) - 3} more" if len(misfits) > 3 else "")
+def _misfit_error(
+    path: Path, recipe: Recipe, misfits: Mapping[str, str], size: int | None
+) -> InputError:
+    told = list(misfits.values())
+    shown = "; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else "")
+    leaves = sorted({name.rpartition(".")[2] for name in misfits})
+    hint = f"--set group_size={size} (a size that fits), or --set on_misfit=keep16 or =fit"
+    if size is None:
+        ignored = " ".join(f"--set 'ignore+=*.{leaf}'" for leaf in leaves)
+        hint = f"{ignored}, or --set on_misfit=keep16: these layers then stay in 16 bit"
     return InputError(
         f"{recipe.name} cannot be applied to {path}: {shown}.",
-        hint="--set group_size=64 (a size that fits), or --set on_misfit=keep16 or =fit",
+        hint=hint,
         code="plan.group_size",
     )
 

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
+from quantkit.documents import TooDeepError, parse_yaml
 from quantkit.engines import engines
 from quantkit.errors import InputError
 from quantkit.gates import parse_gate
-from quantkit.modules import PRESETS
+from quantkit.modules import PRESETS, pattern_fault
 from quantkit.registry import backend_named
 from quantkit.resources import data_dir
 from quantkit.schemes import SCHEMES, KVCache, Scheme
@@ -28,16 +37,29 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _no_boolean(value: object) -> object:
+    """Python counts true as 1."""
+    if isinstance(value, bool):
+        raise ValueError("a whole number is wanted, not true or false")
+    return value
+
+
+SMALLEST_GROUP = 8
+Whole = Annotated[int, BeforeValidator(_no_boolean)]
+Positive = Annotated[int, Field(gt=0), BeforeValidator(_no_boolean)]
+GroupSize = Annotated[int, Field(ge=SMALLEST_GROUP), BeforeValidator(_no_boolean)]
+
+
 class CalibrationChoice(_Strict):
     """Which tokens the backend sees; None keeps the mixture's own value."""
 
     name: str = "default"
-    samples: int | None = Field(None, gt=0)
-    sequence_length: int | None = Field(None, gt=0)
-    seed: int | None = None
+    samples: Positive | None = None
+    sequence_length: Positive | None = None
+    seed: Whole | None = None
     short: Literal["pack", "pad", "drop"] | None = None
     allow_fewer: bool | None = None
-    batch_size: int = Field(8, gt=0)
+    batch_size: Positive = 8
 
     def overrides(self) -> dict[str, object]:
         """What this choice changes in the named mixture."""
@@ -49,19 +71,24 @@ class Override(_Strict):
 
     match: str
     scheme: str
-    group_size: int | None = Field(None, gt=0)
+    group_size: GroupSize | None = None
 
     @field_validator("scheme")
     @classmethod
     def _known(cls, value: str) -> str:
         return value if value == "keep" else _scheme_name(value)
 
+    @field_validator("match")
+    @classmethod
+    def _names(cls, value: str) -> str:
+        return _entry(value)
+
 
 class Serve(_Strict):
     """Where the result must load; a plan that one of these would refuse is refused itself."""
 
     engines: list[str] = []
-    tp: list[Annotated[int, Field(gt=0)]] = Field([1], min_length=1)
+    tp: list[Positive] = Field([1], min_length=1)
     """Tensor-parallel sizes."""
     gpu: str | None = None
 
@@ -85,7 +112,7 @@ class Recipe(_Strict):
     aliases: list[str] = []
     backend: str
     scheme: str
-    group_size: int | None = Field(None, gt=0)
+    group_size: GroupSize | None = None
     symmetric: bool = True
     targets: list[str] = ["@linear"]
     ignore: list[str] = ["@head", "@embeddings", "@routers", "@towers", "@mtp"]
@@ -97,7 +124,7 @@ class Recipe(_Strict):
     on_nan: Literal["error", "keep16"] = "error"
     on_misfit: Literal["error", "keep16", "fit"] = "error"
     shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s*(KB|MB|GB|TB)$")
-    seed: int = 0
+    seed: Whole = 0
     python: str | None = None
     serve: Serve = Serve()
 
@@ -110,17 +137,18 @@ class Recipe(_Strict):
     @classmethod
     def _gates(cls, value: list[str]) -> list[str]:
         try:
-            return [str(parse_gate(entry)) for entry in value]
+            gates = [parse_gate(entry) for entry in value]
         except InputError as error:
             raise ValueError(error.message.removesuffix(".")) from error
+        for gate in gates:
+            if not isfinite(gate.limit):
+                raise ValueError(f"the gate {gate} holds nothing; leave it out")
+        return [str(gate) for gate in gates]
 
     @field_validator("ignore", "targets")
     @classmethod
-    def _presets(cls, value: list[str]) -> list[str]:
-        for entry in value:
-            if entry.startswith("@") and entry not in PRESETS:
-                raise ValueError(f"{entry} is no preset; there are {', '.join(PRESETS)}")
-        return value
+    def _entries(cls, value: list[str]) -> list[str]:
+        return [_entry(entry) for entry in value]
 
     def resolved_scheme(self) -> Scheme:
         """The named scheme with this recipe's group size and symmetry."""
@@ -138,6 +166,15 @@ def adjusted(scheme: Scheme, group_size: int | None, symmetric: bool = True) -> 
     if not symmetric:
         changes["symmetric"] = False
     return scheme.with_weight(**changes) if changes else scheme
+
+
+def _entry(value: str) -> str:
+    """A preset, a pattern or a name, as `targets`, `ignore` and overrides hold them."""
+    if value.startswith("@") and value not in PRESETS:
+        raise ValueError(f"{value} is no preset; there are {', '.join(PRESETS)}")
+    if fault := pattern_fault(value):
+        raise ValueError(f"{value} is no regular expression: {fault}")
+    return value
 
 
 def _scheme_name(value: str) -> str:
@@ -196,8 +233,9 @@ def _find(name_or_path: str) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
+        found = "is a directory" if path.is_dir() else "does not exist"
         raise InputError(
-            f"The recipe file {path} does not exist.",
+            f"The recipe file {path} {found}.",
             hint="quantkit recipes list",
             code="recipe.missing",
         )
@@ -212,8 +250,8 @@ def _find(name_or_path: str) -> Path:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        data = parse_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise InputError(
             f"The recipe {file} cannot be read: {' '.join(str(error).split())}",
             hint="quantkit recipes show modelopt_fp8  # a recipe that works",
@@ -239,8 +277,14 @@ def _apply(data: dict[str, Any], change: str) -> None:
             code="recipe.bad_set",
         )
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:  # a preset or a glob: @ and * begin no plain YAML text
+        value = parse_yaml(text)
+    except TooDeepError as error:
+        raise InputError(
+            f"--set {path}: the value cannot be read: {error}.",
+            hint="for example --set kv_cache=fp8, or --set ignore+='re:.*o_proj'",
+            code="recipe.bad_set",
+        ) from error
+    except (yaml.YAMLError, ValueError):  # a preset or a glob: @ and * begin no plain YAML text
         value = text
     place = data
     for key in keys[:-1]:

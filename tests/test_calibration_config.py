@@ -58,6 +58,8 @@ def test_what_the_issue_names_is_bundled_and_the_default_needs_no_network() -> N
         ("short: keep\n" + SOURCE, "'pack', 'pad' or 'drop'"),
         ("- a\n- b\n", "holds a list"),
         ("a: [\n", "cannot be read"),
+        ("a: " + "[" * 5000, "nests too deeply"),
+        ("samples: 3\nsamples: 4\n" + SOURCE, "samples stands twice, in lines 1 and 2"),
     ],
 )
 def test_a_wrong_file_is_explained(tmp_path: Path, text: str, said: str) -> None:
@@ -79,6 +81,20 @@ def test_a_missing_file_and_a_close_one(tmp_path: Path) -> None:
     error = refused(str(tmp_path / "trian.jsonl"))
     assert error.code == "calibration.missing"
     assert "Did you mean train.jsonl?" in error.message
+
+
+@pytest.mark.parametrize("name", ["mix.yaml", "train.jsonl"])
+def test_a_directory_is_called_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    assert f"{name} is a directory" in refused(str(tmp_path / name)).message
+
+
+def test_a_row_without_any_text_is_not_called_ambiguous(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"text": 5}\n')
+    assert "no field that holds a text" in refused(str(file)).message
+    file.write_text('{"a": "x", "b": "y"}\n')
+    assert "several fields that could be the text: a, b" in refused(str(file)).message
 
 
 def test_a_file_of_unknown_type(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,10 @@ def test_a_field_that_does_not_exist(tmp_path: Path, kind: str) -> None:
         ("a.json", b'[{"text": "a"}, ', "cannot be read as json"),
         ("a.csv", b'text\n"never closed\n', "cannot be read as csv"),
         ("a.csv", "text\nä\n".encode("latin-1"), "cannot be read as csv"),
+        ("a.json", b"[" * 100_000, "nests too deeply"),
+        ("a.jsonl", b'{"text": "a"}\n\n' + b'{"text":' * 100_000, "line 3: it nests too deeply"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b\\ud83d"}\n', "line 3: text holds '\\ud83d'"),
+        ("a.json", b'[{"text": "a"}, {"text": "b\\ud83d"}]', "row 2: text holds '\\ud83d'"),
         ("a.parquet", b"PAR1 cut short", "cannot be read as parquet"),
         ("a.txt", "ä".encode("latin-1"), "cannot be read as UTF-8"),
         ("a.jsonl", b"\n\n", "has no rows"),
@@ -88,9 +93,21 @@ def test_a_field_that_does_not_exist(tmp_path: Path, kind: str) -> None:
 )
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
         read(tmp_path / name)
     assert name in caught.value.message
+
+
+def test_a_source_that_is_a_directory_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"a\.jsonl is a directory"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_half_a_surrogate_pair_beside_the_text_is_no_fault(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "\\ud83d\\ude00", "title": "\\ud83d"}\n')
+    assert [d.content for d in read(file) if isinstance(d, Document)] == ["\U0001f600"]
 
 
 def test_conversations_and_rows_that_are_none(tmp_path: Path) -> None:

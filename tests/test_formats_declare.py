@@ -352,3 +352,26 @@ def test_checkpoint_values_are_not_read(artifact: Artifact, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     checkpoint: Checkpoint = open_checkpoint(tmp_path)
     assert gptq.declare(checkpoint).layers == declared(source).layers
+
+
+@pytest.mark.parametrize("place", ["ignore", "targets"])
+def test_a_bad_pattern_is_refused_by_name(artifact: Artifact, tmp_path: Path, place: str) -> None:
+    def change(config: Config) -> None:
+        if place == "ignore":
+            config["ignore"].append("re:*")
+        else:
+            config["config_groups"]["group_0"]["targets"] = ["re:*"]
+
+    path = edited(artifact("llmcompressor/fp8_dynamic"), tmp_path / "model", change)
+    with pytest.raises(InputError, match=r"'re:\*'.*nothing to repeat") as caught:
+        declared(path)
+    assert caught.value.code == "format.pattern"
+
+
+def test_a_bad_rule_of_gptqmodel_is_refused_by_name(artifact: Artifact, tmp_path: Path) -> None:
+    path = edited(
+        artifact("gptqmodel/w4"), tmp_path / "model", lambda c: c.update(dynamic={"-:(": {}})
+    )
+    with pytest.raises(InputError, match=r"'-:\('.*unterminated") as caught:
+        declared(path)
+    assert caught.value.code == "format.pattern"

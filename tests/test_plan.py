@@ -158,3 +158,33 @@ def test_native_architectures_need_no_remote_code(small_model: Path, tmp_path: P
     edit_json(model / "config.json", lambda c: c.update(auto_map={"AutoModelForCausalLM": "x.Y"}))
     assert plan_for(model).layers
     assert "auto_map" in json.loads((model / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("method", "hint"),
+    [
+        ("rtn_w4a16", "--set 'ignore+=*.down_proj'"),
+        ("rtn_nvfp4a16", "--set 'ignore+=*.down_proj'"),
+    ],
+)
+def test_the_hint_names_a_group_size_only_where_one_fits(
+    method: str, hint: str, tmp_path: Path
+) -> None:
+    config = hf.LlamaConfig(**{**SMALL, "intermediate_size": 200})
+    model = save(config, tmp_path / "model")
+    size = ("group_size=64",) if method == "rtn_w4a16" else ()
+    with pytest.raises(InputError, match="would fit: none") as caught:
+        plan_for(model, method, *size)
+    assert hint in caught.value.hint
+    assert "group_size" not in caught.value.hint
+    plan = plan_for(model, method, *size, "ignore+=*.down_proj")
+    assert "model.layers.0.mlp.down_proj" in plan.kept
+
+
+def test_the_hint_names_the_largest_group_size_that_fits(tmp_path: Path) -> None:
+    config = hf.LlamaConfig(**{**SMALL, "intermediate_size": 96})
+    model = save(config, tmp_path / "model")
+    with pytest.raises(InputError) as caught:
+        plan_for(model, "rtn_w4a16", "group_size=64")
+    assert "--set group_size=32" in caught.value.hint
+    assert plan_for(model, "rtn_w4a16", "group_size=32").layers

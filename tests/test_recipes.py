@@ -56,6 +56,20 @@ def test_set_reaches_nested_keys_and_appends() -> None:
         ("kv_cache", ["kv_cache", "KEY=VALUE"]),
         ("seed.a=1", ["seed"]),
         ("backend=modelop", ["modelop"]),
+        ("ignore+=re:*", ["ignore", "re:* is no regular expression", "nothing to repeat"]),
+        ('targets=["re:("]', ["targets", "re:( is no regular expression"]),
+        (
+            'overrides=[{"match": "re:(", "scheme": "keep"}]',
+            ["overrides.0.match", "re:( is no regular expression"],
+        ),
+        ("overrides=[{match: '@gates', scheme: keep}]", ["overrides.0.match", "@gates"]),
+        ("group_size=true", ["group_size", "True", "whole number"]),
+        ("calibration.samples=true", ["calibration.samples", "whole number"]),
+        ("seed=false", ["seed", "whole number"]),
+        ("group_size=1", ["group_size", "1", "greater than or equal to 8"]),
+        ('gates=["ppl_ratio<=inf"]', ["gates", "ppl_ratio<=inf", "holds nothing"]),
+        ('gates=["ppl_ratio<=nan"]', ["gates", "ppl_ratio<=nan"]),
+        ("ignore=" + "[" * 5000, ["--set ignore", "nests too deeply"]),
     ],
 )
 def test_a_wrong_change_is_explained(change: str, telling: list[str]) -> None:
@@ -73,6 +87,9 @@ def test_a_wrong_change_is_explained(change: str, telling: list[str]) -> None:
         ("backend: [unclosed", "cannot be read"),
         ("backend: modelopt\n", "scheme is missing"),
         ("scheme: fp8\nbackend: modelopt\nshceme: fp8\n", "shceme"),
+        ("scheme: fp8\nbackend: modelopt\nscheme: int8\n", "scheme stands twice, in lines 1 and 3"),
+        ("options: {a: 1, a: 2}\n", "a stands twice"),
+        ("[" * 5000, "nests too deeply"),
     ],
 )
 def test_a_wrong_file_is_explained(tmp_path: Path, text: str, telling: str) -> None:
@@ -82,6 +99,13 @@ def test_a_wrong_file_is_explained(tmp_path: Path, text: str, telling: str) -> N
         load_recipe(str(file))
     assert telling in caught.value.message
     assert "mine.yaml" in caught.value.message
+
+
+def test_a_directory_is_called_one(tmp_path: Path) -> None:
+    folder = tmp_path / "mine.yaml"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"mine\.yaml is a directory"):
+        load_recipe(str(folder))
 
 
 def test_a_close_method_name_is_suggested() -> None:

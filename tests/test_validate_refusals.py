@@ -25,6 +25,7 @@ from quantkit.validate.run import ValidateRequest, validate
 from quantkit.validate.write import check_reports, write_reports
 from tests.cli import quantkit, refused
 from tests.damage import DOWN, configuring, dropping, patching
+from tests.families import model
 from tests.helpers import cut_layers, edit_json
 from tests.rtn import rtn, tiny_moe
 from tests.validating import (
@@ -61,6 +62,7 @@ def test_broken_checkpoint_is_refused_before_anything_is_generated(
     with pytest.raises(InputError) as caught:
         validate(ValidateRequest(copy, str(small_model)), ui)
     assert telling in caught.value.message
+    assert ".." not in caught.value.message.removesuffix(".")
     assert set(ui.stages) <= {"verify"}
 
 
@@ -91,6 +93,19 @@ def test_a_mixture_of_experts_is_refused_before_any_work(small_model: Path, tmp_
     with pytest.raises(InputError, match="is a mixture of experts"):
         validate(ValidateRequest(held, str(source), device="cpu"), ui)
     assert ui.stages == []
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_before_any_measurement(
+    small_model: Path, tmp_path: Path
+) -> None:
+    source = model("llama", tmp_path / "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(small_model / name, source / name)
+    held = rtn(source, tmp_path / "w8a8", SCHEMES["w8a8_dynamic"])
+    ui = Quiet()
+    with pytest.raises(InputError, match=r"gives the id \d+, but the embedding has 128 rows"):
+        validate(ValidateRequest(held, str(source), device="cpu", samples=4), ui)
+    assert set(ui.stages) <= {"verify", "scan baseline"}
 
 
 @pytest.mark.parametrize(

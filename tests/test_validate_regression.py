@@ -110,6 +110,13 @@ def test_a_damaged_report_is_refused_when_it_is_read(
     assert telling in caught.value.message
 
 
+def test_a_report_that_nests_too_deeply_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="nests too deeply"):
+        read_report(file)
+
+
 @pytest.mark.parametrize(
     ("part", "key"),
     [("checkpoint", "recipe_digest"), ("baseline", "fingerprint"), ("text", "digest"),

@@ -18,6 +18,7 @@ from quantkit.calibration.config import (
     FileSource,
 )
 from quantkit.calibration.rows import guess_field
+from quantkit.documents import parse_yaml
 from quantkit.errors import InputError
 from quantkit.resources import data_dir
 
@@ -70,6 +71,12 @@ def load_calibration(
 def _existing(path: Path) -> Path:
     if path.is_file():
         return path
+    if path.is_dir():
+        raise InputError(
+            f"The calibration {path} is a directory, not a file.",
+            hint=f"name a file in it, or write a calibration whose source is a file: {EXAMPLE}",
+            code="calibration.missing",
+        )
     folder = path.parent
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     raise InputError(
@@ -118,8 +125,8 @@ def _data_file(file: Path) -> dict[str, Any]:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        data = parse_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise InputError(
             f"The calibration {file} cannot be read: {' '.join(str(error).split())}",
             hint=EXAMPLE,

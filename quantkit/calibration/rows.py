@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from quantkit.documents import parse_json
 from quantkit.errors import InputError
 
 INSTALL = "pip install 'quantkit[datasets]'"
@@ -20,10 +21,14 @@ MAX_CSV_FIELD = 1 << 30
 
 
 class JsonLines(Sequence[Any]):
-    """The objects of a JSON lines file, parsed when asked for; blank lines are not rows."""
+    """The objects of a JSON lines file, parsed when asked for; blank lines are not rows.
 
-    def __init__(self, path: Path) -> None:
+    `field` is the one whose text will be read: it must be text that UTF-8 can hold.
+    """
+
+    def __init__(self, path: Path, field: str | None = None) -> None:
         self.path = path
+        self.field = field
         self._starts = array("Q")
         self._lines = array("Q")
         start = 0
@@ -48,9 +53,11 @@ class JsonLines(Sequence[Any]):
             handle.seek(self._starts[index])
             line = handle.readline()
         try:
-            return json.loads(line)
+            row = parse_json(line)
+            _check_text(row, self.field)
         except ValueError as error:
             raise _unreadable(self.path, f"line {self._lines[index]}: {error}") from error
+        return row
 
 
 def read_rows(path: Path, field: str) -> Sequence[Any]:
@@ -63,7 +70,7 @@ def read_rows(path: Path, field: str) -> Sequence[Any]:
     if path.suffix.lower() == ".parquet":
         rows = _read_parquet(path, field)
     else:
-        rows = _read_text_rows(path)
+        rows = _read_text_rows(path, field)
     if not rows:
         raise InputError(
             f"{path} has no rows.",
@@ -98,16 +105,21 @@ def guess_field(path: Path) -> tuple[str, str]:
     row = rows[0] if rows and isinstance(rows[0], Mapping) else {}
     conversations = [name for name, value in row.items() if is_conversation(value)]
     texts = [name for name, value in row.items() if isinstance(value, str)]
-    for kind, found, usual in (
+    for kind, named, usual in (
         ("messages_field", conversations, "messages"),
         ("text_field", texts, "text"),
     ):
-        if usual in found or len(found) == 1:
-            return kind, usual if usual in found else found[0]
+        if usual in named or len(named) == 1:
+            return kind, usual if usual in named else named[0]
     if not row:
         return "text_field", "text"
+    found = (
+        f"several fields that could be the text: {', '.join(texts)}"
+        if texts
+        else f"no field that holds a text or a conversation; its fields are {', '.join(row)}"
+    )
     raise InputError(
-        f"{path.name} has several fields that could be the text: {', '.join(texts or row)}.",
+        f"{path.name} has {found}.",
         hint="write a calibration file with this source and its text_field: "
         "quantkit calibration show default  # an example",
         code="calibration.no_field",
@@ -129,17 +141,29 @@ def is_conversation(value: object) -> bool:
     )
 
 
-def _read_text_rows(path: Path) -> Sequence[Any]:
+def _read_text_rows(path: Path, field: str | None = None) -> Sequence[Any]:
     try:
         if path.suffix.lower() == ".csv":
             return _read_csv(path)
         if path.suffix.lower() == ".json" and _first_byte(path) == b"[":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            rows = parse_json(path.read_text(encoding="utf-8-sig"))
             assert isinstance(rows, list)
+            for number, row in enumerate(rows, 1):
+                _check_text(row, field, f"row {number}: ")
             return rows
     except (ValueError, OSError, csv.Error) as error:
         raise _unreadable(path, str(error)) from error
-    return JsonLines(path)
+    return JsonLines(path, field)
+
+
+def _check_text(row: object, field: str | None, where: str = "") -> None:
+    """ValueError where the field holds half a surrogate pair, which JSON can say and UTF-8 not."""
+    value = row.get(field) if field is not None and isinstance(row, Mapping) else None
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"{where}{field} holds {half}, half of a surrogate pair") from error
 
 
 def _first_byte(path: Path) -> bytes:

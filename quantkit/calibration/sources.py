@@ -129,8 +129,9 @@ def _open_files(source: FileSource) -> Corpus:
     paths = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
     paths = [file for file in paths if file.is_file()]
     if not paths:
+        found = "is a directory, not a file" if path.is_dir() else "does not exist"
         raise InputError(
-            f"The calibration source {path} does not exist.",
+            f"The calibration source {path} {found}.",
             hint="paths are relative to the calibration file; correct the source's path",
             code="calibration.missing",
         )

@@ -119,12 +119,14 @@ def show_command(
 def _overrides(sets: list[str]) -> dict[str, object]:
     import yaml
 
+    from quantkit.documents import parse_yaml
+
     changes: dict[str, object] = {}
     for change in sets:
         key, sign, text = change.partition("=")
         try:
-            changes[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            changes[key] = parse_yaml(text)
+        except (yaml.YAMLError, ValueError):
             sign = ""
         if not sign or not key:
             raise InputError(

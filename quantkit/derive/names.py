@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quantkit.derive.sizes import Sizes
+from quantkit.errors import InputError
 from quantkit.modules import is_tied, text_config, text_size
 
 _BIASED = ("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text")
@@ -47,8 +48,34 @@ def left_out(config: Mapping[str, Any]) -> list[str]:
     return [*found, "MTP layers"] if text_size(config, "num_nextn_predict_layers") else found
 
 
-def _in_fp8_blocks(config: Mapping[str, Any], name: str) -> bool:
+def stored_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `quantization_config` of a source in FP8 blocks, {} of any other.
+
+    Raises InputError where it, or what names and shapes follow from, has another form.
+    """
     settings = config.get("quantization_config") or {}
+    if not isinstance(settings, Mapping):
+        raise _malformed("quantization_config", settings, "an object")
+    block = settings.get("weight_block_size") or (128, 128)
+    pair = isinstance(block, Sequence) and len(block) == 2
+    if not pair or not all(isinstance(side, int) and side > 0 for side in block):
+        raise _malformed("quantization_config.weight_block_size", block, "two sizes")
+    excluded = settings.get("modules_to_not_convert") or ()
+    if not isinstance(excluded, Sequence) or not all(isinstance(e, str) for e in excluded):
+        raise _malformed("quantization_config.modules_to_not_convert", excluded, "a list of names")
+    return settings
+
+
+def _malformed(key: str, value: object, wanted: str) -> InputError:
+    return InputError(
+        f"config.json states {key}={value!r}, not {wanted}.",
+        hint="take the model's own config.json, as it was published",
+        code="plan.bad_config",
+    )
+
+
+def _in_fp8_blocks(config: Mapping[str, Any], name: str) -> bool:
+    settings = stored_settings(config)
     excluded = settings.get("modules_to_not_convert") or ()
     stored = bool(settings.get("weight_block_size")) and name.endswith(_BLOCK_FP8)
     return stored and not any(entry in name for entry in excluded)

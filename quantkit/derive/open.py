@@ -18,7 +18,7 @@ from quantkit.checkpoint import (
     read_json,
     read_weight_map,
 )
-from quantkit.derive.names import derived_names, is_known
+from quantkit.derive.names import derived_names, is_known, stored_settings
 from quantkit.derive.shapes import derived_shape
 from quantkit.derive.sizes import sizes
 from quantkit.errors import InputError
@@ -106,7 +106,7 @@ def _derived(
 
 def _grid(shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape of a weight's inverse scales: one a block of `weight_block_size`."""
-    block = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+    block = stored_settings(config).get("weight_block_size") or (128, 128)
     return tuple(-(-length // step) for length, step in zip(shape, block, strict=False))
 
 

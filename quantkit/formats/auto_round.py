@@ -8,7 +8,6 @@ left alone). Layout: auto-round 0.15, `export/export_to_autoround`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +17,7 @@ from quantkit.errors import InputError
 from quantkit.formats import awq, compressed_tensors, gptq, inventory
 from quantkit.formats.base import Declaration, Format, LayerSpec, Problem, QuantWeight, TensorSpec
 from quantkit.formats.inventory import Parts
-from quantkit.modules import Module
+from quantkit.modules import Module, compiled
 from quantkit.schemes import NumberFormat, scheme_for
 
 if TYPE_CHECKING:
@@ -57,10 +56,12 @@ def declare(checkpoint: Checkpoint) -> Declaration:
     extra: Mapping[str, Mapping[str, Any]] = config.get("extra_config") or {}
     blocks = _blocks(config.get("block_name_to_quantize") or config.get("to_quant_block_names"))
 
+    patterns = [(entry, compiled(entry, entry)) for entry in extra if _is_regex(entry)]
+
     def entry_of(name: str) -> str | None:
         if name in extra:
             return name
-        return next((entry for entry in extra if _is_regex(entry) and re.search(entry, name)), None)
+        return next((entry for entry, pattern in patterns if pattern.search(name)), None)
 
     def settings(name: str) -> Mapping[str, Any]:
         entry = entry_of(name)

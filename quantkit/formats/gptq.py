@@ -18,7 +18,7 @@ from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, LayerSpec, Problem, QuantWeight, TensorSpec
 from quantkit.formats.inventory import Parts
 from quantkit.formats.packing import pack_words, unpack_words, words_for
-from quantkit.modules import Module, layer_index
+from quantkit.modules import Module, compiled, layer_index
 from quantkit.schemes import Element, NumberFormat, Scheme, scheme_for
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def declare(checkpoint: Checkpoint) -> Declaration:
     found = inventory.take(checkpoint, quant_suffixes())
     dynamic: Mapping[str, Any] = config.get("dynamic") or {}
     listed = _flatten(config.get("modules_in_block_to_quantize"))
-    rules = [(rule, re.compile(rule.removeprefix("+:").removeprefix("-:"))) for rule in dynamic]
+    rules = [(rule, compiled(rule.removeprefix("+:").removeprefix("-:"), rule)) for rule in dynamic]
 
     def rule_of(name: str) -> str | None:
         return next((rule for rule, pattern in rules if pattern.match(name)), None)

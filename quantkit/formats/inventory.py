@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.engines.aliases import aliases_of
 from quantkit.formats.base import LayerSpec, TensorSpec, is_kv_cache_tensor
-from quantkit.modules import Module, classify, is_tied, linear_modules, text_config
+from quantkit.modules import Module, classify, compiled, is_tied, linear_modules, text_config
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +170,7 @@ class Matcher:
     def __post_init__(self) -> None:
         for index, pattern in enumerate(self.patterns):
             if pattern.kind == "regex":
-                self.regex.append((index, re.compile(pattern.text)))
+                self.regex.append((index, compiled(pattern.text, pattern.entry)))
             else:
                 table = {"exact": self.exact, "path": self.path, "prefix": self.prefix}
                 table[pattern.kind].setdefault(pattern.text, index)

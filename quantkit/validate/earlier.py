@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from quantkit.documents import parse_json
 from quantkit.errors import InputError
 from quantkit.validate.report import KIND, SCHEMA_VERSION
 
@@ -15,7 +15,7 @@ _PARTS = ("checkpoint", "baseline", "text", "engine", "metrics", "windows", "rig
 def read_report(path: Path) -> dict[str, Any]:
     """An earlier JSON report; InputError for a file that is none, or of another version."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _no_report(path, f"cannot be read: {error}") from error
     if not isinstance(document, dict) or document.get("kind") != KIND:

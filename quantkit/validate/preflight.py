@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from quantkit.errors import InputError
 from quantkit.formats.gguf_file import GgufFile, gguf_in, open_gguf
 from quantkit.formats.registry import is_quantized
 from quantkit.hub import resolve_model
-from quantkit.modules import text_config
+from quantkit.modules import text_config, text_size
 from quantkit.verify import VerifyReport, verify
 from quantkit.verify.run import Progress
 
@@ -23,6 +23,8 @@ SHAPE_KEYS = (
 )  # fmt: skip
 PROBE = 'The quick brown fox (№ 42) said:\n\t"naïve café, 3.14 – 世界!"  def f(x): return x**2'
 """Text whose ids tell one tokenizer from another."""
+
+_EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "embed_in", "wte")
 
 _STILL_LOADS = (
     "sqnr.", "scale.wrong", "fold.", "ledger.altered", "ledger.cast", "sidecar.", "config.removed",
@@ -72,7 +74,8 @@ def check_integrity(candidate: Candidate, progress: Progress | None = None) -> V
     if fatal:
         more = f" (and {len(fatal) - 1} more errors)" if len(fatal) > 1 else ""
         raise InputError(
-            f"{candidate.path} is not a consistent checkpoint: {fatal[0].message}{more}.",
+            f"{candidate.path} is not a consistent checkpoint: "
+            f"{fatal[0].message.removesuffix('.')}{more}.",
             hint=f"quantkit verify {candidate.path} --source {candidate.baseline.path}",
             code=fatal[0].code,
         )
@@ -82,6 +85,20 @@ def check_integrity(candidate: Candidate, progress: Progress | None = None) -> V
 def tokenizer_of(model: Path) -> Tokenizer:
     """The model's own tokenizer; InputError when it has none that can be read."""
     return load_tokenizer(read_tokenizer_info(model))
+
+
+def refuse_missing_rows(base: Checkpoint, ids: Iterable[Sequence[int]]) -> None:
+    """InputError where the tokenizer gives an id that the network's embedding has no row for."""
+    tables = [m.shape[0] for m in base.modules if m.name.endswith(_EMBEDDINGS)]
+    rows = max(tables, default=0) or text_size(base.config, "vocab_size")
+    highest = max((max(one) for one in ids if len(one)), default=0)
+    if rows and highest >= rows:
+        raise InputError(
+            f"The tokenizer of {base.path} gives the id {highest}, but the embedding has "
+            f"{rows} rows.",
+            hint="put the tokenizer files beside the weights that belong to them",
+            code="validate.small_vocabulary",
+        )
 
 
 def _provenance(path: Path) -> dict[str, Any] | None:

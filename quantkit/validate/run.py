@@ -49,6 +49,7 @@ from quantkit.validate.preflight import (
     Candidate,
     check_integrity,
     open_candidate,
+    refuse_missing_rows,
     remembered,
     tokenizer_of,
 )
@@ -145,6 +146,9 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
         refuse_incomparable(vars(report), earlier)
     prompts, ids = canary_prompts(base.path, tokenizer, longest)
     asked_facts = facts(FACTS_A_SAMPLE * request.samples)
+    said = (word for fact in asked_facts for word in (fact.prompt, *fact.choices))
+    texts = (tokenizer.encode(word, True) for word in said)
+    refuse_missing_rows(base, [*text.windows.tolist(), *ids, *texts])
     questions = Questions(
         tokenizer, text, prompts, ids, asked_facts, tasks, request.throughput, longest
     )

@@ -6,7 +6,6 @@ the start of the name.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from quantkit.engines.belief import (
@@ -24,6 +23,7 @@ from quantkit.engines.belief import (
 from quantkit.engines.candidate import Candidate
 from quantkit.engines.data import Family
 from quantkit.engines.names import Layer
+from quantkit.modules import compiled
 
 
 class Entries:
@@ -32,7 +32,7 @@ class Entries:
     def __init__(self, entries: Iterable[str], suffix: bool = False) -> None:
         found = list(entries)
         self.exact = {e for e in found if not e.startswith("re:")}
-        self.patterns = {e: re.compile(e[3:]) for e in found if e.startswith("re:")}
+        self.patterns = {e: compiled(e[3:], e) for e in found if e.startswith("re:")}
         self.suffix = suffix
 
     def match(self, name: str) -> str | None:

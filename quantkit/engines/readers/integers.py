@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from quantkit.engines.belief import (
 from quantkit.engines.candidate import Candidate
 from quantkit.engines.data import Family
 from quantkit.engines.names import Layer
+from quantkit.modules import compiled
 
 
 def gptq(family: Family, candidate: Candidate, *, stored: bool) -> Reader:
@@ -30,7 +30,7 @@ def gptq(family: Family, candidate: Candidate, *, stored: bool) -> Reader:
     that it knows as merged it looks for the members, also where the file holds it as one.
     """
     rules = [
-        (rule, re.compile(rule.removeprefix("+:").removeprefix("-:")), changes)
+        (rule, compiled(rule.removeprefix("+:").removeprefix("-:"), rule), changes)
         for rule, changes in (candidate.settings.get("dynamic") or {}).items()
     ]
     head = bool(candidate.settings.get("lm_head"))
@@ -90,7 +90,7 @@ def auto_round(family: Family, candidate: Candidate) -> Reader:
         mapped_name(name, family): entry
         for name, entry in (settings.get("extra_config") or {}).items()
     }
-    patterns = [(n, re.compile(n)) for n in extra if any(c in n for c in "*+?^$()[]{}|\\")]
+    patterns = [(n, compiled(n, n)) for n in extra if any(c in n for c in "*+?^$()[]{}|\\")]
     blocks = settings.get("block_name_to_quantize") or settings.get("to_quant_block_names") or ()
     starts = mapped(blocks.split(",") if isinstance(blocks, str) else _flat(blocks), family)
 
