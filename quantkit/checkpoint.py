@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint directory, read only: config, index, headers, lazy tensors, digests.
 
-Headers are parsed here with the standard library, so that a plan needs neither torch nor
+Headers are parsed with the standard library (`headers`), so that a plan needs neither torch nor
 safetensors; tensors are read with safetensors on request, one at a time.
 """
 
@@ -8,48 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import InputError
+from quantkit.headers import DTYPE_BITS, TensorInfo, broken, read_header, read_json
+from quantkit.model_config import read_model_config
 from quantkit.modules import Module, classify
 
 if TYPE_CHECKING:
     import torch
 
+__all__ = [
+    "DTYPE_BITS", "INDEX_SUFFIX", "VOLATILE_CONFIG_KEYS", "Checkpoint", "TensorInfo", "index_of",
+    "is_sidecar", "open_checkpoint", "read_header", "read_json", "read_model_config",
+    "read_weight_map",
+]  # fmt: skip
+
 INDEX_SUFFIX = ".safetensors.index.json"
-MAX_HEADER = 100_000_000
-
-DTYPE_BITS: dict[str, int] = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
-    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor as its shard's header describes it; `start` and `end` are file offsets."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    end: int
-
-    @property
-    def bytes(self) -> int:
-        return self.end - self.start
-
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -115,7 +95,7 @@ class Checkpoint:
             while left:
                 piece = handle.read(min(left, 4 << 20))
                 if not piece:
-                    raise _broken(info.file, f"ends inside tensor {name}", "checkpoint.truncated")
+                    raise broken(info.file, f"ends inside tensor {name}", "checkpoint.truncated")
                 total.update(piece)
                 left -= len(piece)
         return total.hexdigest()
@@ -189,7 +169,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             hint="save the model with save_pretrained, or copy its config.json here",
             code="checkpoint.no_config",
         )
-    config = read_json(config_file)
+    config = read_model_config(config_file)
     documents = {
         name: read_json(path / name)
         for name in (
@@ -204,21 +184,30 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, config, _read_headers(path), documents)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; InputError when it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise _broken(path, f"is not readable JSON: {error}", "checkpoint.bad_json") from error
-    if not isinstance(value, dict):
-        raise _broken(path, f"holds a {type(value).__name__}, not an object", "checkpoint.bad_json")
-    return value
+def index_of(path: Path) -> Path | None:
+    """The index of a directory's shards; InputError when there are two.
+
+    Mistral's `consolidated` copy of the weights, which engines skip, does not count beside another.
+    """
+    found = sorted(path.glob(f"*{INDEX_SUFFIX}"))
+    ours = [file for file in found if not _is_copy(file)] or found
+    if len(ours) > 1:
+        raise InputError(
+            f"{path} has {len(ours)} indices, {ours[0].name} and {ours[1].name}; engines read one.",
+            hint="remove the index that does not belong to these weights",
+            code="checkpoint.second_index",
+        )
+    return ours[0] if ours else None
+
+
+def _is_copy(file: Path) -> bool:
+    return file.name.startswith("consolidated")
 
 
 def _read_headers(path: Path) -> dict[str, TensorInfo]:
-    index_files = sorted(path.glob(f"*{INDEX_SUFFIX}"))
-    if index_files:
-        return _read_indexed(path, index_files[0])
+    index_file = index_of(path)
+    if index_file is not None:
+        return _read_indexed(path, index_file)
     shards = sorted(path.glob("*.safetensors"))
     if not shards:
         others = sorted(p.name for p in path.glob("*.bin")) + sorted(
@@ -234,7 +223,7 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
     for shard in shards:
         for name, info in read_header(shard).items():
             if name in tensors:
-                raise _broken(
+                raise broken(
                     shard,
                     f"holds tensor {name}, which {tensors[name].file.name} holds too",
                     "checkpoint.duplicate_tensor",
@@ -247,11 +236,11 @@ def read_weight_map(path: Path, index_file: Path) -> dict[str, str]:
     """Tensor → shard of an index; every shard lies in `path`. InputError when it is not one."""
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise _broken(index_file, "has no weight_map", "checkpoint.bad_index")
+        raise broken(index_file, "has no weight_map", "checkpoint.bad_index")
     found = {str(name): str(shard) for name, shard in weight_map.items()}
     for shard_name in sorted(set(found.values())):
         if Path(shard_name).name != shard_name or shard_name in ("", ".", ".."):
-            raise _broken(
+            raise broken(
                 index_file,
                 f"names a shard outside of {path}: {shard_name!r}",
                 "checkpoint.index_escapes",
@@ -261,12 +250,13 @@ def read_weight_map(path: Path, index_file: Path) -> dict[str, str]:
 
 def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
     weight_map = read_weight_map(path, index_file)
+    _refuse_stray_shards(path, index_file, set(weight_map.values()))
     headers: dict[str, dict[str, TensorInfo]] = {}
     tensors: dict[str, TensorInfo] = {}
     for shard_name in sorted(set(weight_map.values())):
         shard = path / shard_name
-        if not shard.is_file():
-            raise _broken(
+        if not os.path.lexists(shard):
+            raise broken(
                 index_file,
                 f"lists the shard {shard_name}, which is absent",
                 "checkpoint.missing_shard",
@@ -275,7 +265,7 @@ def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
     for name, shard_name in weight_map.items():
         info = headers[shard_name].get(name)
         if info is None:
-            raise _broken(
+            raise broken(
                 index_file,
                 f"places tensor {name} in {shard_name}, which does not hold it",
                 "checkpoint.index_mismatch",
@@ -284,7 +274,7 @@ def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
     for shard_name, header in headers.items():
         stray = sorted(name for name in header if weight_map.get(name) != shard_name)
         if stray:
-            raise _broken(
+            raise broken(
                 index_file,
                 f"does not place {stray[0]} (and {len(stray) - 1} more) in {shard_name}, "
                 "which holds it",
@@ -293,54 +283,12 @@ def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_header(shard: Path) -> dict[str, TensorInfo]:
-    """Parse and check one safetensors header (https://github.com/huggingface/safetensors#format)."""
-    size = shard.stat().st_size
-    with shard.open("rb") as handle:
-        prefix = handle.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if len(prefix) < 8 or length > MAX_HEADER or 8 + length > size:
-            raise _broken(
-                shard,
-                f"is truncated or not safetensors ({size} bytes, header of {length})",
-                "checkpoint.truncated",
+def _refuse_stray_shards(path: Path, index_file: Path, listed: set[str]) -> None:
+    """Some engines load what the index lists, others every *.safetensors that lies there."""
+    for shard in sorted(path.glob("*.safetensors")):
+        if shard.name not in listed and not _is_copy(shard):
+            raise InputError(
+                f"{shard} is in no entry of {index_file.name}; some engines load it all the same.",
+                hint=f"remove {shard.name}, or the index if it belongs to other weights",
+                code="checkpoint.stray_shard",
             )
-        try:
-            header = json.loads(handle.read(length))
-        except ValueError as error:
-            raise _broken(
-                shard, f"has an unreadable header: {error}", "checkpoint.bad_header"
-            ) from error
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        try:
-            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-            start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _broken(
-                shard, f"has a bad entry for {name}: {error!r}", "checkpoint.bad_header"
-            ) from error
-        if dtype not in DTYPE_BITS:
-            raise _broken(shard, f"stores {name} as unknown {dtype}", "checkpoint.bad_header")
-        wanted = prod(shape) * DTYPE_BITS[dtype] // 8
-        if min(shape, default=0) < 0 or end - start != wanted:
-            raise _broken(
-                shard,
-                f"gives {end - start} bytes to {name}, but {dtype}{list(shape)} needs {wanted}",
-                "checkpoint.bad_header",
-            )
-        if end > size or start < 8 + length:
-            raise _broken(
-                shard,
-                f"is truncated: {name} ends at byte {end}, the file at {size}",
-                "checkpoint.truncated",
-            )
-        tensors[name] = TensorInfo(name, dtype, shape, shard, start, end)
-    return tensors
-
-
-def _broken(file: Path, what: str, code: str) -> InputError:
-    return InputError(
-        f"{file} {what}.", hint=f"download or copy {file.name} again, then retry", code=code
-    )

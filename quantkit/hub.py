@@ -8,6 +8,7 @@ from pathlib import Path
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.derive import open_headers, remote_checkpoint
 from quantkit.errors import InputError
+from quantkit.headers import check_tiling, tensor_entry
 
 FILES = [
     "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt",
@@ -77,14 +78,37 @@ def open_for_plan(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
 
 
 def _remote_headers(repository: str, revision: str | None, path: Path) -> dict[str, TensorInfo]:
+    """Headers by range requests, which do not tell a file's size: only its end goes unchecked."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
-    metadata = HfApi().get_safetensors_metadata(repository, revision=revision)
-    return {
-        tensor: TensorInfo(tensor, info.dtype, tuple(info.shape), path / file, *info.data_offsets)
-        for file, held in metadata.files_metadata.items()
-        for tensor, info in held.tensors.items()
-    }
+    try:
+        metadata = HfApi().get_safetensors_metadata(repository, revision=revision)
+    except (NotASafetensorsRepoError, SafetensorsParsingError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"The weights of {repository} on the hub are not safetensors that can be read: {error}",
+            hint="plan for a model whose weights are intact safetensors",
+            code="hub.bad_header",
+        ) from error
+    found: dict[str, TensorInfo] = {}
+    for file, held in metadata.files_metadata.items():
+        shard = path / file
+        tensors = {
+            name: tensor_entry(
+                shard,
+                name,
+                {
+                    "dtype": info.dtype,
+                    "shape": list(info.shape),
+                    "data_offsets": list(info.data_offsets),
+                },
+                0,
+            )
+            for name, info in held.tensors.items()
+        }
+        check_tiling(shard, tensors.values(), 0, None)
+        found |= tensors
+    return found
 
 
 def hub_error(error: Exception, what: str, offline_hint: str) -> InputError:

@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS: dict[str, int] = {
     "errors": 0, "gates": 0, "units": 0, "schemes": 0, "job": 0, "cache": 0, "resources": 0,
     "documents": 0,
-    "worker": 0, "modules": 0, "checkpoint": 1,
+    "worker": 0, "modules": 0, "headers": 1, "model_config": 1, "checkpoint": 1,
     "engines": 1, "derive": 2, "formats": 2, "registry": 3, "recipe": 3, "hub": 3, "scan": 3,
     "statefile": 3, "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4,
     "contradictions": 3,

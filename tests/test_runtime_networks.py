@@ -12,15 +12,18 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.runtime import load
 from quantkit.runtime.attention import attend
+from quantkit.schemes import SCHEMES
 from quantkit.validate.builtin import Builtin
 from quantkit.validate.canary import answer, answer_tokens
 from quantkit.validate.choices import choice_logprobs, facts
 from quantkit.validate.tasks import _generate, _split
 from quantkit.validate.throughput import fitting, measure
 from tests.helpers import edit_tensors
+from tests.rtn import rtn
 
 SMALL: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -39,6 +42,7 @@ FAMILIES: dict[str, tuple[bool, dict[str, Any]]] = {
     "mistral": (False, {"sliding_window": 8}),
     "gemma2": (False, {"head_dim": 32, "sliding_window": 8}),
     "phi3": (False, {}),
+    "gpt_neox": (False, {}),
 }
 NO_STOP: list[int] = []
 
@@ -136,12 +140,23 @@ def test_what_generation_cannot_do_is_refused(demo: Any) -> None:
     assert caught.value.code == "runtime.sampling"
 
 
+@torch.inference_mode()
+def test_a_quantized_gpt_neox_finds_its_head(tmp_path: Path) -> None:
+    theirs = random_model("gpt_neox", tmp_path / "model")
+    assert open_checkpoint(tmp_path / "model").tensors.keys() >= {"embed_out.weight"}
+    path = rtn(tmp_path / "model", tmp_path / "out", SCHEMES["w8a16"])
+    ours, ids = load(path), prompts(2)
+    assert ours.layers
+    assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=0.5)
+
+
 def test_a_missing_bias_is_refused(tmp_path: Path) -> None:
     random_model("qwen2", tmp_path)
     edit_tensors(tmp_path, lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"))
     with pytest.raises(InputError) as caught:
         load(tmp_path)
     assert caught.value.code == "runtime.missing_tensor"
+    assert "verify" not in caught.value.hint  # which refuses a model that is not quantized
     assert "layers.1.self_attn.k_proj.bias" in caught.value.message
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -10,12 +11,12 @@ from typing import Any
 
 from quantkit.checkpoint import (
     DTYPE_BITS,
-    INDEX_SUFFIX,
     Checkpoint,
     TensorInfo,
+    index_of,
     open_checkpoint,
     read_header,
-    read_json,
+    read_model_config,
     read_weight_map,
 )
 from quantkit.derive.names import derived_names, is_known, stored_settings
@@ -36,14 +37,14 @@ def open_headers(path: Path) -> Checkpoint:
     that is wrong, and (`plan.underivable`) where the config lacks the sizes or names no known
     family.
     """
-    indices = sorted(path.glob(f"*{INDEX_SUFFIX}")) if path.is_dir() else []
-    if indices:
-        weight_map = read_weight_map(path, indices[0])
-        absent = {file for file in weight_map.values() if not (path / file).is_file()}
+    index = index_of(path) if path.is_dir() else None
+    if index is not None:
+        weight_map = read_weight_map(path, index)
+        absent = {file for file in weight_map.values() if not os.path.lexists(path / file)}
         return _with_absent(path, weight_map, absent) if absent else open_checkpoint(path)
     config_only = path.is_dir() and (path / "config.json").is_file()
     if config_only and not any(path.glob("*.safetensors")) and not _other_weights(path):
-        return from_config(path, read_json(path / "config.json"))
+        return from_config(path, read_model_config(path / "config.json"))
     return open_checkpoint(path)
 
 
@@ -62,7 +63,7 @@ def from_config(path: Path, config: dict[str, Any]) -> Checkpoint:
 
 
 def _with_absent(path: Path, weight_map: Mapping[str, str], absent: set[str]) -> Checkpoint:
-    config = read_json(path / "config.json")
+    config = read_model_config(path / "config.json")
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(weight_map.values()) - absent):
         tensors |= read_header(path / file)
@@ -117,5 +118,6 @@ def _other_weights(path: Path) -> bool:
 def remote_checkpoint(path: Path, headers: Mapping[str, TensorInfo]) -> Checkpoint:
     """A snapshot without weights, with the headers that the hub was asked for."""
     return replace(
-        Checkpoint(path, read_json(path / "config.json"), headers), derived="the hub's headers"
+        Checkpoint(path, read_model_config(path / "config.json"), headers),
+        derived="the hub's headers",
     )

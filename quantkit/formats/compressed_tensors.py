@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from quantkit.errors import InputError
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, LayerSpec, Problem, QuantWeight, TensorSpec
+from quantkit.formats.compressed_tensors_check import check_documents, check_settings
 from quantkit.formats.compressed_tensors_config import (
     NAME,
     Group,
@@ -49,12 +50,14 @@ _SCALAR: tuple[tuple[int, ...], ...] = ((1,), ())
 def recognises(checkpoint: Checkpoint) -> bool:
     """Whether config.json says `quant_method: compressed-tensors` (or has its groups)."""
     config = checkpoint.quantization_config or {}
-    return config.get("quant_method", NAME) == NAME and "config_groups" in config
+    return config.get("quant_method") in (None, NAME) and "config_groups" in config
 
 
 def declare(checkpoint: Checkpoint) -> Declaration:
     """See `Format.declare`."""
     config = checkpoint.quantization_config or {}
+    check_documents(checkpoint)
+    check_settings(config)
     groups = read_groups(config)
     found = inventory.take(checkpoint, quant_suffixes())
     targets = [(target, group) for group in groups for target in group.targets]

@@ -20,6 +20,9 @@ from quantkit.runtime.layers import LayerMaker
 from quantkit.runtime.linear import PlainLinear
 from quantkit.runtime.memory import release
 
+_FILE_HEADS = ("embed_out",)
+"""What heads are called in files beside their names in Transformers (GPT-NeoX, Pythia)."""
+
 
 class HostedNetwork(nn.Module):
     """A Transformers causal language model behind the lean decoder's interface."""
@@ -154,10 +157,18 @@ def _fill_parameters(model: Any, maker: LayerMaker) -> None:
     if head_name is None:
         return
     embedding = model.get_input_embeddings().weight
-    if head_name in source.layers or not is_tied(source.checkpoint.config):
+    stored = _stored_head(maker, head_name)
+    if stored in source.layers or not is_tied(source.checkpoint.config):
         shape = (head.out_features, head.in_features)
-        made: nn.Module = maker.linear(head_name, shape, head.bias is not None)
+        made: nn.Module = maker.linear(stored, shape, head.bias is not None)
     else:
-        source.used.add(f"{head_name}.weight")
+        source.used.add(f"{stored}.weight")
         made = PlainLinear(embedding, None)
     model.set_submodule(head_name, made)
+
+
+def _stored_head(maker: LayerMaker, name: str) -> str:
+    """The name that the head of Transformers' module has in the file."""
+    source = maker.source
+    held = (n for n in (name, *_FILE_HEADS) if n in source.layers or source.has(f"{n}.weight"))
+    return next(held, name)

@@ -103,9 +103,10 @@ class Source:
     def require(self, name: str) -> None:
         """InputError when the checkpoint has no such tensor."""
         if not self.has(name):
+            plain = "compare its tensor names with the original's; download or save the model again"
             raise InputError(
                 f"{self.checkpoint.path} has no tensor {name}.",
-                hint=f"quantkit verify {self.checkpoint.path}",
+                hint=plain if self.layout is None else f"quantkit verify {self.checkpoint.path}",
                 code="runtime.missing_tensor",
             )
 
