@@ -13,6 +13,7 @@ from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.errors import InputError
 from quantkit.modules import is_tied
 from quantkit.verify.added import judge_config, judge_generation
+from quantkit.verify.extras import check_extras
 from quantkit.verify.findings import Finding, error, info, warning
 
 FREE_CONFIG_KEYS = frozenset(
@@ -85,6 +86,8 @@ def check_against(checkpoint: Checkpoint, source: Checkpoint) -> list[Finding]:
         else:
             findings.append(_missing(path.name, ours))
     findings += _compare_template(checkpoint.path, source.path)
+    extra = ours - {path.name for path in source.sidecars()}
+    findings += check_extras(checkpoint.path, extra, _template(checkpoint.path))
     for path in sorted(source.path.glob("*.py")):
         mine = checkpoint.path / path.name
         if mine.is_file() and mine.read_bytes() != path.read_bytes():
