@@ -76,6 +76,19 @@ def both_quant_files(change: Callable[[list[str]], object]) -> Callable[[Path], 
     return apply
 
 
+def together(*changes: Callable[[Path], object]) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        for change in changes:
+            change(directory)
+
+    return apply
+
+
+def one_higher(tensor: torch.Tensor) -> torch.Tensor:
+    """Every packed 4-bit zero point plus one."""
+    return tensor + 0x11111111
+
+
 def removing(*names: str) -> Callable[[Path], None]:
     def apply(directory: Path) -> None:
         for name in names:

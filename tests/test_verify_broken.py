@@ -11,6 +11,7 @@ import pytest
 from quantkit.schemes import SCHEMES
 from quantkit.verify import verify
 from tests.broken import DAMAGES, Damage
+from tests.helpers import edit_json
 from tests.rtn import folded, rotated, rtn, tiny_moe, untied
 
 INT4 = SCHEMES["w4a16"].with_weight(group_size=64)
@@ -43,10 +44,17 @@ def bases(
     pre_scaled = folded(small_model, root / "pre_scaled")
     two_heads = untied(small_model, root / "untied")
     turned = rotated(two_heads, root / "turned")
+    ordered = rtn(small_model, root / "act_order", INT4, layout="gptq")
+    edit_json(ordered / "config.json", lambda c: c["quantization_config"].update(desc_act=True))
     return {
+        "act_order": Base(ordered, small_model),
         **{name: Base(outputs[method][0], small_model) for name, method in MODELOPT.items()},
         "w8a8": Base(rtn(small_model, root / "w8a8", SCHEMES["w8a8_dynamic"]), small_model),
         "gptq": Base(rtn(small_model, root / "gptq", INT4, layout="gptq"), small_model),
+        "gptq8": Base(
+            rtn(small_model, root / "gptq8", SCHEMES["w8a16"], layout="gptq"), small_model
+        ),
+        "asym": Base(rtn(small_model, root / "asym", by_awq), small_model),
         "folded": Base(rtn(pre_scaled, root / "folded", by_awq, layout="awq"), small_model),
         "rotated": Base(rtn(turned, root / "rotated", SCHEMES["fp8_dynamic"]), two_heads),
         "mxfp4": Base(rtn(small_model, root / "mxfp4", SCHEMES["mxfp4a16"]), small_model),

@@ -13,7 +13,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from quantkit.formats.base import QuantWeight
-from quantkit.formats.dequantize import dequantize
+from quantkit.formats.dequantize import dequantize, effective_scale
 from quantkit.schemes import NumberFormat
 from quantkit.verify.findings import MOST_DB, decibels
 
@@ -30,12 +30,17 @@ _LARGEST_E4M3 = 448.0
 
 @dataclass(frozen=True)
 class Sums:
-    """T·T, T·Q and Q·Q by cell, float32 [rows, cells a row], and by column, float64 [columns]."""
+    """T·T, T·Q and Q·Q by cell, float32 [rows, cells a row], and by column, float64 [columns].
+
+    `shift` is the mean of (Q - T) / scale over the cells of an integer format: 0 but for rounding,
+    and ±1 where all zero points are one off.
+    """
 
     target: torch.Tensor
     cross: torch.Tensor
     actual: torch.Tensor
     columns: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    shift: float = 0.0
 
     @property
     def sqnr_db(self) -> float:
@@ -81,6 +86,7 @@ def compare(
     cell, order = _cells(weight, width)
     sums: list[list[torch.Tensor]] = [[], [], []]
     by_column = [torch.zeros(width, dtype=torch.float64) for _ in range(3)]
+    differences: list[torch.Tensor] = []
     for start in range(0, count, step):
         block = slice(start, min(start + step, count))
         target, actual = source[block].float(), dequantize(_rows(weight, block))
@@ -97,9 +103,14 @@ def compare(
             into.append(grouped.reshape(product.shape[0], -1, cell).sum(-1))
             if columns is not None:
                 total += product.sum(0)
+        if weight.format.is_int:
+            difference = actual.sub_(target)
+            grouped = difference if order is None else difference[:, order]
+            differences.append(grouped.reshape(difference.shape[0], -1, cell).mean(-1))
     first, second, third = (torch.cat(part) for part in sums)
     of_columns = (by_column[0], by_column[1], by_column[2]) if columns is not None else None
-    return Sums(first, second, third, of_columns)
+    shift = _shift(weight, torch.cat(differences)) if differences else 0.0
+    return Sums(first, second, third, of_columns, shift)
 
 
 def plain(weight: torch.Tensor) -> QuantWeight:
@@ -107,6 +118,18 @@ def plain(weight: torch.Tensor) -> QuantWeight:
     import torch
 
     return QuantWeight(NumberFormat("int8", "tensor"), weight, torch.ones(1, 1))
+
+
+def _shift(weight: QuantWeight, difference: torch.Tensor) -> float:
+    """Mean over the cells of `difference` / scale; no single cell counts for more than two steps.
+
+    0 where the cells are not those of the scales.
+    """
+    scale = effective_scale(weight)
+    if scale.shape[1] != difference.shape[1] or scale.shape[0] not in (1, difference.shape[0]):
+        return 0.0
+    steps = (difference / scale).nan_to_num(0.0).clamp(-2.0, 2.0)
+    return float(steps.mean())
 
 
 def _at_an_end(weight: QuantWeight, rows: slice) -> torch.Tensor:

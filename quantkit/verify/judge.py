@@ -23,6 +23,10 @@ _CELL_TOLERANCE = {16: 0.1, 8: 0.3, 4: 0.6, 3: 0.8, 2: 1.2}
 """The same for a single cell, wide enough for methods that move error between columns (GPTQ): real
 outputs stay within 0.05, 0.26, 0.35 and 0.45."""
 
+MOST_SHIFT = 0.3
+"""Quantization steps by which a layer may lie from its source on average. Real outputs stay within
+0.1; zero points that are one off shift it by 1."""
+
 _COLUMN_TOLERANCE = 0.3
 _ALIGNED = 0.85
 """cos² between target and actual above which a cell is a scaled copy of what it should be."""

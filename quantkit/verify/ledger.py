@@ -29,6 +29,9 @@ _BUFFERS = (
 )
 """Names that end so are buffers which newer Transformers versions compute instead of storing."""
 
+_BIASED = frozenset({"linear", "experts", "head", "router", "tower", "mtp"})
+"""Kinds of modules to which no quantization method adds a bias; Ascend's may do so to norms."""
+
 
 @dataclass
 class Ledger:
@@ -211,6 +214,7 @@ def _added(ledger: Ledger, subject: Subject, matched: set[str]) -> None:
     """Tensors of ours that the source lacks."""
     tied = is_tied(subject.checkpoint.config)
     unknown: list[str] = []
+    biases: list[str] = []
     odd: list[str] = []
     for name, mine in subject.checkpoint.tensors.items():
         if name in matched or name in subject.owned:
@@ -223,7 +227,20 @@ def _added(ledger: Ledger, subject: Subject, matched: set[str]) -> None:
         ledger.states[name] = "added"
         if is_kv_cache_tensor(name) or (name.endswith(".bias") and _all_zero(mine)):
             continue
-        (unknown if name.endswith(".weight") and len(mine.shape) > 1 else odd).append(name)
+        if name.endswith(".bias") and kind in _BIASED:
+            biases.append(name)
+        else:
+            (unknown if name.endswith(".weight") and len(mine.shape) > 1 else odd).append(name)
+    if biases:
+        ledger.findings.append(
+            error(
+                "ledger.added_bias",
+                f"{len(biases)} linear layers have a bias that is not zero and that the source "
+                f"lacks: {', '.join(biases[:4])}{' …' if len(biases) > 4 else ''}",
+                "remove them: no method adds a bias to a layer without one",
+                biases[0],
+            )
+        )
     for names, make in ((unknown, error), (odd, warning)):
         if names:
             ledger.findings.append(

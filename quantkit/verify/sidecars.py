@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from quantkit.checkpoint import Checkpoint, read_json
 from quantkit.errors import InputError
 from quantkit.modules import is_tied
+from quantkit.verify.added import judge_config, judge_generation
+from quantkit.verify.extras import check_extras
 from quantkit.verify.findings import Finding, error, info, warning
 
 FREE_CONFIG_KEYS = frozenset(
@@ -79,10 +82,12 @@ def check_against(checkpoint: Checkpoint, source: Checkpoint) -> list[Finding]:
         if path.name in _TEMPLATE_FILES:
             continue
         if path.name in ours:
-            findings += _compare_file(checkpoint.path / path.name, path)
+            findings += _compare_file(checkpoint.path / path.name, path, source.config)
         else:
             findings.append(_missing(path.name, ours))
     findings += _compare_template(checkpoint.path, source.path)
+    extra = ours - {path.name for path in source.sidecars()}
+    findings += check_extras(checkpoint.path, extra, _template(checkpoint.path))
     for path in sorted(source.path.glob("*.py")):
         mine = checkpoint.path / path.name
         if mine.is_file() and mine.read_bytes() != path.read_bytes():
@@ -111,7 +116,7 @@ def _changed(name: str, what: str) -> Finding:
     return error("sidecar.changed", f"{name}: {what}", f"copy {name} from the source", name)
 
 
-def _compare_file(ours: Path, theirs: Path) -> Iterator[Finding]:
+def _compare_file(ours: Path, theirs: Path, model: Mapping[str, Any]) -> Iterator[Finding]:
     if ours.read_bytes() == theirs.read_bytes():
         return
     name = ours.name
@@ -131,6 +136,8 @@ def _compare_file(ours: Path, theirs: Path) -> Iterator[Finding]:
         return
     free = _FREE_GENERATION_KEYS if name == "generation_config.json" else frozenset()
     for key, (new, old) in _differences(mine, original).items():
+        if old is _ABSENT and name == "generation_config.json":
+            yield from judge_generation(key, new, model)
         if key.split(".")[0] in free or old is _ABSENT or (new is _ABSENT and not old):
             continue
         yield _changed(name, f"{key} is {_show(new)}, in the source {_show(old)}")
@@ -218,10 +225,14 @@ def _compare_config(mine: Mapping[str, Any], original: Mapping[str, Any]) -> Ite
             "restore it in config.json; engines then load another output head",
             "config.json",
         )
-    removed = []
+    removed: list[str] = []
+    added: dict[str, Any] = {}
     for key, (new, old) in _differences(_without_aliases(mine), _without_aliases(original)).items():
         free = not FREE_CONFIG_KEYS.isdisjoint(key.split("."))
-        if free or key == "tie_word_embeddings" or old is _ABSENT:
+        if free or key == "tie_word_embeddings":
+            continue
+        if old is _ABSENT:
+            added[key] = new
             continue
         if new is _ABSENT:
             removed += [key] if old not in (None, False, [], {}) else []
@@ -232,18 +243,30 @@ def _compare_config(mine: Mapping[str, Any], original: Mapping[str, Any]) -> Ite
             "restore it; only quantization_config, dtype and version keys may change",
             "config.json",
         )
-    if removed:
-        yield from _judge_removed(removed, mine, original)
-
-
-def _judge_removed(
-    removed: list[str], mine: Mapping[str, Any], original: Mapping[str, Any]
-) -> Iterator[Finding]:
-    """Keys that a library dropped: harmless where the model class has the same default."""
+    if not removed and not added:
+        return
     completed = _completed(mine), _completed(original)
-    if None not in completed:
-        differ = _differences(*completed)  # type: ignore[arg-type]
-        removed = [key for key in removed if key.split(".")[0] in {k.split(".")[0] for k in differ}]
+    if removed:
+        yield from _judge_removed(removed, completed)
+    yield from judge_config(added, _differing(completed), completed[1] or ())
+
+
+_Completed = tuple[dict[str, Any] | None, dict[str, Any] | None]
+
+
+def _differing(completed: _Completed) -> set[str] | None:
+    """Top-level keys in which two completed configs differ, None where one is not known."""
+    mine, original = completed
+    if mine is None or original is None:
+        return None
+    return {key.split(".")[0] for key in _differences(mine, original)}
+
+
+def _judge_removed(removed: list[str], completed: _Completed) -> Iterator[Finding]:
+    """Keys that a library dropped: harmless where the model class has the same default."""
+    differ = _differing(completed)
+    if differ is not None:
+        removed = [key for key in removed if key.split(".")[0] in differ]
         if removed:
             yield error(
                 "config.removed",
@@ -265,7 +288,7 @@ def _completed(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config with the defaults of its model class, None when Transformers has no such class."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    plain = {k: v for k, v in config.items() if k not in FREE_CONFIG_KEYS}
+    plain = deepcopy({k: v for k, v in config.items() if k not in FREE_CONFIG_KEYS})
     try:
         kind = CONFIG_MAPPING[str(config.get("model_type"))]
         completed: dict[str, Any] = kind.from_dict(plain).to_dict()

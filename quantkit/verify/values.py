@@ -94,6 +94,15 @@ def _check_scales(
             module,
         )
         return
+    if not weight.format.is_int and (least := _least_scale(weight)) < 0:
+        yield error(
+            "scale.negative",
+            f"{module} has negative scales (the least is {least:g}); those of floating-point "
+            "formats are positive, and kernels take them to be",
+            _AGAIN,
+            module,
+        )
+        return
     dead = scale.abs() < SMALLEST_NORMAL
     if not bool(dead.any()):
         return
@@ -109,6 +118,12 @@ def _check_scales(
             _AGAIN,
             module,
         )
+
+
+def _least_scale(weight: QuantWeight) -> float:
+    """The least of the scales and the global scale."""
+    least = float(weight.scale.min())
+    return least if weight.global_scale is None else min(least, float(weight.global_scale.min()))
 
 
 def _codes(weight: QuantWeight) -> torch.Tensor:

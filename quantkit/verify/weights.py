@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from quantkit.formats import inventory
 from quantkit.formats.base import QuantWeight
+from quantkit.verify.claims import check_claims
 from quantkit.verify.fidelity import Sums, compare, plain
 from quantkit.verify.findings import Finding, LayerFidelity, error
 from quantkit.verify.folds import head_dim, row_pairs, to_columns
-from quantkit.verify.judge import faults, floor_db, overall_gain
+from quantkit.verify.judge import MOST_SHIFT, faults, floor_db, overall_gain
 from quantkit.verify.ledger import Ledger
 from quantkit.verify.reading import read_tensor
 from quantkit.verify.source import Source
@@ -77,6 +78,7 @@ class Weights:
                 return result
             if spec is not None:
                 result.findings += check_weight(module, weight, spec, source)
+                result.findings += check_claims(self.subject, module, weight, spec)
             if source is not None and not result.findings:
                 sums = self._judge(result, weight, source, expert)
                 if keep_gain:
@@ -193,6 +195,18 @@ class Weights:
                     f"{name}: weight SQNR {sqnr:.1f} dB against the source, under the floor of "
                     f"{floor_db(scheme):.1f} dB of {scheme.name if scheme else '16 bit'}{why}",
                     "quantize the layer again; its scale, order or codes are damaged",
+                    result.module,
+                )
+            )
+            return sums
+        if scheme is not None and abs(sums.shift) > MOST_SHIFT:
+            result.faults.append(
+                error(
+                    "zero_point.shifted",
+                    f"{name}: its weights lie {sums.shift:+.2f} quantization steps from the "
+                    "source's on average; its zero points are off, or their convention is "
+                    "another than declared (gptq stores them less one, gptq_v2 does not)",
+                    "declare the checkpoint_format that wrote it, or quantize the layer again",
                     result.module,
                 )
             )

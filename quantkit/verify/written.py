@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 
 from quantkit.verify.findings import LayerFidelity, VerifyReport, Written, bounded_db, error
@@ -17,6 +18,15 @@ def check_written(report: VerifyReport, subject: Subject, source: Source, writte
     ledger = make_ledger(subject, source, written.same)
     report.findings += [*ledger.findings, *settle_altered(ledger, [], {})]
     report.ledger = Counter(ledger.states.values())
+    again = shlex.join(
+        [
+            "quantkit",
+            "verify",
+            str(subject.checkpoint.path),
+            "--source",
+            str(source.checkpoint.path),
+        ]
+    )
     for module, spec in subject.declaration.layers.items():
         sqnr = bounded_db(written.sqnr_db[module])
         floor = floor_db(spec.scheme)
@@ -27,7 +37,7 @@ def check_written(report: VerifyReport, subject: Subject, source: Source, writte
                     "sqnr.below_floor",
                     f"{module}: weight SQNR {sqnr:.1f} dB against the source, under the floor of "
                     f"{floor:.1f} dB of {spec.scheme.name}",
-                    "look at its weights: quantkit verify DIR --source MODEL",
+                    f"look at its weights: {again}",
                     module,
                 )
             )
