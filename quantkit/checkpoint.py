@@ -250,7 +250,6 @@ def read_weight_map(path: Path, index_file: Path) -> dict[str, str]:
 
 def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
     weight_map = read_weight_map(path, index_file)
-    _refuse_stray_shards(path, index_file, set(weight_map.values()))
     headers: dict[str, dict[str, TensorInfo]] = {}
     tensors: dict[str, TensorInfo] = {}
     for shard_name in sorted(set(weight_map.values())):
@@ -262,6 +261,7 @@ def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
                 "checkpoint.missing_shard",
             )
         headers[shard_name] = read_header(shard)
+    _refuse_stray_shards(path, index_file, set(headers))
     for name, shard_name in weight_map.items():
         info = headers[shard_name].get(name)
         if info is None:
