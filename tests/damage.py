@@ -89,6 +89,18 @@ def one_higher(tensor: torch.Tensor) -> torch.Tensor:
     return tensor + 0x11111111
 
 
+def exchanged(tensor: torch.Tensor) -> torch.Tensor:
+    """Two rows in each other's place."""
+    tensor[[3, 9]] = tensor[[9, 3]].clone()
+    return tensor
+
+
+def page_lost(tensor: torch.Tensor) -> torch.Tensor:
+    """4 KiB that never reached the disk."""
+    tensor.view(-1)[2048:3072] = 0
+    return tensor
+
+
 def removing(*names: str) -> Callable[[Path], None]:
     def apply(directory: Path) -> None:
         for name in names:

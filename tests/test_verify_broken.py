@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Base:
 @pytest.fixture(scope="session")
 def bases(
     outputs: dict[str, tuple[Path, Path]],
+    artifact: Callable[[str], Path],
     small_model: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Base]:
@@ -51,9 +53,7 @@ def bases(
         **{name: Base(outputs[method][0], small_model) for name, method in MODELOPT.items()},
         "w8a8": Base(rtn(small_model, root / "w8a8", SCHEMES["w8a8_dynamic"]), small_model),
         "gptq": Base(rtn(small_model, root / "gptq", INT4, layout="gptq"), small_model),
-        "gptq8": Base(
-            rtn(small_model, root / "gptq8", SCHEMES["w8a16"], layout="gptq"), small_model
-        ),
+        "gptq8": Base(artifact("gptqmodel/w8_v2"), artifact("gptqmodel/source")),
         "asym": Base(rtn(small_model, root / "asym", by_awq), small_model),
         "folded": Base(rtn(pre_scaled, root / "folded", by_awq, layout="awq"), small_model),
         "rotated": Base(rtn(turned, root / "rotated", SCHEMES["fp8_dynamic"]), two_heads),

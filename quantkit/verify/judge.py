@@ -27,6 +27,10 @@ MOST_SHIFT = 0.3
 """Quantization steps by which a layer may lie from its source on average. Real outputs stay within
 0.1; zero points that are one off shift it by 1."""
 
+_GARBLED_DB = {8: (25.0, 10.0, 10.0), 4: (15.0, 3.0, -3.0)}
+"""Bits → median SQNR of a sound layer's rows; under it a row, a cell is garbage. Rows of real
+outputs have 21 dB and more at 8 and 9 at 4 bits, cells 21 and 3."""
+
 _COLUMN_TOLERANCE = 0.3
 _ALIGNED = 0.85
 """cos² between target and actual above which a cell is a scaled copy of what it should be."""
@@ -64,6 +68,35 @@ def faults(sums: Sums, scheme: Scheme | None, unclipped: Callable[[], Sums]) -> 
             count = first.numel()
             found.append(_say(channels, "input channels", count, f"channel {channels.column}"))
     return found
+
+
+def garbled(sums: Sums, scheme: Scheme | None) -> str | None:
+    """Rows or groups unlike the source in a layer that otherwise is like it, in words."""
+    if scheme is None or scheme.weight.bits not in _GARBLED_DB:
+        return None
+    sound, of_row, of_cell = _GARBLED_DB[scheme.weight.bits]
+    cells = (sums.target, sums.cross, sums.actual)
+    whole = (cells[0].sum(1, True), cells[1].sum(1, True), cells[2].sum(1, True))
+    for what, parts, least in (("rows", whole, of_row), ("groups", cells, of_cell)):
+        ratios = _decibels(*parts)
+        count = int((ratios < least).sum())
+        if count and float(ratios.median()) > sound:
+            row, column = divmod(int(ratios.argmin()), ratios.shape[1])
+            where = f"row {row}" if what == "rows" else f"row {row}, group {column}"
+            return (
+                f"{count} of {ratios.numel()} {what} are unlike the source's, the worst has "
+                f"{float(ratios.min()):.1f} dB ({where}), the median {float(ratios.median()):.1f}"
+            )
+    return None
+
+
+def _decibels(target: torch.Tensor, cross: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    """SQNR of every cell; infinite where it is too faint to judge."""
+    import torch
+
+    noise = (target - 2 * cross + actual).clamp_min(target * 1e-7)
+    significant = target > _SIGNIFICANT * target.mean()
+    return torch.where(significant, 10 * torch.log10(target / noise), torch.inf)
 
 
 def _rows_and_cells(

@@ -15,7 +15,7 @@ from quantkit.verify.claims import check_claims
 from quantkit.verify.fidelity import Sums, compare, plain
 from quantkit.verify.findings import Finding, LayerFidelity, error
 from quantkit.verify.folds import head_dim, row_pairs, to_columns
-from quantkit.verify.judge import MOST_SHIFT, faults, floor_db, overall_gain
+from quantkit.verify.judge import MOST_SHIFT, faults, floor_db, garbled, overall_gain
 from quantkit.verify.ledger import Ledger
 from quantkit.verify.reading import read_tensor
 from quantkit.verify.source import Source
@@ -220,6 +220,15 @@ class Weights:
             )
             for text in faults(sums, scheme, partial(against, unclipped=True))
         ]
+        if not result.faults and (text := garbled(sums, scheme)):
+            result.faults.append(
+                error(
+                    "codes.damaged",
+                    f"{name}: {text}",
+                    "quantize the layer again; part of its codes is lost or in another order",
+                    result.module,
+                )
+            )
         return sums
 
 
