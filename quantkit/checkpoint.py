@@ -185,10 +185,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def index_of(path: Path) -> Path | None:
-    """The index of a directory's shards; InputError when there are two.
+    """The index of a directory's shards: the one of the usual name, or the only one.
 
-    Mistral's `consolidated` copy of the weights, which engines skip, does not count beside another.
+    As the engines have it; Mistral's `consolidated` copy does not count beside another. Raises
+    InputError (`checkpoint.second_index`) when there are several and none has the usual name.
     """
+    usual = path / f"model{INDEX_SUFFIX}"
+    if os.path.lexists(usual):
+        return usual
     found = sorted(path.glob(f"*{INDEX_SUFFIX}"))
     ours = [file for file in found if not _is_copy(file)] or found
     if len(ours) > 1:
@@ -261,7 +265,6 @@ def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
                 "checkpoint.missing_shard",
             )
         headers[shard_name] = read_header(shard)
-    _refuse_stray_shards(path, index_file, set(headers))
     for name, shard_name in weight_map.items():
         info = headers[shard_name].get(name)
         if info is None:
@@ -281,14 +284,3 @@ def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
                 "checkpoint.index_mismatch",
             )
     return tensors
-
-
-def _refuse_stray_shards(path: Path, index_file: Path, listed: set[str]) -> None:
-    """Some engines load what the index lists, others every *.safetensors that lies there."""
-    for shard in sorted(path.glob("*.safetensors")):
-        if shard.name not in listed and not _is_copy(shard):
-            raise InputError(
-                f"{shard} is in no entry of {index_file.name}; some engines load it all the same.",
-                hint=f"remove {shard.name}, or the index if it belongs to other weights",
-                code="checkpoint.stray_shard",
-            )

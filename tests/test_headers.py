@@ -104,13 +104,8 @@ def index(model: Path, name: str = "model.safetensors.index.json") -> None:
     (model / name).write_text(json.dumps({"weight_map": weight_map}))
 
 
-def stray_shard(model: Path) -> None:
-    index(model)
-    os.link(model / "model.safetensors", model / "old.safetensors")
-
-
 def second_index(model: Path) -> None:
-    index(model)
+    index(model, "model.bf16.safetensors.index.json")
     index(model, "model.fp16.safetensors.index.json")
 
 
@@ -130,7 +125,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "directory": (directory, ("model.safetensors", "is a directory")),
     "broken link in an index": (indexed(dangling), ("model.safetensors", "gone")),
     "directory in an index": (indexed(directory), ("model.safetensors", "is a directory")),
-    "stray shard": (stray_shard, ("old.safetensors",)),
     "second index": (second_index, ("model.fp16.safetensors.index.json",)),
     "quantization_config": (config(quantization_config=5), ("quantization_config 5",)),
     "compression_config": (config(compression_config="x"), ("compression_config 'x'",)),
@@ -178,4 +172,13 @@ def test_mistrals_second_copy_is_left_aside(small_model: Path, tmp_path: Path) -
     index(model)
     index(model, "consolidated.safetensors.index.json")
     os.link(model / "model.safetensors", model / "consolidated.safetensors")
+    assert open_checkpoint(model).tensors.keys() == before
+
+
+def test_variants_beside_the_usual_index_do_not_count(small_model: Path, tmp_path: Path) -> None:
+    model = copy_checkpoint(small_model, tmp_path / "model")
+    before = open_checkpoint(model).tensors.keys()
+    index(model)
+    index(model, "model.fp16.safetensors.index.json")
+    os.link(model / "model.safetensors", model / "model.fp16.safetensors")
     assert open_checkpoint(model).tensors.keys() == before
