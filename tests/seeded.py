@@ -230,7 +230,7 @@ SEEDS: tuple[Seed, ...] = (
     Seed("MX weights with integer activations", "qwen3 mxfp4a16",
          inputs(num_bits=8, type="int", strategy="token", group_size=None, dynamic=True,
                 scale_dtype=None),
-         "declared.scheme_pair", "vllm", "vllm#45102"),
+         "format.unsupported", "vllm", "vllm#45102"),
     # values that calibration left (pains 10, 12)
     Seed("an expert never seen in calibration", "qwen3_moe fp8",
          patching(f"{EXPERT}up_proj.weight_scale", set_first(0.0)), "scale.zero", "vllm",

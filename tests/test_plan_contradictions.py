@@ -131,7 +131,6 @@ def test_a_config_alone_with_impossible_sizes(
 @pytest.mark.parametrize(
     ("settings", "telling"),
     [
-        (5, "quantization_config=5"),
         ({"weight_block_size": 128}, "weight_block_size=128"),
         ({"weight_block_size": [0, 128]}, "weight_block_size=[0, 128]"),
         ({"weight_block_size": [128, 128], "modules_to_not_convert": 5}, "not_convert=5"),
@@ -144,10 +143,3 @@ def test_a_malformed_quantization_config(
     stated = {**config, "quantization_config": settings}
     (tmp_path / "config.json").write_text(json.dumps(stated))
     refused(quantkit("plan", tmp_path, "--method", "rtn_fp8_dynamic"), 1, telling)
-
-
-def test_a_quantization_config_that_is_no_object(small_model: Path, tmp_path: Path) -> None:
-    path = copy_checkpoint(small_model, tmp_path / "model")
-    stating(quantization_config=5)(path)
-    with pytest.raises(InputError, match="quantization_config=5"):
-        make_plan(open_checkpoint(path), load_recipe("rtn_fp8_dynamic"))

@@ -17,7 +17,7 @@ def load(library: Path) -> str | None:
     """Why the operators of a library are not to be had, or None once they are registered."""
     if _loaded:
         return None if _loaded[0] == library else f"this process has loaded {_loaded[0].name}"
-    if hasattr(torch.ops._C, "rms_norm"):
+    if _registered():
         return "this process has imported a vLLM of its own"
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
@@ -25,3 +25,7 @@ def load(library: Path) -> str | None:
         return f"vLLM's operators do not load: {str(error).splitlines()[0]}"
     _loaded.append(library)
     return None
+
+
+def _registered() -> bool:
+    return hasattr(torch.ops._C, "rms_norm")

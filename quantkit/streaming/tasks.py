@@ -33,7 +33,6 @@ def plan_shards(
     Raises InputError for layers whose shape or dtype the scheme cannot hold, for tensors that share
     bytes of a file, and for two outputs of one name.
     """
-    _refuse_overlaps(checkpoint)
     _refuse_scales(checkpoint)
     slices = {module: _slices(checkpoint, module) for module in layers}
     _refuse_misfits(slices, layers, layout)
@@ -223,18 +222,6 @@ def _refuse_scales(checkpoint: Checkpoint) -> None:
                 hint=f"scales may be {', '.join(SCALES)}",
                 code="stream.block_scales",
             )
-
-
-def _refuse_overlaps(checkpoint: Checkpoint) -> None:
-    last: TensorInfo | None = None
-    for info in sorted(checkpoint.tensors.values(), key=lambda i: (i.file, i.start, i.end)):
-        if last and last.file == info.file and info.start < last.end and info.bytes:
-            raise InputError(
-                f"{info.file} gives the same bytes to {last.name} and {info.name}.",
-                hint="save the model again with save_pretrained, which stores shared tensors once",
-                code="stream.shared_bytes",
-            )
-        last = info if info.bytes else last
 
 
 def _refuse_duplicates(works: list[Work]) -> None:
