@@ -166,19 +166,13 @@ def test_a_plan_of_a_header_that_is_no_object_is_an_error(
     refused(quantkit("plan", model, "--method", "rtn_w8a16"), 1, "not an object")
 
 
-def test_mistrals_second_copy_is_left_aside(small_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["consolidated", "model.fp16"])
+def test_another_copy_beside_the_usual_index_is_left_aside(
+    small_model: Path, tmp_path: Path, name: str
+) -> None:
     model = copy_checkpoint(small_model, tmp_path / "model")
     before = open_checkpoint(model).tensors.keys()
     index(model)
-    index(model, "consolidated.safetensors.index.json")
-    os.link(model / "model.safetensors", model / "consolidated.safetensors")
-    assert open_checkpoint(model).tensors.keys() == before
-
-
-def test_variants_beside_the_usual_index_do_not_count(small_model: Path, tmp_path: Path) -> None:
-    model = copy_checkpoint(small_model, tmp_path / "model")
-    before = open_checkpoint(model).tensors.keys()
-    index(model)
-    index(model, "model.fp16.safetensors.index.json")
-    os.link(model / "model.safetensors", model / "model.fp16.safetensors")
+    index(model, f"{name}.safetensors.index.json")
+    os.link(model / "model.safetensors", model / f"{name}.safetensors")
     assert open_checkpoint(model).tensors.keys() == before

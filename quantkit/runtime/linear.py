@@ -93,7 +93,6 @@ class QuantLinear(nn.Module):
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("multiplier", _cast(weight.input_multiplier, layer.dtype))
         self.register_buffer("bias", _cast(weight.bias, layer.dtype))
-        self.bare = order is None and self.multiplier is None and self.bias is None
         self.packed: Any = choice.kernel.prepare(
             replace(weight, bias=None, input_multiplier=None), layer
         )
@@ -108,14 +107,6 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        result = (
-            self.choice.kernel.apply(rows, self.packed)
-            if self.bare
-            else self._adjusted_product(rows)
-        )
-        return result.view(*x.shape[:-1], result.shape[-1])
-
-    def _adjusted_product(self, rows: torch.Tensor) -> torch.Tensor:
         if self.multiplier is not None:
             rows = rows * self.multiplier
         if self.order is not None:
@@ -123,7 +114,7 @@ class QuantLinear(nn.Module):
         result = self.choice.kernel.apply(rows, self.packed)
         if self.bias is not None:
             result += self.bias
-        return result
+        return result.view(*x.shape[:-1], result.shape[-1])
 
 
 class JoinedLinear(nn.Module):
