@@ -77,6 +77,7 @@ class Result:
     `{samples, tokens, digest, passes, modules}` as they really reached the model (`digest` by
     `token_digest`, `passes` runs over all samples, `modules` that were calibrated with them);
     `folds` names the modules of the source that the method rewrites (`{"norm": [module, …]}`).
+    `compute` says how bfloat16 products were computed where the CPU has none ("float32 on avx2").
     `error` holds `{kind, code, type, message, hint, stage, traceback}`, with `kind` "input" when
     the job itself is wrong and "backend" otherwise.
     """
@@ -89,6 +90,7 @@ class Result:
     calibration: dict[str, Any] = field(default_factory=dict)
     folds: dict[str, list[str]] = field(default_factory=dict)
     peak_rss_bytes: int = 0
+    compute: str = ""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")

@@ -107,6 +107,7 @@ def provenance(
         "recipe": plan.recipe.model_dump(mode="json"),
         "source": source,
         "versions": result.versions,
+        **({"compute": result.compute} if result.compute else {}),
         "seed": plan.recipe.seed,
         "calibration": calibration,
         "plan": {

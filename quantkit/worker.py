@@ -133,6 +133,16 @@ def load_adapter(reference: str) -> Adapter:
     return run
 
 
+def compute_in_float32() -> str:
+    """Mend slow bfloat16 products (see `float32_products`) where the adapter brought torch; how."""
+    if "torch" not in sys.modules:
+        return ""
+    from quantkit.backends import float32_products
+
+    float32_products.install()
+    return float32_products.described()
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of every library of `LIBRARIES` that is installed here."""
     versions = {"python": platform.python_version()}
@@ -218,6 +228,7 @@ def main(job_file: str, result_file: str) -> int:
     try:
         job = Job.read(Path(job_file))
         run = load_adapter(job.adapter)
+        result.compute = compute_in_float32()
         progress.finish()
         run(job, progress, result)
     except BaseException as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from quantkit.backends.float32_products import slow_bfloat16
+
 FEWEST_ROWS = 64
-"""Texts from so many tokens on take `_in_blocks` on a CPU."""
+"""Texts from so many tokens on take `_in_blocks` on a CPU with fast bfloat16 products."""
 
 _BLOCK_ROWS = 128
 
@@ -30,7 +32,8 @@ def attend(
             return _one_token_turned(queries, keys, values, mask)
         if queries.shape[2] == 1 and shared:
             return _one_token(queries, keys, values, mask)
-        if causal and queries.shape[2] >= FEWEST_ROWS and queries.dtype == torch.bfloat16:
+        blocks = causal and queries.shape[2] >= FEWEST_ROWS and queries.dtype == torch.bfloat16
+        if blocks and not slow_bfloat16():
             return _in_blocks(queries, keys, values)
     attended = scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=shared

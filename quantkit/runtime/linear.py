@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
+from quantkit.backends.float32_products import linear, slow_bfloat16
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime import vllm_operators
 from quantkit.runtime.kernels.select import Choice
@@ -66,7 +66,7 @@ class PlainLinear(nn.Module):
 
 
 def _has_bfloat16_linear(weight: torch.Tensor) -> bool:
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or slow_bfloat16():
         return False
     return bool(
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

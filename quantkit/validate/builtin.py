@@ -33,12 +33,8 @@ class Builtin:
 
     @property
     def version(self) -> str:
-        on_cpu = self.runtime.device.type == "cpu"
-        return (
-            f"{__version__} with vLLM's CPU operators"
-            if on_cpu and has_vllm_operators()
-            else __version__
-        )
+        notes = computing() if self.runtime.device.type == "cpu" else ""
+        return f"{__version__} with {notes}" if notes else __version__
 
     @property
     def weights_only(self) -> bool:
@@ -119,6 +115,15 @@ def has_vllm_operators() -> bool:
     from quantkit.runtime.vllm_operators import missing
 
     return missing() is None
+
+
+def computing() -> str:
+    """In words, what makes the runtime's numbers on this CPU unlike those on another."""
+    from quantkit.backends.float32_products import described
+
+    operators = "vLLM's CPU operators" if has_vllm_operators() else ""
+    products = f"bfloat16 products in {described()}" if described() else ""
+    return ", ".join(filter(None, (operators, products)))
 
 
 def next_logprobs(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from quantkit.environments.managed import spec_named
 from quantkit.errors import InputError
 from quantkit.serving.engines import ENGINES as SERVED
 from quantkit.serving.engines import find_interpreter
-from quantkit.validate.builtin import has_vllm_operators, open_builtin, refuse_builtin
+from quantkit.validate.builtin import computing, has_vllm_operators, open_builtin, refuse_builtin
 from quantkit.validate.served import OPENERS, refuse_served
 from quantkit.validate.subject import Opener, Opening
 
@@ -36,14 +36,16 @@ def refuse_unopenable(name: str, path: Path, opening: Opening) -> None:
 
 
 def engine_build(name: str) -> str:
-    """What pins the versions of an engine, without starting it: the environment that holds it (for
-    the builtin one: its CPU operators), whose name changes with every pin; "" where there is none.
+    """What pins the numbers of an engine, without starting it: the environment that holds it, whose
+    name changes with every pin (for the builtin one: its CPU operators', and how this CPU
+    multiplies); "" where there is none.
 
     Raises BackendError when that environment is not made or cannot be used here.
     """
     engine = SERVED.get(name)
-    if name == "builtin" and has_vllm_operators():
-        return spec_named("vllm").path.name
+    if name == "builtin":
+        operators = spec_named("vllm").path.name if has_vllm_operators() else ""
+        return f"{operators} {computing()}".strip()
     if engine is None or not engine.environments:
         return ""
     return find_interpreter(engine).parents[1].name

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import linear
 
+from quantkit.backends.float32_products import linear
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
 from quantkit.runtime.layer import Layer, rows_of

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from quantkit.backends.float32_products import slow_bfloat16
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime.layer import Layer
 
@@ -90,14 +91,18 @@ def _expanded(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """The product with the weight decoded, some columns of the output at a time."""
     rows = packed.shape[0]
     result = x.new_empty(x.shape[0], packed.scale_zero.shape[1])
-    scale, zero = (grid.contiguous() for grid in packed.scale_zero.unbind(-1))
+    wide = x.float() if slow_bfloat16() else x
+    scale, zero = (grid.to(wide.dtype).contiguous() for grid in packed.scale_zero.unbind(-1))
     zero.addcmul_(scale, scale.new_full((), -8.0))
     for start in range(0, result.shape[1], _EXPANDED_COLUMNS):
         part = slice(start, min(start + _EXPANDED_COLUMNS, result.shape[1]))
-        weight = _decode(packed.weight[part], _block(), x.dtype)
+        weight = _decode(packed.weight[part], _block(), wide.dtype)
         cells = weight.view(-1, packed.group, weight.shape[1])
         torch.addcmul(zero[:, None, part], cells, scale[:, None, part], out=cells)
-        torch.mm(x, weight, out=result[:, part])
+        if wide is x:
+            torch.mm(x, weight, out=result[:, part])
+        else:
+            result[:, part] = wide @ weight
     return result[:, :rows].contiguous()
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import linear
 
+from quantkit.backends.float32_products import linear
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime.activations import quantize_codes, round_groups
 from quantkit.runtime.compact import CompactWeight, compact, fp8_values
