@@ -12,7 +12,7 @@ Shared by workers and runtime, so it imports torch and the standard library only
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -26,6 +26,12 @@ BLOCK_ELEMENTS = 1 << 20
 
 _SLOW = frozenset({"DEFAULT", "AVX2"})
 """Capabilities without bfloat16 (ATen `cpu/Utils`); ATEN_CPU_CAPABILITY imitates them."""
+
+_Product = Callable[..., torch.Tensor]
+_MM: _Product = torch.ops.aten.mm.out
+_ADDMM: _Product = torch.ops.aten.addmm.out
+_BMM: _Product = torch.ops.aten.bmm.out
+_BADDBMM: _Product = torch.ops.aten.baddbmm.out
 
 _installed: list[torch.library.Library] = []
 
@@ -64,13 +70,13 @@ def install() -> None:
         return
     import warnings
 
-    library = torch.library.Library("aten", "IMPL")
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it says that a kernel is replaced
         for name, function in (
             ("mm", _mm), ("addmm", _addmm), ("bmm", _bmm), ("baddbmm", _baddbmm)
         ):  # fmt: skip
-            library.impl(name, function, "CPU")
+            library.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
     _installed.append(library)
 
 
@@ -91,10 +97,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> tor
     result = a.new_empty(count, columns)
     wide = a.float()
     for part in _blocks(columns, inner):
-        torch_mm = torch.ops.aten.mm.out
-        product = torch_mm(
-            wide, b[:, part].float(), out=wide.new_empty(count, part.stop - part.start)
-        )
+        product = _MM(wide, b[:, part].float(), out=wide.new_empty(count, part.stop - part.start))
         if bias is not None:
             product += bias[part]
         result[:, part] = product
@@ -110,7 +113,7 @@ def _blocks(columns: int, inner: int) -> Iterator[slice]:
 def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if _worth(a, b):
         return _product(a, b, None)
-    return torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+    return _MM(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
 
 
 def _addmm(
@@ -119,30 +122,30 @@ def _addmm(
     if _worth(a, b) and beta == alpha == 1 and c.dim() == 1 and c.shape[0] == b.shape[1]:
         return _product(a, b, c)
     out = a.new_empty(a.shape[0], b.shape[1])
-    return torch.ops.aten.addmm.out(c, a, b, beta=beta, alpha=alpha, out=out)
+    return _ADDMM(c, a, b, beta=beta, alpha=alpha, out=out)
 
 
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     if _eligible(a, b) and min(a.shape[1], b.shape[2]) > 1:
         for one in range(a.shape[0]):
-            out[one] = torch.ops.aten.mm.out(
+            out[one] = _MM(
                 a[one].float(),
                 b[one].float(),
                 out=out.new_empty(out.shape[1:], dtype=torch.float32),
             )
         return out
-    return torch.ops.aten.bmm.out(a, b, out=out)
+    return _BMM(a, b, out=out)
 
 
 def _baddbmm(
     c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
     if _eligible(c, a, b):
-        product = torch.ops.aten.baddbmm.out(
+        product = _BADDBMM(
             c.float(), a.float(), b.float(), beta=beta, alpha=alpha,
             out=a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.float32),
         )  # fmt: skip
         return product.to(a.dtype)
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    return torch.ops.aten.baddbmm.out(c, a, b, beta=beta, alpha=alpha, out=out)
+    return _BADDBMM(c, a, b, beta=beta, alpha=alpha, out=out)
