@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 export QUANTKIT_CACHE ?= $(CURDIR)/.cache
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types env clean
+.PHONY: demo test test-avx2 lint types env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/quantkit demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# The products of a CPU without AVX-512, on any CPU (saturating int8 sums are forced in the tests).
+test-avx2: $(VENV)/.ready
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q \
+		tests/test_float32_products.py tests/test_runtime_kernels.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
