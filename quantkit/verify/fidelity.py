@@ -113,6 +113,32 @@ def compare(
     return Sums(first, second, third, of_columns, shift)
 
 
+def nearest_other(
+    weight: QuantWeight, source: torch.Tensor, rows: torch.Tensor, *, columns: torch.Tensor | None
+) -> torch.Tensor:
+    """The largest cosine of each of some rows (indices) with another row of the source, [rows].
+
+    `columns` as in `compare`. The scale of a row has no part in a cosine.
+    """
+    import torch
+    from torch.nn.functional import normalize
+
+    if weight.input_multiplier is not None:
+        inverse = 1.0 / weight.input_multiplier
+        columns = inverse if columns is None else columns * inverse
+        weight = replace(weight, input_multiplier=None)
+    each = (slice(row, row + 1) for row in rows.tolist())
+    actual = normalize(torch.cat([dequantize(_rows(weight, one)) for one in each]))
+    best = torch.full((len(rows),), -1.0)
+    step = max(1, _BLOCK_ELEMENTS // source.shape[1])
+    for start in range(0, len(source), step):
+        target = source[start : start + step].float()
+        cosines = actual @ normalize(target if columns is None else target * columns).t()
+        own = rows[:, None] == torch.arange(start, start + len(target))
+        best = best.maximum(cosines.masked_fill(own, -1.0).amax(1))
+    return best
+
+
 def plain(weight: torch.Tensor) -> QuantWeight:
     """A 16-bit weight [out, in] in the form that `compare` takes."""
     import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 from quantkit.schemes import Scheme
@@ -27,9 +28,25 @@ MOST_SHIFT = 0.3
 """Quantization steps by which a layer may lie from its source on average. Real outputs stay within
 0.1; zero points that are one off shift it by 1."""
 
-_GARBLED_DB = {8: (25.0, 10.0, 10.0), 4: (15.0, 3.0, -3.0)}
-"""Bits → median SQNR of a sound layer's rows; under it a row, a cell is garbage. Rows of real
-outputs have 21 dB and more at 8 and 9 at 4 bits, cells 21 and 3."""
+_SOUND_DB = {8: 25.0, 4: 15.0, 3: 9.0}
+"""Bits → median SQNR over which a layer is sound as a whole; else single rows are not judged."""
+
+_SUSPECT_DB = {8: 10.0, 4: 3.0, 3: 0.0}
+"""Bits → SQNR under which a row is looked at. At 8 bits that alone condemns: real outputs have 21 dB
+and more. At fewer bits GPTQ trades a row's weights for its output (−7 dB were seen, in rows that
+two implementations agree on), so that the row must also be another's or nobody's."""
+
+_CHANCE = 4.0
+"""Standard deviations (1 / √n for n numbers) up to which the cosine of unrelated rows may lie."""
+
+_EXCHANGED = 0.7
+"""Cosine with another row of the source from which a suspect row is that row."""
+
+_MOST_SUSPECTS = 64
+"""Rows compared with all others; the worst first."""
+
+_CELL_DB = {8: 10.0, 4: -3.0, 3: -3.0}
+"""Bits → SQNR under which a group is garbage where the rest of its row is sound."""
 
 _COLUMN_TOLERANCE = 0.3
 _ALIGNED = 0.85
@@ -70,24 +87,74 @@ def faults(sums: Sums, scheme: Scheme | None, unclipped: Callable[[], Sums]) -> 
     return found
 
 
-def garbled(sums: Sums, scheme: Scheme | None) -> str | None:
-    """Rows or groups unlike the source in a layer that otherwise is like it, in words."""
-    if scheme is None or scheme.weight.bits not in _GARBLED_DB:
+def garbled(
+    sums: Sums,
+    scheme: Scheme | None,
+    width: int,
+    others: Callable[[torch.Tensor], torch.Tensor],
+) -> str | None:
+    """Rows or groups that are not the source's in a layer that otherwise is like it, in words.
+
+    `width` is the length of a row; `others` gives the largest cosine that each of some rows has
+    with another row of the source, float32 [rows].
+    """
+    if scheme is None or scheme.weight.bits not in _SOUND_DB:
         return None
-    sound, of_row, of_cell = _GARBLED_DB[scheme.weight.bits]
+    bits = scheme.weight.bits
     cells = (sums.target, sums.cross, sums.actual)
     whole = (cells[0].sum(1, True), cells[1].sum(1, True), cells[2].sum(1, True))
-    for what, parts, least in (("rows", whole, of_row), ("groups", cells, of_cell)):
-        ratios = _decibels(*parts)
-        count = int((ratios < least).sum())
-        if count and float(ratios.median()) > sound:
-            row, column = divmod(int(ratios.argmin()), ratios.shape[1])
-            where = f"row {row}" if what == "rows" else f"row {row}, group {column}"
-            return (
-                f"{count} of {ratios.numel()} {what} are unlike the source's, the worst has "
-                f"{float(ratios.min()):.1f} dB ({where}), the median {float(ratios.median()):.1f}"
-            )
+    of_rows, of_cells = _decibels(*whole), _decibels(*cells)
+    if float(of_rows.median()) <= _SOUND_DB[bits]:
+        return None
+    strange = _strange_rows(of_rows[:, 0], _cosine(*whole)[:, 0], bits, width, others)
+    if bool(strange.any()):
+        worst = int(of_rows[:, 0].where(strange, inf).argmin())
+        return _unlike("rows", strange.unsqueeze(1), of_rows, f"row {worst}", worst)
+    rest = tuple(one - part for one, part in zip(whole, cells, strict=True))
+    rest_db = _decibels(rest[0], rest[1], rest[2])
+    lost = (of_cells < _CELL_DB[bits]) & (rest_db > _SUSPECT_DB[bits] + 7)
+    if bits < 8:
+        lost &= _cosine(*cells) < _CHANCE / (width / cells[0].shape[1]) ** 0.5
+        lost &= of_cells.median(0, keepdim=True).values > _SUSPECT_DB[bits]
+    if cells[0].shape[1] > 1 and bool(lost.any()):
+        flat = int(of_cells.where(lost, inf).argmin())
+        row, column = divmod(flat, of_cells.shape[1])
+        return _unlike("groups", lost, of_cells, f"row {row}, group {column}", flat)
     return None
+
+
+def _strange_rows(
+    decibels: torch.Tensor,
+    cosine: torch.Tensor,
+    bits: int,
+    width: int,
+    others: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Which rows are another row's, or no row's at all; bool [rows]."""
+    suspects = decibels < _SUSPECT_DB[bits]
+    if bits == 8 or not bool(suspects.any()):
+        return suspects
+    strange = suspects & (cosine < _CHANCE / width**0.5)
+    indices = (suspects & ~strange).nonzero().flatten()
+    indices = indices[cosine[indices].argsort()][:_MOST_SUSPECTS]
+    if len(indices):
+        best = others(indices)
+        strange[indices] = (best > _EXCHANGED) & (best > cosine[indices])
+    return strange
+
+
+def _cosine(target: torch.Tensor, cross: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    """Of what a cell should be and what it is; 0 for a cell of zeros."""
+    cosine: torch.Tensor = cross / (target * actual).sqrt().clamp_min(1e-30)
+    return cosine
+
+
+def _unlike(what: str, which: torch.Tensor, decibels: torch.Tensor, where: str, worst: int) -> str:
+    return (
+        f"{int(which.sum())} of {which.numel()} {what} are not the source's, the worst has "
+        f"{float(decibels.flatten()[worst]):.1f} dB ({where}), the median "
+        f"{float(decibels.median()):.1f}"
+    )
 
 
 def _decibels(target: torch.Tensor, cross: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from quantkit.formats import inventory
 from quantkit.formats.base import QuantWeight
 from quantkit.verify.claims import check_claims
-from quantkit.verify.fidelity import Sums, compare, plain
+from quantkit.verify.fidelity import Sums, compare, nearest_other, plain
 from quantkit.verify.findings import Finding, LayerFidelity, error
 from quantkit.verify.folds import head_dim, row_pairs, to_columns
 from quantkit.verify.judge import MOST_SHIFT, faults, floor_db, garbled, overall_gain
@@ -220,7 +220,9 @@ class Weights:
             )
             for text in faults(sums, scheme, partial(against, unclipped=True))
         ]
-        if not result.faults and (text := garbled(sums, scheme)):
+        scaled = self.columns.get(result.module) if columns is None else columns
+        others = partial(nearest_other, weight, source, columns=scaled)
+        if not result.faults and (text := garbled(sums, scheme, source.shape[1], others)):
             result.faults.append(
                 error(
                     "codes.damaged",
