@@ -58,6 +58,7 @@ LIBRARIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "autoround_nvfp4": ("autoround_nvfp4", RTN),
         "autoround_mxfp4": ("autoround_mxfp4", RTN),
         "autoround_w8a16_untuned": ("autoround_w8a16", ("--set", "options.iters=0")),
+        "autoround_mxfp4_untuned": ("autoround_mxfp4", ("--set", "options.iters=0")),
         "autoround_gguf_q4_k_m": ("autoround_gguf_q4_k_m", RTN),
     },
     "modelopt": {

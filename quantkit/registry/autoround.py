@@ -58,11 +58,13 @@ def _chosen(recipe: Recipe, method: Method) -> Method:
 def _calibrated(recipe: Recipe) -> bool:
     """Whether data reach the model: without tuning, only a search or static inputs ask for them.
 
-    8-bit integers are not searched for unless asked (auto_round's `quantization/rtn/config.py`).
+    8-bit integers are not searched for unless asked; the search for MXFP4 needs weights alone
+    (auto_round's `quantization/rtn/config.py` and `autoround.py`).
     """
     plain = recipe.options.get("disable_opt_rtn")
     if plain is None:
         plain = recipe.scheme == "w8a16"
+    plain = plain or recipe.scheme == "mxfp4"
     return recipe.scheme == "nvfp4" or recipe.options.get("iters") != 0 or not plain
 
 
