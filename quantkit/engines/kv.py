@@ -18,7 +18,7 @@ _NO_SCALES = "measure with the cache quantized (quantkit validate), or --set kv_
 
 
 def check_gpu(engine: Engine, candidate: Candidate, gpu: Gpu | None) -> Iterator[Reason]:
-    """Code `engine.kv_cache`: a format of the cache that the GPU's attention kernels do not read."""
+    """Code `engine.kv_cache`: a format of the cache that the GPU has no kernels for."""
     able = engine.kv_cache.gpus.get(candidate.kv_cache)
     if gpu is None or able is None or (gpu.vendor == "nvidia" and gpu.capability in able):
         return

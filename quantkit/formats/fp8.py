@@ -108,7 +108,7 @@ def read(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> QuantWeight:
 
 
 def _scheme(settings: Mapping[str, Any]) -> Scheme:
-    """The one scheme of the checkpoint; InputError (`format.unsupported`) for what it may not be."""
+    """The one scheme of the checkpoint; InputError (`format.unsupported`) for any other."""
     element, activations = settings.get("fmt") or "e4m3", settings.get("activation_scheme")
     block = settings.get("weight_block_size")
     if element not in ("e4m3", "float8_e4m3fn"):
