@@ -5,6 +5,7 @@ Reads config and headers only, no weights; imports neither torch nor transformer
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -28,6 +29,9 @@ from quantkit.registry import Backend, Method, backend_named, refusals
 from quantkit.schemes import SCHEMES, Scheme
 
 GROUP_SIZES = (256, 128, 64, 32, 16)
+METHODS_HINT = "quantkit methods  # what each method writes and needs"
+_DEQUANTIZING = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+"""quant_method → the class of Transformers 5.17 that dequantizes it on loading."""
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
@@ -85,7 +89,9 @@ def make_plan(
         reasons.append(f"{recipe.name} needs calibration, but the recipe has none")
     found = is_quantized(checkpoint)
     if found and not (backend.reads_fp8_blocks and _in_fp8_blocks(checkpoint)):
-        reasons.append(f"the model is quantized already ({found}); start from its 16-bit original")
+        readable = "; rtn_* reads it" if _in_fp8_blocks(checkpoint) else ""
+        start = f"; start from its 16-bit original{readable}"
+        reasons.append(f"the model is quantized already ({found}){start}")
     if checkpoint.config.get("model_type") in _TRANSPOSED:
         reasons.append(
             f"{checkpoint.config['model_type']} stores its linear layers transposed (Conv1D), "
@@ -95,7 +101,8 @@ def make_plan(
     if code and not trust_remote_code:
         reasons.append(f"{code}; read that code, then pass --trust-remote-code")
     if reasons:
-        raise _refusal(checkpoint.path, recipe, reasons)
+        hint = _other_start(checkpoint, scheme) if found else METHODS_HINT
+        raise _refusal(checkpoint.path, recipe, reasons, hint)
     refuse_contradictions(checkpoint)
     return _assign(checkpoint, recipe, scheme, linear_modules(checkpoint.modules))
 
@@ -247,6 +254,27 @@ def _in_fp8_blocks(checkpoint: Checkpoint) -> bool:
     return config.get("quant_method") == "fp8" and bool(config.get("weight_block_size"))
 
 
+def _other_start(checkpoint: Checkpoint, scheme: Scheme) -> str:
+    """The command that leads on from a quantized source: a method that reads it, or Transformers,
+    which writes its 16-bit weights."""
+    if _in_fp8_blocks(checkpoint):
+        four = scheme.weight.bits < 8
+        name = "rtn_nvfp4a16" if scheme.weight.element == "fp4_e2m1" else "rtn_w4a16"
+        method = [name, "--set", "on_misfit=fit"] if four else ["rtn_fp8_dynamic"]
+        return shlex.join(["quantkit", "plan", str(checkpoint.path), "--method", *method])
+    method_of = (checkpoint.quantization_config or {}).get("quant_method")
+    config = _DEQUANTIZING.get(str(method_of))
+    if config is None:
+        return METHODS_HINT
+    there = f"{checkpoint.path}-bf16"
+    code = (
+        f"from transformers import AutoModelForCausalLM as M, {config} as C; "
+        f"M.from_pretrained({str(checkpoint.path)!r}, quantization_config=C(dequantize=True), "
+        f"dtype='bfloat16').save_pretrained({there!r})"
+    )
+    return f"{shlex.join(['python', '-c', code])}  # and copy the tokenizer's files there"
+
+
 def _needs_remote_code(checkpoint: Checkpoint) -> str | None:
     """Why the architecture cannot be loaded without code from the checkpoint, or None."""
     auto_map = checkpoint.config.get("auto_map")
@@ -261,10 +289,12 @@ def _needs_remote_code(checkpoint: Checkpoint) -> str | None:
     return f"the architecture {model_type or 'in config.json'} needs code from the checkpoint"
 
 
-def _refusal(path: Path, recipe: Recipe, reasons: list[str]) -> InputError:
+def _refusal(
+    path: Path, recipe: Recipe, reasons: list[str], hint: str = METHODS_HINT
+) -> InputError:
     return InputError(
         f"{recipe.name} cannot be applied to {path}: " + "; ".join(reasons) + ".",
-        hint="quantkit methods  # what each method writes and needs",
+        hint=hint,
         code="plan.refused",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,9 @@ def planned(source: Checkpoint, plan: Plan) -> Candidate:
     modules = linear_modules(source.modules)
     parts = {m.name: _part(m, plan.layers.get(m.name), plan, source.config) for m in modules}
     settings = _settings(source, plan, [m for m in modules if m.name in plan.layers])
-    return Candidate(source.config, method.layout, settings, parts, plan.recipe.kv_cache)
+    cache = plan.recipe.kv_cache
+    scales = _kv_scales(method.layout, plan.layers) if cache != "none" else ()
+    return Candidate(source.config, method.layout, settings, parts, cache, scales)
 
 
 def verdicts(source: Checkpoint, plan: Plan) -> list[Verdict]:
@@ -67,8 +69,19 @@ def check_engines(source: Checkpoint, plan: Plan) -> Plan:
         )
     refusing = [v for v in refused if v.engine in plan.loads.engines]
     notes = [f"{v.title}: {v.reasons[0].text}" for v in refusing]
+    reading = [v for v in found if v.engine in plan.loads.engines]
+    notes += [caveat for v in reading for caveat in v.caveats]
     loads = replace(plan.loads, refusing=tuple(dict.fromkeys(v.engine for v in refusing)))
-    return replace(plan, notes=(*plan.notes, *notes), loads=loads)
+    return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *notes))), loads=loads)
+
+
+def _kv_scales(layout: str, names: Iterable[str]) -> tuple[str, ...]:
+    """What the library of a layout calls the scales of the cache: below the projection (ModelOpt)
+    or beside it (compressed-tensors)."""
+    projections = [name for name in names if name.endswith((".k_proj", ".v_proj"))]
+    if layout == "modelopt":
+        return tuple(f"{name}.{name[-6]}_scale" for name in projections)
+    return tuple(f"{name[:-6]}{name[-6]}_scale" for name in projections)
 
 
 def _part(module: Module, scheme: Scheme | None, plan: Plan, config: Mapping[str, Any]) -> Part:

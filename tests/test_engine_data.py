@@ -81,7 +81,10 @@ def test_the_support_table_follows_the_rules() -> None:
     assert support("modelopt", "W4A16_AWQ", "w4a16").export_only
     assert support("gptq", "GPTQ", "w3a16").engines == ("transformers",)
     assert support("ascend", "W4A8_DYNAMIC", "w4a8_dynamic").export_only
-    known: Any = {*SCHEMES, "fp8_e4m3_channel", "fp8_e4m3_tensor"}
+    known: Any = {
+        *SCHEMES, "fp8_e4m3_channel", "fp8_e4m3_tensor", "fp8_e4m3_tensor_fp8_e4m3_token",
+        "fp8_e4m3_channel_fp8_e4m3_tensor", "fp8_e4m3_tensor_fp8_e4m3_tensor",
+    }  # fmt: skip
     for engine in engines().values():
         for layout, rule in engine.formats.items():
             if layout not in ("modelopt", "ascend"):

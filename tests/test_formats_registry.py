@@ -73,7 +73,8 @@ def test_every_format_names_what_marks_a_layer() -> None:
     for layout in registry.FORMATS:
         assert not {"weight", "bias"} & layout.quant_suffixes()
     names = [layout.NAME for layout in registry.FORMATS]
-    assert names == ["modelopt", "compressed-tensors", "gptq", "awq", "auto-round", "ascend"]
+    ours = ["modelopt", "compressed-tensors", "gptq", "awq", "auto-round", "ascend"]
+    assert names == [*ours, "fp8", "mxfp4", "quark"]
 
 
 def test_a_byte_mask_is_no_quantized_weight(small_model: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def show_plan(
                 "not in the ignore list; add model.safetensors.index.json")] if incomplete else []),
             ("KV cache", plan.recipe.kv_cache),
             ("read by", plan.loads.describe()),
-            *((v.title, "\n".join([*(f"{r.text} → {r.fix}" for r in v.reasons), *v.notes]))
+            *((v.title, "\n".join([*(f"{r.text} → {r.fix}" for r in v.reasons), *v.caveats]))
               for v in found),
             *(("note", note) for note in plan.notes),
         ],

@@ -120,6 +120,10 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
     for finding in outcome.report.findings:
         if finding.severity == "warning":
             ui.info(f"warning: {finding.message}")
+    told = {finding.message for finding in outcome.report.findings if finding.severity == "warning"}
+    for note in plan.notes:
+        if note not in told:
+            ui.info(f"note: {note}")
     ui.text(f"next: quantkit verify {outcome.out}")
     ui.document(
         {

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.engines.data import model_types
 from quantkit.modules import Kind
 from quantkit.schemes import Scheme
 
@@ -50,3 +51,10 @@ class Candidate:
     settings: Mapping[str, Any]
     parts: Mapping[str, Part]
     kv_cache: str = "none"
+    kv_scales: tuple[str, ...] = ()
+    """Names of the KV cache's scales in the checkpoint."""
+
+    @property
+    def model_types(self) -> list[str]:
+        """The model's type, then those of the models nested in it."""
+        return model_types(self.config)

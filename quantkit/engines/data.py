@@ -29,6 +29,7 @@ class Family:
     (an ignore list that names the members of an untold merge is not understood).
     stored: layers that the checkpoint holds merged already → "qkv" or "pair" (two equal parts).
     plain: last name parts of layers that are built in 16 bit whatever the settings say.
+    scale_names: names of FP8 scales that its loader renames besides the engine's own.
     misread: last name part of a layer → layouts and packings that the model class's own code, which
     takes the stored weight apart, does not know.
     rename: checkpoint name → engine name; maps: the same for the entries of the settings.
@@ -44,6 +45,7 @@ class Family:
     rename: Renaming = ()
     maps: Renaming = ()
     plain_towers: bool = False
+    scale_names: tuple[str, ...] = ()
     known: bool = True
 
 
@@ -78,7 +80,8 @@ class FormatRule:
     ModelOpt and Ascend. `packings`: None is all of them; `amd_packings`: the same on AMD.
     mixed: whether each layer may have an algorithm of its own, or those of which one must be there.
     act_order: whether it loads columns out of order. unread: scheme → what differs, where it has
-    the scheme but is not known to read the layout's tensors of it."""
+    the scheme but is not known to read the layout's tensors of it. scale_names: what it calls the
+    scales of a weight and its input where there is one a tensor (FP8)."""
 
     schemes: Mapping[str, SchemeRule]
     kv_cache: tuple[str, ...] = ()
@@ -90,6 +93,25 @@ class FormatRule:
     packings: tuple[str, ...] | None = None
     amd_packings: tuple[str, ...] | None = None
     unread: Mapping[str, str] = field(default_factory=dict)
+    scale_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class KVCacheRule:
+    """What an engine does with a quantized KV cache.
+
+    scales: regular expressions for the names of scales that it takes up; scales_of: more of them in
+    a layout. dropped: `model_type`s whose class takes up none; dropped_before: version → those of
+    which older ones took up none. gpus: format → compute capabilities with kernels for it (others
+    run on all); added: format → what a version within the range brought beyond these.
+    """
+
+    scales: tuple[str, ...] = ()
+    scales_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    dropped_before: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    gpus: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    added: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,7 @@ class Engine:
     whole: frozenset[str]
     match: Mapping[str, str]
     formats: Mapping[str, FormatRule]
+    kv_cache: KVCacheRule
 
     @property
     def minimum_version(self) -> str:
@@ -114,14 +137,18 @@ class Engine:
 
     def family(self, config: Mapping[str, Any]) -> Family:
         """The family of a model's config.json: of its own type, else of its language model's."""
-        nested = (config.get(key) for key in ("text_config", "llm_config", "thinker_config"))
-        types = [config.get("model_type")]
-        types += [c.get("model_type") for c in nested if isinstance(c, dict)]
-        for model_type in types:
+        for model_type in model_types(config):
             for family in self.families:
                 if model_type in family.types:
                     return family
         return self.otherwise
+
+
+def model_types(config: Mapping[str, Any]) -> list[str]:
+    """The `model_type` of a config.json, then those of the models nested in it."""
+    nested = (config.get(key) for key in ("text_config", "llm_config", "thinker_config"))
+    inside = [c.get("model_type") for c in nested if isinstance(c, dict)]
+    return [kind for kind in (config.get("model_type"), *inside) if isinstance(kind, str)]
 
 
 @cache
@@ -149,6 +176,7 @@ def _engine(raw: dict[str, Any]) -> Engine:
         rows=frozenset(layers["rows"]),
         whole=frozenset(layers["whole"]),
         formats={name: _format(entry) for name, entry in raw.pop("formats").items()},
+        kv_cache=_kv_cache(raw.pop("kv_cache")),
         distribution=tuple(raw.pop("distribution")),
         read=str(raw.pop("read")),
         **raw,
@@ -166,6 +194,7 @@ def _family(raw: dict[str, Any], merges: Mapping[str, Merges]) -> Family:
         told=union(raw.pop("told", raw["merges"])),
         plain=frozenset(raw.pop("plain", ())),
         misread=_frozen(raw.pop("misread", {})),
+        scale_names=tuple(raw.pop("scale_names", ())),
         rename=rename,
         maps=_renaming(raw.pop("maps")) if "maps" in raw else rename,
         **{key: value for key, value in raw.items() if key not in ("merges", "rename")},
@@ -183,6 +212,11 @@ def _format(raw: dict[str, Any]) -> FormatRule:
 
 def _scheme(raw: dict[str, Any]) -> SchemeRule:
     return SchemeRule(**_frozen(raw))
+
+
+def _kv_cache(raw: dict[str, Any]) -> KVCacheRule:
+    nested = {key: _frozen(value) for key, value in raw.items() if isinstance(value, dict)}
+    return KVCacheRule(**{**_frozen(raw), **nested})
 
 
 def _frozen(raw: dict[str, Any]) -> dict[str, Any]:

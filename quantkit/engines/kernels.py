@@ -162,6 +162,31 @@ def _check_vendor(
         )
 
 
+def scale_names_caution(
+    engine: Engine, family: Family, candidate: Candidate, layers: Sequence[Layer]
+) -> Iterator[Reason]:
+    """Code `engine.scale_names`: FP8 scales, one a tensor, under names that the engine knows for
+    some families only."""
+    rule = engine.formats.get(candidate.layout)
+    if rule is None or not rule.scale_names:
+        return
+    for layer in layers:
+        part = layer.parts[0]
+        if part.scheme is None or part.scheme.weight.granularity != "tensor":
+            continue
+        known = {*rule.scale_names, *family.scale_names}
+        other = [name for name in part.packing.split("+") if name not in known]
+        if other:
+            yield Reason(
+                "engine.scale_names",
+                f"{engine.name} {engine.read} is not known to find the scales of {layer.name}, "
+                f"stored as {' and '.join(other)}: for this family it looks for "
+                f"{' and '.join(rule.scale_names)}",
+                "load it once and read the log, or serve it with another engine",
+                layer.name,
+            )
+
+
 def weight_only_note(
     engine: Engine, candidate: Candidate, layers: Sequence[Layer], gpu: Gpu | None
 ) -> str | None:

@@ -10,7 +10,13 @@ from quantkit.engines.agree import check_names
 from quantkit.engines.candidate import Candidate
 from quantkit.engines.data import Engine, engines
 from quantkit.engines.gpus import Gpu
-from quantkit.engines.kernels import check_format, check_schemes, weight_only_note
+from quantkit.engines.kernels import (
+    check_format,
+    check_schemes,
+    scale_names_caution,
+    weight_only_note,
+)
+from quantkit.engines.kv import cautions, check_gpu
 from quantkit.engines.names import layers
 from quantkit.engines.reasons import Reason, condensed
 from quantkit.engines.shapes import check_heads, check_shapes, group_fits
@@ -20,13 +26,20 @@ from quantkit.errors import InputError
 
 @dataclass(frozen=True)
 class Verdict:
-    """`version` is the engine's version whose sources the rules were read from."""
+    """`version` is the engine's version whose sources the rules were read from. `cautions` are what
+    does not stop the load and may change what is served; `notes` what else to know."""
 
     engine: str
     tp: int
     version: str
     reasons: tuple[Reason, ...] = ()
     notes: tuple[str, ...] = ()
+    cautions: tuple[Reason, ...] = ()
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """The notes and the text of the cautions."""
+        return (*self.notes, *(caution.text for caution in self.cautions))
 
     @property
     def loads(self) -> bool:
@@ -49,7 +62,7 @@ class Verdict:
                 {"code": r.code, "message": r.text, "fix": r.fix, "where": r.where}
                 for r in self.reasons
             ],
-            "notes": list(self.notes),
+            "notes": list(self.caveats),
             "rules_of": self.version,
         }
 
@@ -122,7 +135,7 @@ def _judge(
 ) -> list[Verdict]:
     family = engine.family(candidate.config)
     built = layers(engine, family, candidate.parts.values())
-    always = list(check_format(engine, candidate, gpu))
+    always = [*check_format(engine, candidate, gpu), *check_gpu(engine, candidate, gpu)]
     if engine.formats.get(candidate.layout) is not None:
         always += check_names(engine, family, candidate, built)
         always += check_schemes(engine, family, candidate, built, gpu)
@@ -130,6 +143,8 @@ def _judge(
     if not family.known:
         kind = candidate.config.get("model_type", "unknown")
         notes.append(f"{engine.name}: no rules for the family {kind}; those of Llama were taken")
+    warned = list(cautions(engine, candidate, gpu))
+    warned += scale_names_caution(engine, family, candidate, built)
     note = weight_only_note(engine, candidate, built, gpu)
     notes += [note] if note else []
     return [
@@ -147,6 +162,7 @@ def _judge(
                 )
             ),
             tuple(notes),
+            tuple(condensed(warned)),
         )
         for tp in sizes
     ]

@@ -4,7 +4,7 @@ mean as a canonical weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -39,7 +39,7 @@ KV_CACHE_SUFFIXES = frozenset(
     {
         "k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point",
         "k_global_scale", "v_global_scale", "q_global_scale", "k_bias", "v_bias",
-        "kv_cache_scale", "kv_cache_offset", "kv_scale", "prob_output_scale",
+        "kv_cache_scale", "kv_cache_offset", "kv_scale", "output_scale", "prob_output_scale",
     }
 )  # fmt: skip
 """Last name parts of KV-cache (and attention) scales; they belong to no linear layer."""
@@ -48,6 +48,12 @@ KV_CACHE_SUFFIXES = frozenset(
 def is_kv_cache_tensor(name: str) -> bool:
     """Whether a tensor of this name is a KV-cache scale, offset or zero point."""
     return name.rpartition(".")[2] in KV_CACHE_SUFFIXES
+
+
+def kv_cache_scales(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the names that are scales of keys and values in the cache."""
+    kinds = ("k_scale", "v_scale", "kv_scale", "kv_cache_scale", "output_scale")
+    return tuple(name for name in names if name.rpartition(".")[2] in kinds)
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ class Inventory:
 
     def fused(self, module: str) -> bool:
         """Whether the module is a fused 3-D expert tensor."""
-        weight = self.modules[module].get("weight")
-        return weight is not None and weight.name == module
+        inside = f"{module}."
+        return any(not part.name.startswith(inside) for part in self.modules[module].values())
 
 
 def take(checkpoint: Checkpoint, suffixes: frozenset[str]) -> Inventory:
@@ -220,6 +220,15 @@ def glob_pattern(entry: str) -> Pattern:
     if any(c in entry for c in "*?["):
         return Pattern(entry, "regex", translate(entry))
     return Pattern(entry, "path", entry)
+
+
+def not_converted(entry: str) -> Pattern:
+    """An entry of Transformers' `modules_to_not_convert`: a module path, whose star is any text
+    and which names all that is below it."""
+    if "*" not in entry:
+        return Pattern(entry, "path", entry)
+    text = ".*".join(re.escape(part) for part in entry.split("*"))
+    return Pattern(entry, "regex", f"{text}(\\.|$)")
 
 
 def sort_modules(

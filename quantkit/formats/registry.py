@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantkit.errors import InputError
-from quantkit.formats import ascend, auto_round, awq, compressed_tensors, gptq, inventory, modelopt
+from quantkit.formats import (
+    ascend,
+    auto_round,
+    awq,
+    compressed_tensors,
+    fp8,
+    gptq,
+    inventory,
+    modelopt,
+    mxfp4,
+    quark,
+)
 from quantkit.formats.base import Format, WritableFormat
 from quantkit.formats.compressed_tensors_config import packing_of
 from quantkit.schemes import Scheme
@@ -13,7 +24,9 @@ from quantkit.schemes import Scheme
 if TYPE_CHECKING:
     from quantkit.checkpoint import Checkpoint
 
-FORMATS: tuple[Format, ...] = (modelopt, compressed_tensors, gptq, awq, auto_round, ascend)
+FORMATS: tuple[Format, ...] = (
+    modelopt, compressed_tensors, gptq, awq, auto_round, ascend, fp8, mxfp4, quark
+)  # fmt: skip
 """Every layout; a checkpoint must be recognised by exactly one."""
 
 _QUANTIZED_DTYPES = {"F8_E4M3": "FP8", "F8_E5M2": "FP8", "F4": "FP4", "I8": "INT8", "U8": "4 bit"}

@@ -82,8 +82,16 @@ def _cache_scales(maker: LayerMaker, attention: str) -> CacheScales | None:
     found = {
         kind: next((n for n in names if maker.source.has(n)), None)
         for kind, names in {
-            "k": (f"{attention}.k_proj.k_scale", f"{attention}.k_scale"),
-            "v": (f"{attention}.v_proj.v_scale", f"{attention}.v_scale"),
+            "k": (
+                f"{attention}.k_proj.k_scale",
+                f"{attention}.k_scale",
+                f"{attention}.k_proj.output_scale",
+            ),
+            "v": (
+                f"{attention}.v_proj.v_scale",
+                f"{attention}.v_scale",
+                f"{attention}.v_proj.output_scale",
+            ),
         }.items()
     }
     values = {

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quantkit.checkpoint import Checkpoint, open_checkpoint
-from quantkit.engines import NAMES, Candidate, engine_named, judge
+from quantkit.customcode import brought_code
+from quantkit.engines import NAMES, Candidate, Verdict, engine_named, judge
 from quantkit.engines.gpus import platforms
 from quantkit.errors import InputError
 from quantkit.formats.base import Declaration
@@ -75,9 +76,9 @@ def launch(path: Path, engine: str, tp: int) -> Launch:
     layout = detect(checkpoint)
     subject = examine(checkpoint, layout)
     declared = subject.declaration
-    _refuse(engine, candidate(subject), tp, path)
+    verdict = _refuse(engine, candidate(subject), tp, path)
     flags: dict[str, str] = {}
-    notes: list[str] = []
+    notes = list(verdict.caveats)
     if declared.kv_cache != "none":
         flags["--kv-cache-dtype"] = _kv_cache(engine, declared.kv_cache, path)
     if engine == "sglang":
@@ -100,6 +101,14 @@ def _command(
         parallel = "--tp"
     argv += [part for flag in flags.items() for part in flag]
     argv += [parallel, str(tp)] if tp > 1 else []
+    code = brought_code(model) if model.is_dir() else []
+    if code:
+        argv.append("--trust-remote-code")
+        notes = [
+            *notes,
+            f"the checkpoint brings code ({', '.join(code)}), which --trust-remote-code runs: read "
+            "it first",
+        ]
     return Launch(
         engine=engine,
         argv=tuple(argv),
@@ -116,7 +125,7 @@ def _gguf(file: Path, engine: str, tp: int) -> Launch:
     return _command(engine, file, tp, {}, notes)
 
 
-def _refuse(engine: str, this: Candidate, tp: int, path: Path) -> None:
+def _refuse(engine: str, this: Candidate, tp: int, path: Path) -> Verdict:
     verdict = judge(this, (engine,), (tp,))[0]
     if not verdict.loads:
         reason = verdict.reasons[0]
@@ -125,6 +134,7 @@ def _refuse(engine: str, this: Candidate, tp: int, path: Path) -> None:
             hint=reason.fix,
             code="launch.will_not_load",
         )
+    return verdict
 
 
 def _modelopt_flag(checkpoint: Checkpoint, declared: Declaration) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from quantkit.engines import Candidate, Engine, Part, Verdict, engines, gpu_named, judge
 from quantkit.formats import ascend, awq, gptq, modelopt
+from quantkit.formats.base import kv_cache_scales
 from quantkit.formats.inventory import upright
 from quantkit.modules import linear_modules
 from quantkit.verify.findings import EngineRequest, Finding, error, info, warning
@@ -40,7 +41,8 @@ def candidate(subject: Subject) -> Candidate:
             spec.scheme if spec else None,
             spec.packing if spec else "",
         )
-    return Candidate(checkpoint.config, layout, settings, parts, declared.kv_cache)
+    scales = kv_cache_scales(checkpoint.tensors) if declared.kv_cache != "none" else ()
+    return Candidate(checkpoint.config, layout, settings, parts, declared.kv_cache, scales)
 
 
 def check_gguf(asked: EngineRequest | None) -> Iterator[Finding]:
@@ -61,6 +63,11 @@ def check_engines(subject: Subject, asked: EngineRequest | None) -> Iterator[Fin
     gpu = gpu_named(asked.gpu) if asked and asked.gpu else None
     names = asked.engines if asked else tuple(engines())
     for verdict in judge(this, names, asked.sizes if asked else (1,), gpu):
+        told = asked is not None or (verdict.loads or _reads(engines()[verdict.engine], this))
+        for caution in verdict.cautions if told else ():
+            yield warning(caution.code, caution.text, caution.fix, caution.where or None)
+        for note in verdict.notes if told else ():
+            yield info("engine.note", note, "")
         if verdict.loads:
             if asked:
                 yield info("engine.loads", f"{verdict.title} (rules of {verdict.version})", "")

@@ -33,8 +33,8 @@ _SOUND_DB = {8: 25.0, 4: 15.0, 3: 9.0}
 
 _SUSPECT_DB = {8: 10.0, 4: 3.0, 3: 0.0}
 """Bits → SQNR under which a row is looked at. At 8 bits that alone condemns: real outputs have
-21 dB and more. At fewer bits GPTQ trades a row's weights for its output (−7 dB were seen, in rows that
-two implementations agree on), so that the row must also be another's or nobody's."""
+21 dB and more. At fewer bits GPTQ trades a row's weights for its output (−7 dB were seen, in rows
+that two implementations agree on), so that the row must also be another's or nobody's."""
 
 _CHANCE = 4.0
 """Standard deviations (1 / √n for n numbers) up to which the cosine of unrelated rows may lie."""

@@ -10,6 +10,7 @@ from quantkit.engines.data import Engine, Family
 from quantkit.engines.readers.ascend import ascend
 from quantkit.engines.readers.compressed_tensors import compressed_tensors
 from quantkit.engines.readers.integers import auto_round, awq, gptq
+from quantkit.engines.readers.listed import fp8, mxfp4, quark
 from quantkit.engines.readers.modelopt import modelopt
 
 
@@ -31,5 +32,9 @@ READERS: dict[str, Callable[[Family, Candidate], Reader]] = {
     "whole_substring": lambda f, c: awq(f, c, whole=True),
     "extra_config": auto_round,
     "description": lambda _, c: ascend(c),
+    "fp8_names": lambda f, c: fp8(f, c, path=False),
+    "fp8_paths": lambda f, c: fp8(f, c, path=True),
+    "experts_only": mxfp4,
+    "quark_exclude": quark,
 }
 """The names that the data files use under `match`."""
