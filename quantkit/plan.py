@@ -16,6 +16,7 @@ from quantkit.contradictions import refuse_contradictions
 from quantkit.engines import Support, support
 from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
+from quantkit.fp8_blocks import states_blocks
 from quantkit.modules import (
     Module,
     expert_count,
@@ -243,8 +244,8 @@ def _estimate(checkpoint: Checkpoint, replaced: set[str], quantized: int) -> Est
 
 
 def _in_fp8_blocks(checkpoint: Checkpoint) -> bool:
-    config = checkpoint.quantization_config or {}
-    return config.get("quant_method") == "fp8" and bool(config.get("weight_block_size"))
+    settings = checkpoint.quantization_config or {}
+    return settings.get("quant_method") == "fp8" and states_blocks(checkpoint.config)
 
 
 def _needs_remote_code(checkpoint: Checkpoint) -> str | None:

@@ -11,10 +11,10 @@ compressed-tensors and the engines use for quantized experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.errors import InputError
+from quantkit.fp8_blocks import INVERSE_SCALE, weight_block
 from quantkit.modules import fused_groups, text_config
 from quantkit.schemes import Scheme
 from quantkit.streaming.encode import declared, refusal
@@ -22,7 +22,6 @@ from quantkit.streaming.job import Layout, Outputs, Piece, ShardTask, Slice, Wor
 
 FLOATS = ("BF16", "F16", "F32")
 SCALES = (*FLOATS, "F8_E8M0")
-INVERSE_SCALE = "_scale_inv"
 
 
 def plan_shards(
@@ -67,7 +66,7 @@ def _slices(checkpoint: Checkpoint, module: str) -> dict[str, Slice]:
     if len(tensor.shape) == 2:
         rows, columns = tensor.shape
         scale = checkpoint.tensors.get(tensor.name + INVERSE_SCALE)
-        block = _weight_block(checkpoint.config)
+        block = weight_block(checkpoint.config)
         return {module: Slice(tensor, 0, rows, columns, scale=scale, block=block)}
     if f"{tensor.name}_bias" in checkpoint.tensors:
         raise _unknown_experts(tensor, "comes with a bias, as experts with interleaved rows do")
@@ -139,7 +138,7 @@ def _copy(tensor: TensorInfo, checkpoint: Checkpoint) -> Work:
     if scale is None:
         return Work(tensor, (), None, {tensor.name: (tensor.dtype, tensor.shape)})
     rows, columns = tensor.shape
-    block = _weight_block(checkpoint.config)
+    block = weight_block(checkpoint.config)
     whole = Slice(tensor, 0, rows, columns, scale=scale, block=block)
     return Work(tensor, (), whole, {tensor.name: ("BF16", tensor.shape)})
 
@@ -175,11 +174,6 @@ def _is_inverse_scale(name: str, checkpoint: Checkpoint) -> bool:
     return name.endswith(INVERSE_SCALE) and name.removesuffix(INVERSE_SCALE) in checkpoint.tensors
 
 
-def _weight_block(config: Mapping[str, Any]) -> tuple[int, int]:
-    declared_block = (config.get("quantization_config") or {}).get("weight_block_size")
-    return tuple(declared_block) if declared_block else (128, 128)
-
-
 def _refuse_misfits(
     slices: Mapping[str, Mapping[str, Slice]], layers: Mapping[str, Scheme], layout: Layout
 ) -> None:
@@ -203,7 +197,7 @@ def _refuse_misfits(
 
 def _refuse_scales(checkpoint: Checkpoint) -> None:
     """Refuse inverse scales that are not a grid of square blocks over their FP8 matrix."""
-    high, wide = _weight_block(checkpoint.config)
+    high, wide = weight_block(checkpoint.config)
     for name, scale in checkpoint.tensors.items():
         if not _is_inverse_scale(name, checkpoint):
             continue

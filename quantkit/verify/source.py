@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
+from quantkit.fp8_blocks import INVERSE_SCALE, weight_block
 from quantkit.modules import text_config
 from quantkit.schemes import NumberFormat
 from quantkit.verify.reading import read_tensor
@@ -18,7 +19,6 @@ from quantkit.verify.reading import read_tensor
 if TYPE_CHECKING:
     import torch
 
-INVERSE_SCALE = "_scale_inv"
 _WRAPPERS = frozenset({"model", "language_model"})
 _HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
 _EXPERT_LEAVES = {
@@ -138,15 +138,8 @@ class Source:
         tensor = read_tensor(info)
         if scale is None or info.dtype != "F8_E4M3":
             return tensor
-        number = NumberFormat("fp8_e4m3", "block", block=self._block)
+        number = NumberFormat("fp8_e4m3", "block", block=weight_block(self.checkpoint.config))
         return dequantize(QuantWeight(number, tensor, read_tensor(scale).float()))
-
-    @property
-    def _block(self) -> tuple[int, int]:
-        stated = (self.checkpoint.quantization_config or {}).get("weight_block_size")
-        if isinstance(stated, list | tuple) and len(stated) == 2:
-            return (int(stated[0]), int(stated[1]))
-        return (128, 128)
 
 
 def short_name(name: str) -> str:
