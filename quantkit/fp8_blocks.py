@@ -33,7 +33,7 @@ def weight_block(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def states_blocks(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that its weights are stored in blocks; raises as `weight_block`."""
+    """Whether a config.json says that its weights are in blocks; raises as `weight_block`."""
     weight_block(config)
     return _stated(config) is not None
 

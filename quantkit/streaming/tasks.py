@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.errors import InputError
+from quantkit.experts import input_first
 from quantkit.fp8_blocks import INVERSE_SCALE, weight_block
 from quantkit.modules import fused_groups, text_config
 from quantkit.schemes import Scheme
@@ -89,22 +90,14 @@ def _expert_slices(
 
 
 def stored_transposed(tensor: TensorInfo, checkpoint: Checkpoint) -> bool:
-    """Whether a fused expert tensor holds each expert as [in, out]: told by the hidden size; where
-    both dimensions are that, or neither, by the other tensors of the same experts.
-
-    Raises InputError when none of them tells.
-    """
-    hidden = text_config(checkpoint.config).get("hidden_size")
-    suffix = ".weight" if tensor.name.endswith(".weight") else ""
-    parent, _, own = tensor.name.removesuffix(suffix).rpartition(".")
-    for leaf in (own, "down_proj", "gate_up_proj", "up_proj"):
-        info = checkpoint.tensors.get(f"{parent}.{leaf}{suffix}")
-        if info and len(info.shape) == 3:
-            first, last = (size == hidden for size in info.shape[1:])
-            if first != last:
-                return last if leaf == "down_proj" else first
-    what = f"does not show which dimension is the input (the hidden size is {hidden})"
-    raise _unknown_experts(tensor, what)
+    """Whether a fused expert tensor holds experts as [in, out]; InputError when nothing tells."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    found = input_first(shapes, checkpoint.config, tensor.name)
+    if found is None:
+        hidden = text_config(checkpoint.config).get("hidden_size")
+        what = f"does not show which dimension is the input (the hidden size is {hidden})"
+        raise _unknown_experts(tensor, what)
+    return found
 
 
 def _unknown_experts(tensor: TensorInfo, what: str) -> InputError:
