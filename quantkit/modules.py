@@ -282,7 +282,7 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
     if "mtp" in parts or "nextn" in parts or beyond:
         return "mtp" if len(shape) >= 2 else "norm"
     if len(shape) == 3:
-        expert_like = ".experts" in name or leaf in ("gate_up_proj", "down_proj", *_OTHER_EXPERTS)
+        expert_like = ".experts" in name or leaf in (*FUSED_EXPERTS, *_OTHER_EXPERTS)
         return "experts" if expert_like else "other"
     if len(shape) == 1:
         return "norm" if "norm" in leaf or leaf.startswith("ln") else "other"
