@@ -34,6 +34,11 @@ FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
 _HEADS = {"lm_head", "output", "embed_out", "output_layer", "score", "head"}
 _ROUTERS = {"router", "shared_expert_gate", "gate_up_router", "wg"}
 _SMALL_GATES = {"in_proj_a", "in_proj_b", "in_proj_ba"}
+_CONTROLS = {"x_proj", "dt_proj"}
+"""What steers a state-space layer (Jamba, Mamba): small, and as fragile as a router."""
+FUSED_EXPERTS = ("gate_up_proj", "down_proj", "gate_proj", "up_proj")
+"""Leaves of fused 3-D expert tensors that are written as a layer an expert."""
+_OTHER_EXPERTS = ("input_linear", "output_linear")
 _TOWERS = {
     "visual", "vision_tower", "vision_model", "vision_encoder", "vision_embed_tokens", "vit",
     "multi_modal_projector", "mm_projector", "embed_vision", "image_newline", "resampler",
@@ -116,8 +121,10 @@ def positions(config: Mapping[str, Any]) -> int | None:
 
 
 def expert_count(config: Mapping[str, Any]) -> int:
-    """Routed experts a layer, 0 for a dense model."""
+    """Routed experts a layer, 0 for a dense model (Doge says so by `is_moe`)."""
     text = text_config(config)
+    if text.get("is_moe") is False:
+        return 0
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         value = text.get(key)
         if isinstance(value, int) and value > 0:
@@ -260,7 +267,7 @@ def _module_of(tensor: str, shape: tuple[int, ...]) -> str | None:
     if tensor.endswith(".weight"):
         return tensor[: -len(".weight")]
     leaf = tensor.rpartition(".")[2]
-    if len(shape) == 3 and leaf in ("gate_up_proj", "down_proj", "gate_proj", "up_proj"):
+    if len(shape) == 3 and leaf in FUSED_EXPERTS:
         return tensor
     return None
 
@@ -275,7 +282,7 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
     if "mtp" in parts or "nextn" in parts or beyond:
         return "mtp" if len(shape) >= 2 else "norm"
     if len(shape) == 3:
-        expert_like = ".experts" in name or leaf in ("gate_up_proj", "down_proj")
+        expert_like = ".experts" in name or leaf in (*FUSED_EXPERTS, *_OTHER_EXPERTS)
         return "experts" if expert_like else "other"
     if len(shape) == 1:
         return "norm" if "norm" in leaf or leaf.startswith("ln") else "other"
@@ -289,9 +296,20 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
         return "embedding"
     beside_experts = parent in context.expert_parents and leaf != "experts"
     routes = beside_experts and shape[0] in (context.experts, 1)
-    if leaf in _ROUTERS | _SMALL_GATES or leaf == "gate" or routes:
+    if routes or leaf in _SMALL_GATES | _CONTROLS or leaf.endswith("_coefs") or _routes(parts):
         return "router"
     return "linear"
+
+
+def _routes(parts: list[str]) -> bool:
+    """Whether a component of a path routes: `gate`, `router` in any compound (`modality_router`),
+    as in `router.layer` and `gate.router_mlp`. The gate of an attention multiplies its output, and
+    routes nothing."""
+    inside = {"self_attn", "attn", "attention"}.isdisjoint(parts)
+    return any(
+        part in _ROUTERS or (part == "gate" and inside) or "router" in part.split("_")
+        for part in parts
+    )
 
 
 def _integer(value: object) -> int:

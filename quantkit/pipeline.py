@@ -19,7 +19,7 @@ from quantkit.finish import finish
 from quantkit.hub import open_for_plan, resolve_model
 from quantkit.job import NO_DATA, Job, Reporter, Result
 from quantkit.origin import plan_of_export, state_calibration, stored_recipe
-from quantkit.plan import Plan, has_experts_or_towers, make_plan
+from quantkit.plan import Plan, has_experts_or_towers, kept_layers, make_plan
 from quantkit.process import run_worker
 from quantkit.publish import check_apart, check_space, check_target, staged
 from quantkit.recipe import Recipe
@@ -66,7 +66,9 @@ def plan_only(request: Request) -> tuple[Checkpoint, Plan]:
         check_stream(source, plan)
     beyond = has_experts_or_towers(source, plan) if plan.backend.dense_only else None
     if beyond:
-        note = f"{plan.backend.name} does not quantize a model with {beyond}; rtn_* methods do"
+        biased = any(name.endswith("_proj_bias") for name in source.tensors)
+        other = "rtn_* methods do" + (", all but its experts, which have biases" if biased else "")
+        note = f"{plan.backend.name} does not quantize a model with {beyond}; {other}"
         plan = replace(plan, notes=(*plan.notes, note))
     return source, plan
 
@@ -214,7 +216,7 @@ def _job(
         scheme=asdict(recipe.resolved_scheme()),
         kv_cache=recipe.kv_cache,
         layers={name: asdict(scheme) for name, scheme in plan.layers.items()},
-        keep=sorted(plan.kept),
+        keep=kept_layers(source, plan),
         options=recipe.options,
         tokens=str(tokens.path) if tokens else None,
         batch_size=recipe.calibration.batch_size if recipe.calibration else 1,
@@ -308,7 +310,7 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
             scheme=asdict(recipe.resolved_scheme()),
             kv_cache=recipe.kv_cache,
             layers={name: asdict(scheme) for name, scheme in plan.layers.items()},
-            keep=sorted(plan.kept),
+            keep=kept_layers(source, plan),
             options=recipe.options,
             shard_size=recipe.shard_bytes(),
         )

@@ -6,7 +6,7 @@ Reads config and headers only, no weights; imports neither torch nor transformer
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
@@ -17,10 +17,13 @@ from quantkit.contradictions import refuse_contradictions
 from quantkit.engines import Support, support
 from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
+from quantkit.fp8_blocks import INVERSE_SCALE, states_blocks
 from quantkit.modules import (
+    FUSED_EXPERTS,
     Module,
     expert_count,
     fused_groups,
+    is_tied,
     linear_modules,
     named_by,
 )
@@ -109,7 +112,7 @@ def make_plan(
 
 def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: list[Module]) -> Plan:
     layers: dict[str, Scheme] = {}
-    kept: dict[str, str] = {}
+    kept = _unlisted(checkpoint, modules)
     misfits: dict[str, str] = {}
     notes: list[str] = []
     for module in modules:
@@ -139,6 +142,8 @@ def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: lis
         )
     _refuse_unused_entries(recipe, modules)
     _refuse_split_groups(recipe, modules, layers)
+    notes += _left_in_16_bit(checkpoint, layers)
+    notes += _head_notes(checkpoint)
     return plan_of_layers(checkpoint, recipe, layers, kept, tuple(notes))
 
 
@@ -172,7 +177,54 @@ def _choose(module: Module, recipe: Recipe, scheme: Scheme) -> Scheme | str:
     if named_by(module, recipe.targets) is None:
         return f"{module.kind}, not in targets"
     entry = named_by(module, recipe.ignore)
+    if not entry and module.kind == "experts" and not _splits(module):
+        return "experts in a form that no layout here holds"
     return f"ignore {entry}" if entry else scheme
+
+
+def _splits(module: Module) -> bool:
+    """Whether fused experts can be written as a layer an expert."""
+    return module.name.removesuffix(".weight").rpartition(".")[2] in FUSED_EXPERTS
+
+
+def _unlisted(checkpoint: Checkpoint, modules: list[Module]) -> dict[str, str]:
+    """Weights that no scheme could apply to, by name, and why: convolutions, tables, parameters."""
+    linear = {module.tensor for module in modules}
+    return {
+        name.removesuffix(".weight"): "no linear layer"
+        for name, info in checkpoint.tensors.items()
+        if len(info.shape) > 1 and name not in linear and not name.endswith((INVERSE_SCALE, "bias"))
+    }
+
+
+def kept_layers(checkpoint: Checkpoint, plan: Plan) -> list[str]:
+    """The linear layers that stay in 16 bit, in alphabetical order."""
+    return sorted(m.name for m in linear_modules(checkpoint.modules) if m.name in plan.kept)
+
+
+def _left_in_16_bit(checkpoint: Checkpoint, layers: Mapping[str, Scheme]) -> Iterator[str]:
+    modules = checkpoint.modules
+    replaced = {module.tensor for module in modules if module.name in layers}
+    left = sum(info.bytes for info in checkpoint.tensors.values() if info.name not in replaced)
+    if 2 * left > checkpoint.weight_bytes:
+        yield f"{100 * left // checkpoint.weight_bytes} % of the model's bytes stay in 16 bit"
+    experts = [m.name for m in modules if m.kind == "experts" or ".experts." in m.name]
+    count = expert_count(checkpoint.config)
+    if count and not experts:
+        yield f"config.json states {count} experts a layer, and no tensor is one by name"
+    elif experts and not layers.keys() & set(experts):
+        yield f"all experts stay in 16 bit ({experts[0]} is the first)"
+
+
+def _head_notes(checkpoint: Checkpoint) -> Iterator[str]:
+    """What to know of a causal language model that has no output head of its own."""
+    named = str(checkpoint.config.get("architectures") or "")
+    has_head = any(module.kind == "head" for module in checkpoint.modules)
+    if "ForCausalLM" in named and not has_head and not is_tied(checkpoint.config):
+        yield (
+            "no tensor is an output head, and config.json does not say that the embedding is one "
+            "(tie_word_embeddings): engines may start with a random head; state it, true or false"
+        )
 
 
 def _override(module: Module, recipe: Recipe) -> Override | None:
@@ -208,7 +260,8 @@ def _common_size(modules: list[Module], schemes: list[Scheme | str]) -> int | No
 
 
 def _refuse_unused_entries(recipe: Recipe, modules: list[Module]) -> None:
-    entries = [entry for entry in recipe.ignore if not entry.startswith("@")]
+    listed = (*recipe.targets, *recipe.ignore)
+    entries = [entry for entry in listed if not entry.startswith("@")]
     entries += [override.match for override in recipe.overrides]
     unused = [e for e in entries if not any(named_by(module, [e]) for module in modules)]
     if unused:
@@ -250,8 +303,8 @@ def _estimate(checkpoint: Checkpoint, replaced: set[str], quantized: int) -> Est
 
 
 def _in_fp8_blocks(checkpoint: Checkpoint) -> bool:
-    config = checkpoint.quantization_config or {}
-    return config.get("quant_method") == "fp8" and bool(config.get("weight_block_size"))
+    settings = checkpoint.quantization_config or {}
+    return settings.get("quant_method") == "fp8" and states_blocks(checkpoint.config)
 
 
 def _other_start(checkpoint: Checkpoint, scheme: Scheme) -> str:

@@ -37,7 +37,7 @@ def planned(source: Checkpoint, plan: Plan) -> Candidate:
     """The checkpoint that a plan will write, as far as an engine's rules look at it."""
     method = plan.method
     modules = linear_modules(source.modules)
-    parts = {m.name: _part(m, plan.layers.get(m.name), plan, source.config) for m in modules}
+    parts = {m.name: _part(m, plan.layers.get(m.name), plan, source) for m in modules}
     settings = _settings(source, plan, [m for m in modules if m.name in plan.layers])
     cache = plan.recipe.kv_cache
     scales = _kv_scales(method.layout, plan.layers) if cache != "none" else ()
@@ -84,9 +84,9 @@ def _kv_scales(layout: str, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"{name[:-6]}{name[-6]}_scale" for name in projections)
 
 
-def _part(module: Module, scheme: Scheme | None, plan: Plan, config: Mapping[str, Any]) -> Part:
+def _part(module: Module, scheme: Scheme | None, plan: Plan, source: Checkpoint) -> Part:
     variant = "" if scheme is None else _packing(scheme, plan)
-    shape = upright(module.name, module.shape, config)
+    shape = upright(module.tensor, module.shape, source)
     return Part(module.name, module.kind, shape, scheme, variant)
 
 

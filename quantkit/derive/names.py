@@ -7,6 +7,7 @@ from typing import Any
 
 from quantkit.derive.sizes import Sizes
 from quantkit.errors import InputError
+from quantkit.fp8_blocks import states_blocks, weight_block
 from quantkit.modules import is_tied, text_config, text_size
 
 _BIASED = ("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text")
@@ -56,10 +57,7 @@ def stored_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     settings = config.get("quantization_config") or {}
     if not isinstance(settings, Mapping):
         raise _malformed("quantization_config", settings, "an object")
-    block = settings.get("weight_block_size") or (128, 128)
-    pair = isinstance(block, Sequence) and len(block) == 2
-    if not pair or not all(isinstance(side, int) and side > 0 for side in block):
-        raise _malformed("quantization_config.weight_block_size", block, "two sizes")
+    weight_block(config)
     excluded = settings.get("modules_to_not_convert") or ()
     if not isinstance(excluded, Sequence) or not all(isinstance(e, str) for e in excluded):
         raise _malformed("quantization_config.modules_to_not_convert", excluded, "a list of names")
@@ -77,7 +75,7 @@ def _malformed(key: str, value: object, wanted: str) -> InputError:
 def _in_fp8_blocks(config: Mapping[str, Any], name: str) -> bool:
     settings = stored_settings(config)
     excluded = settings.get("modules_to_not_convert") or ()
-    stored = bool(settings.get("weight_block_size")) and name.endswith(_BLOCK_FP8)
+    stored = states_blocks(config) and name.endswith(_BLOCK_FP8)
     return stored and not any(entry in name for entry in excluded)
 
 

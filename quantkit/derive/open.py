@@ -19,13 +19,13 @@ from quantkit.checkpoint import (
     read_model_config,
     read_weight_map,
 )
-from quantkit.derive.names import derived_names, is_known, stored_settings
+from quantkit.derive.names import derived_names, is_known
 from quantkit.derive.shapes import derived_shape
 from quantkit.derive.sizes import sizes
 from quantkit.errors import InputError
+from quantkit.fp8_blocks import INVERSE_SCALE, weight_block
 from quantkit.modules import text_config
 
-INVERSE_SCALE = "_scale_inv"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -107,8 +107,7 @@ def _derived(
 
 def _grid(shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape of a weight's inverse scales: one a block of `weight_block_size`."""
-    block = stored_settings(config).get("weight_block_size") or (128, 128)
-    return tuple(-(-length // step) for length, step in zip(shape, block, strict=False))
+    return tuple(-(-n // step) for n, step in zip(shape, weight_block(config), strict=False))
 
 
 def _other_weights(path: Path) -> bool:

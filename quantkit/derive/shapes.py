@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantkit.derive.sizes import Sizes
+from quantkit.experts import input_first
 from quantkit.modules import in_tower, text_config
-
-_INPUT_FIRST = ("gpt_oss", "qwen3_vl_moe", "qwen3_vl_moe_text", "llama4", "llama4_text")
-"""Families that store fused expert tensors as [experts, in, out]."""
 
 
 def derived_shape(name: str, config: Mapping[str, Any], size: Sizes) -> tuple[int, ...]:
@@ -106,7 +104,8 @@ def _fused_experts(leaf: str, config: Mapping[str, Any], size: Sizes) -> tuple[i
     rows, columns = 2 * size.expert_inner, size.hidden
     if leaf == "down_proj":
         rows, columns = size.hidden, size.expert_inner
-    swapped = text_config(config).get("model_type") in _INPUT_FIRST
+    # No shape is known here: the family alone tells, and Transformers' classes hold [out, in].
+    swapped = input_first({}, config, leaf)
     return (size.experts, columns, rows) if swapped else (size.experts, rows, columns)
 
 

@@ -83,7 +83,7 @@ def declare(checkpoint: Checkpoint) -> Declaration:
         def spec(shape: tuple[int, int]) -> LayerSpec:
             return LayerSpec(group.scheme, group.packing, shape)
 
-        return inventory.layer_spec(module, checkpoint.config, spec)
+        return inventory.layer_spec(module, checkpoint, spec)
 
     modules = inventory.linears(found, checkpoint.config, unpacked)
     layers, ignored, undeclared = inventory.sort_modules(modules, ignore.entry, target_of)

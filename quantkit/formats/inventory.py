@@ -9,8 +9,9 @@ from fnmatch import translate
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.engines.aliases import aliases_of
+from quantkit.experts import input_first
 from quantkit.formats.base import LayerSpec, TensorSpec, is_kv_cache_tensor
-from quantkit.modules import Module, classify, compiled, is_tied, linear_modules, text_config
+from quantkit.modules import Module, classify, compiled, is_tied, linear_modules
 
 if TYPE_CHECKING:
     import torch
@@ -86,23 +87,23 @@ def is_linear(module: Module) -> bool:
 
 
 def widen_input(
-    name: str, shape: tuple[int, ...], factor: int, config: Mapping[str, Any]
+    name: str, shape: tuple[int, ...], factor: int, checkpoint: Checkpoint
 ) -> tuple[int, ...]:
     """The shape with its input dimension `factor` times as long (codes packed along it)."""
     wide = (*shape[:-1], shape[-1] * factor)
-    if len(shape) != 3 or not _input_first(name, wide, config):
+    if len(shape) != 3 or not _input_first(name, wide, checkpoint):
         return wide
     return (shape[0], shape[1] * factor, shape[2])
 
 
 def layer_spec(
-    module: Module, config: Mapping[str, Any], scheme: Callable[[tuple[int, int]], LayerSpec]
+    module: Module, checkpoint: Checkpoint, scheme: Callable[[tuple[int, int]], LayerSpec]
 ) -> LayerSpec:
     """`scheme`'s spec for a module; fused experts get their count and orientation."""
     if len(module.shape) == 2:
         return scheme((module.shape[0], module.shape[1]))
     experts, rows, columns = module.shape
-    transposed = _input_first(module.name, module.shape, config)
+    transposed = _input_first(module.tensor, module.shape, checkpoint)
     spec = scheme((columns, rows) if transposed else (rows, columns))
     return LayerSpec(spec.scheme, spec.packing, spec.shape, experts, transposed)
 
@@ -252,18 +253,18 @@ def sort_modules(
     return layers, ignored, tuple(undeclared)
 
 
-def upright(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
+def upright(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
     """The shape with output before input, also of a fused expert tensor stored the other way."""
-    if len(shape) == 3 and _input_first(name, shape, config):
+    if len(shape) == 3 and _input_first(name, shape, checkpoint):
         return (shape[0], shape[2], shape[1])
     return shape
 
 
-def _input_first(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
-    """Whether a fused [experts, ?, ?] tensor holds the input dimension before the output's."""
-    hidden = text_config(config).get("hidden_size")
-    output_last = shape[2] == hidden if name.endswith("down_proj") else shape[2] != hidden
-    return output_last and shape[1] != shape[2]
+def _input_first(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> bool:
+    """Whether a fused tensor of this unpacked shape holds inputs first; where nothing tells, it is
+    taken as it lies (`verify` warns of that)."""
+    shapes = {other: info.shape for other, info in checkpoint.tensors.items()} | {name: shape}
+    return bool(input_first(shapes, checkpoint.config, name))
 
 
 def _split(name: str, dimensions: int, suffixes: frozenset[str]) -> tuple[str, str]:

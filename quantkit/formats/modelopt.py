@@ -106,7 +106,7 @@ def declare(checkpoint: Checkpoint) -> Declaration:
             return weight.shape
         if chosen[0] in _INT4:
             return (*weight.shape[:-2], weight.shape[-2] * 2, weight.shape[-1])
-        return inventory.widen_input(name, weight.shape, 2, config)
+        return inventory.widen_input(name, weight.shape, 2, checkpoint)
 
     def target(module: Module) -> LayerSpec | None:
         chosen = choice(module.name)
@@ -121,7 +121,7 @@ def declare(checkpoint: Checkpoint) -> Declaration:
             grid = scale.shape if scale is not None else ()
             return LayerSpec(_resize(scheme, group_size, shape, grid), algorithm, shape)
 
-        return inventory.layer_spec(module, config, spec)
+        return inventory.layer_spec(module, checkpoint, spec)
 
     exclude = Matcher([glob_pattern(entry) for entry in settings.exclude])
     modules = inventory.linears(found, config, unpacked)

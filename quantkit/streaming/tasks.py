@@ -11,10 +11,11 @@ compressed-tensors and the engines use for quantized experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.errors import InputError
+from quantkit.experts import input_first
+from quantkit.fp8_blocks import INVERSE_SCALE, weight_block
 from quantkit.modules import fused_groups, text_config
 from quantkit.schemes import Scheme
 from quantkit.streaming.encode import declared, refusal
@@ -22,7 +23,6 @@ from quantkit.streaming.job import Layout, Outputs, Piece, ShardTask, Slice, Wor
 
 FLOATS = ("BF16", "F16", "F32")
 SCALES = (*FLOATS, "F8_E8M0")
-INVERSE_SCALE = "_scale_inv"
 
 
 def plan_shards(
@@ -67,7 +67,7 @@ def _slices(checkpoint: Checkpoint, module: str) -> dict[str, Slice]:
     if len(tensor.shape) == 2:
         rows, columns = tensor.shape
         scale = checkpoint.tensors.get(tensor.name + INVERSE_SCALE)
-        block = _weight_block(checkpoint.config)
+        block = weight_block(checkpoint.config)
         return {module: Slice(tensor, 0, rows, columns, scale=scale, block=block)}
     if f"{tensor.name}_bias" in checkpoint.tensors:
         raise _unknown_experts(tensor, "comes with a bias, as experts with interleaved rows do")
@@ -90,22 +90,14 @@ def _expert_slices(
 
 
 def stored_transposed(tensor: TensorInfo, checkpoint: Checkpoint) -> bool:
-    """Whether a fused expert tensor holds each expert as [in, out]: told by the hidden size; where
-    both dimensions are that, or neither, by the other tensors of the same experts.
-
-    Raises InputError when none of them tells.
-    """
-    hidden = text_config(checkpoint.config).get("hidden_size")
-    suffix = ".weight" if tensor.name.endswith(".weight") else ""
-    parent, _, own = tensor.name.removesuffix(suffix).rpartition(".")
-    for leaf in (own, "down_proj", "gate_up_proj", "up_proj"):
-        info = checkpoint.tensors.get(f"{parent}.{leaf}{suffix}")
-        if info and len(info.shape) == 3:
-            first, last = (size == hidden for size in info.shape[1:])
-            if first != last:
-                return last if leaf == "down_proj" else first
-    what = f"does not show which dimension is the input (the hidden size is {hidden})"
-    raise _unknown_experts(tensor, what)
+    """Whether a fused expert tensor holds experts as [in, out]; InputError when nothing tells."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    found = input_first(shapes, checkpoint.config, tensor.name)
+    if found is None:
+        hidden = text_config(checkpoint.config).get("hidden_size")
+        what = f"does not show which dimension is the input (the hidden size is {hidden})"
+        raise _unknown_experts(tensor, what)
+    return found
 
 
 def _unknown_experts(tensor: TensorInfo, what: str) -> InputError:
@@ -139,7 +131,7 @@ def _copy(tensor: TensorInfo, checkpoint: Checkpoint) -> Work:
     if scale is None:
         return Work(tensor, (), None, {tensor.name: (tensor.dtype, tensor.shape)})
     rows, columns = tensor.shape
-    block = _weight_block(checkpoint.config)
+    block = weight_block(checkpoint.config)
     whole = Slice(tensor, 0, rows, columns, scale=scale, block=block)
     return Work(tensor, (), whole, {tensor.name: ("BF16", tensor.shape)})
 
@@ -175,11 +167,6 @@ def _is_inverse_scale(name: str, checkpoint: Checkpoint) -> bool:
     return name.endswith(INVERSE_SCALE) and name.removesuffix(INVERSE_SCALE) in checkpoint.tensors
 
 
-def _weight_block(config: Mapping[str, Any]) -> tuple[int, int]:
-    declared_block = (config.get("quantization_config") or {}).get("weight_block_size")
-    return tuple(declared_block) if declared_block else (128, 128)
-
-
 def _refuse_misfits(
     slices: Mapping[str, Mapping[str, Slice]], layers: Mapping[str, Scheme], layout: Layout
 ) -> None:
@@ -203,7 +190,7 @@ def _refuse_misfits(
 
 def _refuse_scales(checkpoint: Checkpoint) -> None:
     """Refuse inverse scales that are not a grid of square blocks over their FP8 matrix."""
-    high, wide = _weight_block(checkpoint.config)
+    high, wide = weight_block(checkpoint.config)
     for name, scale in checkpoint.tensors.items():
         if not _is_inverse_scale(name, checkpoint):
             continue

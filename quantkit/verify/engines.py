@@ -31,7 +31,7 @@ def candidate(subject: Subject) -> Candidate:
     parts = {}
     for module in linear_modules(subject.modules.values()):
         spec = None if subject.is_float(module.name) else declared.layers.get(module.name)
-        shape = upright(module.name, module.shape, checkpoint.config)
+        shape = upright(module.tensor, module.shape, checkpoint)
         if spec is not None:
             shape = (spec.experts, *spec.shape) if spec.experts else spec.shape
         parts[module.name] = Part(

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from quantkit.checkpoint import TensorInfo
 from quantkit.formats.base import is_kv_cache_tensor
+from quantkit.fp8_blocks import INVERSE_SCALE
 from quantkit.modules import is_tied
 from quantkit.verify.findings import Finding, error, info, warning
 from quantkit.verify.reading import PIECE, read_tensor, same_bytes
-from quantkit.verify.source import INVERSE_SCALE, Part, Source, short_name
+from quantkit.verify.source import Part, Source, short_name
 from quantkit.verify.subject import FLOAT_DTYPES, Subject
 
 if TYPE_CHECKING:
@@ -57,18 +58,30 @@ def make_ledger(subject: Subject, source: Source, same: Same = same_bytes) -> Le
 
 
 def _quantized(ledger: Ledger, subject: Subject, source: Source) -> None:
-    orphans = []
+    orphans, untold = [], set[str]()
     for module, spec in subject.declaration.layers.items():
         for expert in range(spec.experts) if spec.experts else (None,):
             parts = source.parts(module, expert)
-            ledger.parts[module, expert] = parts
             if not parts:
                 orphans.append(module)
             for part in parts:
                 ledger.states[part.info.name] = "quantized"
+            sideways = {part.info.name for part in parts if source.untold(part)}
+            untold |= sideways
+            ledger.parts[module, expert] = [] if sideways else parts
     for name in source.checkpoint.tensors:
         if name.endswith(INVERSE_SCALE):
             ledger.states[name] = "dequantized"
+    if untold:
+        ledger.findings.append(
+            warning(
+                "ledger.orientation",
+                f"{len(untold)} fused expert tensors of the source do not show which dimension is "
+                f"the input, {min(untold)} among them; layers from them are not compared",
+                "validate the model on texts before serving it",
+                min(untold),
+            )
+        )
     if orphans:
         ledger.findings.append(
             error(

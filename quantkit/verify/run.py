@@ -190,7 +190,8 @@ def _check_weights(
 
 def _as_source(base: Checkpoint) -> Source:
     """The source; InputError when it is quantized in a way that cannot be compared with."""
-    from quantkit.verify.source import INVERSE_SCALE, Source
+    from quantkit.fp8_blocks import INVERSE_SCALE
+    from quantkit.verify.source import Source
 
     found = is_quantized(base)
     if found and not any(name.endswith(INVERSE_SCALE) for name in base.tensors):

@@ -9,16 +9,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.experts import input_first
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
-from quantkit.modules import text_config
+from quantkit.fp8_blocks import INVERSE_SCALE, weight_block
 from quantkit.schemes import NumberFormat
 from quantkit.verify.reading import read_tensor
 
 if TYPE_CHECKING:
     import torch
 
-INVERSE_SCALE = "_scale_inv"
 _WRAPPERS = frozenset({"model", "language_model"})
 _HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
 _EXPERT_LEAVES = {
@@ -102,17 +102,21 @@ class Source:
         return found if found is not None and len(found.shape) == 3 else None
 
     def _slice(self, info: TensorInfo, expert: int) -> Part:
-        """One expert of a fused tensor; its rows are outputs unless they are as long as the input.
-
-        The orientation follows from the hidden size, as for the checkpoint itself.
-        """
+        """One expert of a fused tensor, as it lies where `untold` names the tensor."""
         _, rows, columns = info.shape
-        hidden = text_config(self.checkpoint.config).get("hidden_size")
-        input_first = info.name.endswith("down_proj") == (columns == hidden) and rows != columns
         size = info.bytes // info.shape[0]
         start = info.start + expert * size
         one = replace(info, shape=(rows, columns), start=start, end=start + size)
-        return Part(one, transposed=input_first)
+        return Part(one, transposed=bool(self._input_first(info)))
+
+    def untold(self, part: Part) -> bool:
+        """Whether nothing tells which dimension of a fused tensor is the input."""
+        whole = self.checkpoint.tensors[part.info.name]
+        return len(whole.shape) == 3 and self._input_first(whole) is None
+
+    def _input_first(self, info: TensorInfo) -> bool | None:
+        shapes = {name: other.shape for name, other in self.checkpoint.tensors.items()}
+        return input_first(shapes, self.checkpoint.config, info.name)
 
     def weight(self, parts: list[Part]) -> torch.Tensor:
         """The pieces' rows together, [out, in], in the dtype of the file (dequantized: float32)."""
@@ -138,15 +142,8 @@ class Source:
         tensor = read_tensor(info)
         if scale is None or info.dtype != "F8_E4M3":
             return tensor
-        number = NumberFormat("fp8_e4m3", "block", block=self._block)
+        number = NumberFormat("fp8_e4m3", "block", block=weight_block(self.checkpoint.config))
         return dequantize(QuantWeight(number, tensor, read_tensor(scale).float()))
-
-    @property
-    def _block(self) -> tuple[int, int]:
-        stated = (self.checkpoint.quantization_config or {}).get("weight_block_size")
-        if isinstance(stated, list | tuple) and len(stated) == 2:
-            return (int(stated[0]), int(stated[1]))
-        return (128, 128)
 
 
 def short_name(name: str) -> str:

@@ -77,7 +77,9 @@ def compressed_tensors(family: Family, candidate: Candidate, *, suffix: bool) ->
     def read(layer: Layer) -> Belief:
         if layer.experts:
             kinds = [_expert(name, ignore, named, groups) for name in expert_names(layer)]
-            return kinds[0] if len(set(kinds)) == 1 else MIXED
+            # Each expert may be named by an entry of its own.
+            agreed = len({(kind.quantized, kind.settings) for kind in kinds}) == 1
+            return kinds[0] if agreed else MIXED
         direct = ignore.match(layer.name)
         if direct is not None:
             return Belief(quantized=False, entry=direct)

@@ -1,0 +1,39 @@
+"""Fused expert tensors: [experts, in, out] or [experts, out, in]?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantkit.modules import text_config
+
+_UP = ("gate_up_proj", "up_proj", "gate_proj", "input_linear")
+_DOWN = ("down_proj", "output_linear")
+_FAMILIES = (
+    "gpt_oss",
+    "openai_privacy_filter",
+    "qwen3_vl_moe",
+    "qwen3_vl_moe_text",
+    "llama4",
+    "llama4_text",
+)
+"""Families that publish their fused experts as [experts, in, out]."""
+
+
+def input_first(
+    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], name: str
+) -> bool | None:
+    """Whether the fused expert tensor `name` holds each expert as [in, out]; None: nothing tells.
+
+    The hidden size tells where one dimension of the tensor alone has it, else the same of another
+    tensor of these experts in `shapes` (name → shape), which are stored alike; then the family.
+    """
+    hidden = text_config(config).get("hidden_size")
+    suffix = ".weight" if name.endswith(".weight") else ""
+    parent, _, own = name.removesuffix(suffix).rpartition(".")
+    for leaf in (own, *_DOWN, *_UP):
+        shape = shapes.get(f"{parent}.{leaf}{suffix}", ())
+        if len(shape) == 3 and (shape[1] == hidden) != (shape[2] == hidden):
+            # Experts read the hidden state, and their last layer writes it.
+            return (shape[2] if leaf in _DOWN else shape[1]) == hidden
+    return True if text_config(config).get("model_type") in _FAMILIES else None

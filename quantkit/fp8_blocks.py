@@ -1,0 +1,45 @@
+"""The blocks of an FP8 source: how many weights share one inverse scale (DeepSeek's layout)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantkit.errors import InputError
+
+KEY = "weight_block_size"
+INVERSE_SCALE = "_scale_inv"
+"""What the name of a weight's scales has after that of the weight."""
+
+
+def weight_block(config: Mapping[str, Any]) -> tuple[int, int]:
+    """The (rows, columns) of a block, as `quantization_config` of a config.json (or of its
+    text_config) states it; (128, 128) where it states none.
+
+    Raises InputError where it states anything but two positive integers.
+    """
+    stated = _stated(config)
+    if stated is None:
+        return (128, 128)
+    pair = isinstance(stated, list | tuple) and len(stated) == 2
+    if not pair or not all(type(side) is int and side > 0 for side in stated):
+        raise InputError(
+            f"config.json states quantization_config.{KEY}={stated!r}, not two sizes such as "
+            "[128, 128].",
+            hint="take the model's own config.json, as it was published",
+            code="plan.bad_config",
+        )
+    return (stated[0], stated[1])
+
+
+def states_blocks(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that its weights are in blocks; raises as `weight_block`."""
+    weight_block(config)
+    return _stated(config) is not None
+
+
+def _stated(config: Mapping[str, Any]) -> object:
+    nested = config.get("text_config")
+    levels = (config, nested) if isinstance(nested, Mapping) else (config,)
+    found = (level.get("quantization_config") for level in levels)
+    return next((s[KEY] for s in found if isinstance(s, Mapping) and s.get(KEY) is not None), None)

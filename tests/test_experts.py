@@ -1,0 +1,141 @@
+"""Experts and routers are found by structure, in every family of the installed Transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.errors import InputError
+from quantkit.experts import input_first
+from quantkit.modules import classify, expert_count
+from quantkit.plan import Plan, make_plan
+from quantkit.recipe import load_recipe
+
+PARENT = "model.layers.0.mlp.experts."
+CONFIG = {"hidden_size": 64}
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+UNBUILT = {
+    "lfm2_moe": "its sizes depend on a list of layer types",
+    "zaya": "its config takes one number of experts a token only",
+    "musicgen": "no language model alone",
+    "musicgen_melody": "no language model alone",
+}
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 48, "moe_intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_experts_per_tok": 2,
+    "moe_topk": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pair", "down", "expected"),
+    [
+        ((4, 128, 64), (4, 64, 64), False),
+        ((4, 64, 128), (4, 64, 64), True),
+        ((4, 64, 64), (4, 64, 32), False),
+        ((4, 64, 64), (4, 32, 64), True),
+    ],
+)
+def test_a_square_tensor_lies_as_its_siblings(
+    pair: tuple[int, ...], down: tuple[int, ...], expected: bool
+) -> None:
+    shapes = {f"{PARENT}gate_up_proj": pair, f"{PARENT}down_proj": down}
+    assert {input_first(shapes, CONFIG, name) for name in shapes} == {expected}
+
+
+def test_where_nothing_tells_the_family_does_or_nobody() -> None:
+    alone = {f"{PARENT}down_proj": (4, 64, 64)}
+    assert input_first(alone, CONFIG, *alone) is None
+    assert input_first(alone, {**CONFIG, "model_type": "gpt_oss"}, *alone) is True
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        ("router.proj", "router"),
+        ("mlp.router.layer", "router"),
+        ("mlp.router.classifier", "router"),
+        ("mlp.gate.router_mlp.0", "router"),
+        ("altup.modality_router", "router"),
+        ("mixer.gate", "router"),
+        ("mlp.shared_expert_gate", "router"),
+        ("mlp.gate_proj", "linear"),
+        ("mlp.gate_up_proj", "linear"),
+        ("self_attn.gate", "linear"),
+    ],
+)
+def test_what_routes_is_a_router(module: str, kind: str) -> None:
+    shapes = {f"model.layers.0.{module}.weight": (64, 64)}
+    assert [found.kind for found in classify(shapes, CONFIG)] == [kind]
+
+
+def planned(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], *targets: str) -> Plan:
+    file = Path("model.safetensors")
+    tensors = {name: TensorInfo(name, "BF16", shape, file, 0, 2) for name, shape in shapes.items()}
+    recipe = load_recipe("rtn_fp8_dynamic")
+    recipe = recipe.model_copy(update={"targets": [*recipe.targets, *targets]})
+    return make_plan(Checkpoint(Path(), config, tensors), recipe)
+
+
+def test_experts_that_cannot_be_split_are_listed_as_kept() -> None:
+    block = "model.layers.0.block_sparse_moe"
+    shapes = {
+        f"{block}.input_linear.weight": (4, 96, 64),
+        f"{block}.output_linear.weight": (4, 64, 48),
+        "model.layers.0.self_attn.q_proj.weight": (64, 64),
+    }
+    plan = planned(shapes, {**CONFIG, "num_local_experts": 4})
+    assert set(plan.kept) == {f"{block}.input_linear", f"{block}.output_linear"}
+    assert any("experts stay in 16 bit" in note for note in plan.notes)
+
+
+def test_a_target_that_matches_nothing_is_refused() -> None:
+    shapes = {"model.layers.0.self_attn.q_proj.weight": (64, 64)}
+    assert planned(shapes, CONFIG, "*.q_proj").layers
+    with pytest.raises(InputError, match="q_porj"):
+        planned(shapes, CONFIG, "*.q_porj")
+
+
+def test_a_missing_head_is_said_unless_the_embedding_is_it() -> None:
+    shapes = {"model.layers.0.self_attn.q_proj.weight": (64, 64)}
+    silent = {**CONFIG, "architectures": ["LlamaForCausalLM"]}
+    assert any("output head" in note for note in planned(shapes, silent).notes)
+    tied = {**silent, "tie_word_embeddings": True}
+    assert not any("output head" in note for note in planned(shapes, tied).notes)
+
+
+def families() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@pytest.mark.parametrize("family", [name for name in families() if name not in UNBUILT])
+def test_every_family_with_experts(family: str) -> None:
+    """Routers kept, experts found, nothing unlisted; `UNBUILT` has those without tiny settings."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    text: Any = CONFIG_MAPPING[family]().get_text_config()
+    stated = text.to_dict()
+    counts = [key for key in COUNTS if isinstance(stated.get(key), int)]
+    if not counts:
+        return
+    sizes = {key: value for key, value in SIZES.items() if isinstance(stated.get(key), int)}
+    tiny = type(text)(**sizes, **dict.fromkeys(counts, 4))
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in build(tiny).named_parameters()}
+    plan = planned(shapes, tiny.to_dict())
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if len(shape) > 1 and not name.endswith("bias"):
+            assert module in plan.layers or module in plan.kept, name
+        if "router" in name or name.endswith(("mlp.gate.weight", "mixer.gate.weight")):
+            assert module not in plan.layers, name
+    if expert_count(tiny.to_dict()):
+        assert not any("no tensor is one by name" in note for note in plan.notes)
