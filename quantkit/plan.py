@@ -16,6 +16,7 @@ from quantkit.contradictions import refuse_contradictions
 from quantkit.engines import Support, support
 from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
+from quantkit.formats.settings import refuse_conflict, refuse_stale
 from quantkit.modules import (
     Module,
     expert_count,
@@ -83,6 +84,8 @@ def make_plan(
     known = scheme.name in backend.methods
     if recipe.calibration is None and known and backend.method(recipe).calibrated:
         reasons.append(f"{recipe.name} needs calibration, but the recipe has none")
+    refuse_conflict(checkpoint)
+    refuse_stale(checkpoint)
     found = is_quantized(checkpoint)
     if found and not (backend.reads_fp8_blocks and _in_fp8_blocks(checkpoint)):
         reasons.append(f"the model is quantized already ({found}); start from its 16-bit original")
@@ -132,6 +135,7 @@ def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: lis
         )
     _refuse_unused_entries(recipe, modules)
     _refuse_split_groups(recipe, modules, layers)
+    notes += checkpoint.notes
     return plan_of_layers(checkpoint, recipe, layers, kept, tuple(notes))
 
 
