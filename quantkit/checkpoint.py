@@ -23,7 +23,7 @@ from quantkit.modules import Module, classify
 from quantkit.weightfiles import (
     INDEX_SUFFIX,
     index_of,
-    left_aside,
+    reading_notes,
     refuse_adapter,
     snapshots,
     unindexed,
@@ -201,7 +201,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors = _read_headers(path)
     own_factors = any(key.endswith("_lora") for key in config)  # Phi-4 multimodal
     refuse_adapter(path, () if own_factors else tensors)
-    aside = left_aside(path, {info.file for info in tensors.values()})
+    aside = reading_notes(path, {info.file for info in tensors.values()})
     return Checkpoint(path, config, with_inverse_scales(tensors, config), documents, notes=aside)
 
 

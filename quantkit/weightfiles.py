@@ -14,6 +14,8 @@ from quantkit.headers import broken, read_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WEIGHTS = "model.safetensors"
+DEQUANTIZED = "dequantized.json"
+"""Says of which GGUF file a cached directory was made."""
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTERS = ("adapter_model", "adapters.", "adapter.")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -73,8 +75,9 @@ def unindexed(path: Path) -> list[Path]:
 _MISSING = "checkpoint.missing_shard"
 
 
-def left_aside(path: Path, used: Iterable[Path]) -> tuple[str, ...]:
-    """A sentence each on safetensors files that look like weights and are not read."""
+def reading_notes(path: Path, used: Iterable[Path]) -> tuple[str, ...]:
+    """A sentence each on what the weights are made from, and on files that look like weights and
+    are not read."""
     names = {file.name for file in used}
     visible = (file.name for file in path.glob("*.safetensors") if not file.name.startswith("."))
     others = sorted(name for name in visible if name not in names)
@@ -83,6 +86,13 @@ def left_aside(path: Path, used: Iterable[Path]) -> tuple[str, ...]:
         adapters = [ADAPTER_CONFIG]
     rest = [name for name in others if name not in adapters]
     notes = []
+    if (path / DEQUANTIZED).is_file():
+        made = read_json(path / DEQUANTIZED)
+        kinds = ", ".join(made.get("types") or ())
+        notes.append(
+            f"the source is the GGUF file {made.get('file')} ({kinds}; SHA-256 "
+            f"{str(made.get('sha256'))[:16]}), dequantized to BF16: its rounding stays in it"
+        )
     if adapters:
         notes.append(
             f"{_listed(adapters)} left aside: an adapter that is not merged; the base beside it is "
