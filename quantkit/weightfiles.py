@@ -93,6 +93,7 @@ def reading_notes(path: Path, used: Iterable[Path]) -> tuple[str, ...]:
             f"the source is the GGUF file {made.get('file')} ({kinds}; SHA-256 "
             f"{str(made.get('sha256'))[:16]}), dequantized to BF16: its rounding stays in it"
         )
+    notes += newer_tokenizer(path)
     if adapters:
         notes.append(
             f"{_listed(adapters)} left aside: an adapter that is not merged; the base beside it is "
@@ -101,6 +102,18 @@ def reading_notes(path: Path, used: Iterable[Path]) -> tuple[str, ...]:
     if rest:
         notes.append(f"{_listed(rest)} left aside: Transformers does not read it as this model")
     return tuple(notes)
+
+
+def newer_tokenizer(path: Path) -> list[str]:
+    """Says that the tokenizer's class is one of Transformers 5, which earlier ones lack."""
+    file = path / "tokenizer_config.json"
+    name = read_json(file).get("tokenizer_class") if file.is_file() else None
+    if name not in ("TokenizersBackend", "SentencePieceBackend", "PythonBackend"):
+        return []
+    return [
+        f"tokenizer_config.json names the class {name} of Transformers 5: an engine on "
+        "Transformers 4 cannot read it (PreTrainedTokenizerFast is its name there)"
+    ]
 
 
 def refuse_adapter(path: Path, tensors: Iterable[str] = ()) -> None:
