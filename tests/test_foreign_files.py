@@ -1,4 +1,4 @@
-"""Model directories as people have them: foreign files, adapters, leftovers, GGUF, cache folders."""
+"""Model directories as people have them: foreign files, adapters, leftovers, GGUF, caches."""
 
 from __future__ import annotations
 
