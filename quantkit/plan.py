@@ -17,6 +17,7 @@ from quantkit.contradictions import refuse_contradictions
 from quantkit.engines import Support, support
 from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
+from quantkit.formats.settings import refuse_conflict, refuse_stale
 from quantkit.fp8_blocks import INVERSE_SCALE, states_blocks
 from quantkit.modules import (
     FUSED_EXPERTS,
@@ -90,6 +91,8 @@ def make_plan(
     known = scheme.name in backend.methods
     if recipe.calibration is None and known and backend.method(recipe).calibrated:
         reasons.append(f"{recipe.name} needs calibration, but the recipe has none")
+    refuse_conflict(checkpoint)
+    refuse_stale(checkpoint)
     found = is_quantized(checkpoint)
     if found and not (backend.reads_fp8_blocks and _in_fp8_blocks(checkpoint)):
         readable = "; rtn_* reads it" if _in_fp8_blocks(checkpoint) else ""
@@ -144,6 +147,7 @@ def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: lis
     _refuse_split_groups(recipe, modules, layers)
     notes += _left_in_16_bit(checkpoint, layers)
     notes += _head_notes(checkpoint)
+    notes += checkpoint.notes
     return plan_of_layers(checkpoint, recipe, layers, kept, tuple(notes))
 
 

@@ -68,7 +68,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda m: edit_json(
             m / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"})
         ),
-        ("quantized already", "gptq"),
+        ("stale quantization settings", "gptq"),
     ),
     "remote code": (
         lambda m: edit_json(

@@ -16,7 +16,7 @@ from quantkit.errors import InputError
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import load_recipe
 from quantkit.seam import check_engines
-from tests.helpers import copy_checkpoint, edit_json
+from tests.helpers import copy_checkpoint, edit_json, edit_tensors
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256,
@@ -132,7 +132,7 @@ def test_the_estimate_is_the_size_that_is_written(small_model: Path) -> None:
     ("change", "telling"),
     [
         ({"model_type": "gpt2"}, "Conv1D"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized already"),
+        ({"quantization_config": {"quant_method": "awq"}}, "stale quantization settings"),
         ({"auto_map": {"AutoModelForCausalLM": "x.Y"}, "model_type": "nova"}, "trust-remote-code"),
     ],
 )
@@ -148,7 +148,7 @@ def test_refusals_by_config(
 def test_a_silent_quantized_checkpoint_is_refused(small_model: Path, tmp_path: Path) -> None:
     model = copy_checkpoint(small_model, tmp_path / "model")
     scales = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1536, 1)}
-    save_file(scales, model / "scales.safetensors")
+    edit_tensors(model, lambda tensors: tensors.update(scales))
     with pytest.raises(InputError, match="quantized already"):
         plan_for(model)
 

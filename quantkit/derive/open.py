@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from quantkit.checkpoint import (
     read_header,
     read_model_config,
     read_weight_map,
+    with_inverse_scales,
 )
 from quantkit.derive.names import derived_names, is_known
 from quantkit.derive.shapes import derived_shape
@@ -25,6 +25,7 @@ from quantkit.derive.sizes import sizes
 from quantkit.errors import InputError
 from quantkit.fp8_blocks import INVERSE_SCALE, weight_block
 from quantkit.modules import text_config
+from quantkit.weightfiles import refuse_adapter
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -42,6 +43,8 @@ def open_headers(path: Path) -> Checkpoint:
         weight_map = read_weight_map(path, index)
         absent = {file for file in weight_map.values() if not os.path.lexists(path / file)}
         return _with_absent(path, weight_map, absent) if absent else open_checkpoint(path)
+    if path.is_dir():
+        refuse_adapter(path)
     config_only = path.is_dir() and (path / "config.json").is_file()
     if config_only and not any(path.glob("*.safetensors")) and not _other_weights(path):
         return from_config(path, read_model_config(path / "config.json"))
@@ -71,9 +74,27 @@ def _with_absent(path: Path, weight_map: Mapping[str, str], absent: set[str]) ->
         names = [name for name, place in weight_map.items() if place == file]
         tensors |= _derived(path / file, names, config, weight_map)
     ordered = {name: tensors[name] for name in weight_map if name in tensors}
+    notes = tuple(_strangers(path, weight_map, absent))
     if len(absent) < len(set(weight_map.values())):
-        return Checkpoint(path, config, ordered, derived="the index and present shards")
-    return Checkpoint(path, config, ordered, derived="the index and config.json")
+        return Checkpoint(
+            path, config, ordered, derived="the index and present shards", notes=notes
+        )
+    return Checkpoint(path, config, ordered, derived="the index and config.json", notes=notes)
+
+
+def _strangers(path: Path, weight_map: Mapping[str, str], absent: set[str]) -> Iterator[str]:
+    """Says that shards lie there which the index does not name, while it names absent ones."""
+    listed = set(weight_map.values())
+    others = sorted(f.name for f in path.glob("*.safetensors") if f.name not in listed)
+    if not others:
+        return
+    held = {name for file in others for name in read_header(path / file)}
+    of_the_index = " and hold every tensor that it names" if set(weight_map) <= held else ""
+    yield (
+        f"the index names {len(absent)} shards that are missing (the first is "
+        f"{min(absent)}), while others lie here{of_the_index}: {', '.join(others[:3])}"
+        f"{' …' if len(others) > 3 else ''}; quantize will refuse this until the index fits"
+    )
 
 
 def _derived(
@@ -116,7 +137,8 @@ def _other_weights(path: Path) -> bool:
 
 def remote_checkpoint(path: Path, headers: Mapping[str, TensorInfo]) -> Checkpoint:
     """A snapshot without weights, with the headers that the hub was asked for."""
-    return replace(
-        Checkpoint(path, read_model_config(path / "config.json"), headers),
-        derived="the hub's headers",
+    refuse_adapter(path)
+    config = read_model_config(path / "config.json")
+    return Checkpoint(
+        path, config, with_inverse_scales(dict(headers), config), derived="the hub's headers"
     )

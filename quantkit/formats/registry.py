@@ -12,13 +12,13 @@ from quantkit.formats import (
     compressed_tensors,
     fp8,
     gptq,
-    inventory,
     modelopt,
     mxfp4,
     quark,
 )
 from quantkit.formats.base import Format, WritableFormat
 from quantkit.formats.compressed_tensors_config import packing_of
+from quantkit.formats.settings import quantized_tensor, refuse_conflict, refuse_stale
 from quantkit.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -29,12 +29,6 @@ FORMATS: tuple[Format, ...] = (
 )  # fmt: skip
 """Every layout; a checkpoint must be recognised by exactly one."""
 
-_QUANTIZED_DTYPES = {"F8_E4M3": "FP8", "F8_E5M2": "FP8", "F4": "FP4", "I8": "INT8", "U8": "4 bit"}
-_QUANTIZED_SUFFIXES = (
-    "weight_scale", "weight_scale_inv", "weight_packed", "weight_blocks", "qweight", "qzeros",
-    "weight_scale_2", "absmax", "SCB", "weight_offset", "gate_up_proj_blocks", "down_proj_blocks",
-)  # fmt: skip
-
 
 def detect(checkpoint: Checkpoint) -> Format:
     """The layout of a quantized checkpoint, from its configuration files.
@@ -42,6 +36,7 @@ def detect(checkpoint: Checkpoint) -> Format:
     Raises InputError: `format.none` when nothing says that it is quantized, `format.unknown` for a
     `quant_method` without a layout here, `format.contradiction` when two layouts are claimed.
     """
+    refuse_conflict(checkpoint)
     found = [layout for layout in FORMATS if layout.recognises(checkpoint)]
     if len(found) == 1:
         return found[0]
@@ -60,6 +55,7 @@ def detect(checkpoint: Checkpoint) -> Format:
             hint=f"give a quantized checkpoint; layouts: {known}",
             code="format.none",
         )
+    refuse_stale(checkpoint)
     raise InputError(
         f"quant_method {config.get('quant_method')!r} of {checkpoint.path} is not supported.",
         hint=f"supported: {known}",
@@ -98,11 +94,4 @@ def is_quantized(checkpoint: Checkpoint) -> str | None:
     for layout in FORMATS:
         if layout.recognises(checkpoint):
             return layout.NAME
-    for name, info in checkpoint.tensors.items():
-        suffix = name.rpartition(".")[2]
-        if suffix in _QUANTIZED_SUFFIXES:
-            return f"tensor {name}"
-        is_weight = suffix == "weight" or suffix in inventory.FUSED_LEAVES
-        if is_weight and info.dtype in _QUANTIZED_DTYPES:
-            return f"{_QUANTIZED_DTYPES[info.dtype]} tensor {name}"
-    return None
+    return quantized_tensor(checkpoint)

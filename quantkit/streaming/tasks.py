@@ -170,20 +170,22 @@ def _is_inverse_scale(name: str, checkpoint: Checkpoint) -> bool:
 def _refuse_misfits(
     slices: Mapping[str, Mapping[str, Slice]], layers: Mapping[str, Scheme], layout: Layout
 ) -> None:
-    reasons = []
+    reasons, fits = [], True
     for module, parts in slices.items():
         part = next(iter(parts.values()))
         dtype = part.tensor.dtype
         reason = refusal(layers[module], layout, (part.rows, part.columns))
         if dtype not in FLOATS and not (dtype == "F8_E4M3" and part.scale):
-            reason = f"its weight is {dtype}"
+            reason, fits = f"its weight is {dtype} without scales that fit", False
         if reason:
             reasons.append(f"{module} {list(part.tensor.shape)}: {reason}")
     if reasons:
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         raise InputError(
             f"Layers that the scheme cannot hold: {'; '.join(reasons[:3])}{more}.",
-            hint="--set group_size=64 (a size that fits), or --set on_misfit=keep16",
+            hint="--set group_size=64 (a size that fits), or --set on_misfit=keep16"
+            if fits
+            else "give the 16-bit original, or FP8 blocks in DeepSeek's layout as it is published",
             code="stream.misfit",
         )
 

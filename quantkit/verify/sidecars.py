@@ -15,6 +15,7 @@ from quantkit.modules import is_tied
 from quantkit.verify.added import judge_config, judge_generation
 from quantkit.verify.extras import check_extras
 from quantkit.verify.findings import Finding, error, info, warning
+from quantkit.weightfiles import newer_tokenizer
 
 FREE_CONFIG_KEYS = frozenset(
     {
@@ -61,6 +62,16 @@ def check_alone(checkpoint: Checkpoint) -> list[Finding]:
                 "copy the tokenizer files of the source here",
             )
         )
+    findings += [
+        warning(
+            "sidecar.newer_tokenizer",
+            said,
+            "serve it with an engine on Transformers 5, or set tokenizer_class to "
+            "PreTrainedTokenizerFast",
+            "tokenizer_config.json",
+        )
+        for said in newer_tokenizer(checkpoint.path)
+    ]
     for name in sorted(_own_code(checkpoint)):
         if not (checkpoint.path / name).is_file():
             findings.append(
