@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-ALGORITHM = 1
+ALGORITHM = 2
 """Raised whenever the same input would give other tokens."""
 PREVIEW_CHARS = 500
 
@@ -151,7 +151,7 @@ def _encoder(info: TokenizerInfo, tokenizer: Tokenizer) -> Encode:
                 hint="add chat_template.jinja to the model, or set without_template: plain",
                 code="calibration.no_template",
             )
-        text = "\n\n".join(message["content"] for message in document.content)
+        text = "\n\n".join(message["content"] or "" for message in document.content)
         return tokenizer.encode(text, True), False
 
     return encode
@@ -224,7 +224,7 @@ def _check_count(part: SourceTokens, config: CalibrationConfig) -> None:
     if not part.used:
         raise InputError(
             f"The calibration source {label} is empty: {account}.",
-            hint="name another source, or lower its min_tokens",
+            hint=_empty_hint(part),
             code="calibration.empty_source",
         )
     if got < part.wanted and not config.allow_fewer:
@@ -236,6 +236,15 @@ def _check_count(part: SourceTokens, config: CalibrationConfig) -> None:
             hint=f"{fewer}lower sequence_length, add text, or set allow_fewer: true",
             code="calibration.too_few_samples",
         )
+
+
+def _empty_hint(part: SourceTokens) -> str:
+    reasons = " ".join(part.dropped)
+    if "min_tokens" in reasons:
+        return "name another source, or lower its min_tokens"
+    if "chat template" in reasons:
+        return "name a source whose roles the template accepts, or repair the model's template"
+    return "name another source, or mend its rows"
 
 
 def _assemble(
