@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from quantkit.documents import parse_json
 from quantkit.calibration.shapes import (
     READABLE,
     ShapeError,
     read_messages,
     resembles_conversation,
 )
+from quantkit.documents import parse_json
 from quantkit.errors import InputError
 
 INSTALL = "pip install 'quantkit[datasets]'"
