@@ -13,6 +13,7 @@ import pytest
 
 from quantkit.calibration.config import FileSource, PackageSource, StdlibSource
 from quantkit.calibration.documents import Document, Dropped, passages, shuffled
+from quantkit.calibration.shapes import READABLE
 from quantkit.calibration.sources import open_source
 from quantkit.errors import InputError
 
@@ -118,8 +119,8 @@ def test_conversations_and_rows_that_are_none(tmp_path: Path) -> None:
     found = read(file, messages_field="messages")
     assert [document.content for document in found if isinstance(document, Document)] == [talk]
     assert sorted(document.reason for document in found if isinstance(document, Dropped)) == [
-        "messages is not a list of {role, content}",
-        "messages is not a list of {role, content}",
+        f"messages: not {READABLE}",
+        f"messages: not {READABLE}",
         "no messages",
         "row is a str, not an object",
     ]

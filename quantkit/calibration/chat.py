@@ -22,7 +22,7 @@ class TemplateRefusalError(ValueError):
     """The template does not accept a conversation (roles out of order, for example)."""
 
 
-Render = Callable[[Sequence[Mapping[str, str]]], str]
+Render = Callable[[Sequence[Mapping[str, Any]]], str]
 
 
 def compile_template(
@@ -65,7 +65,7 @@ def compile_template(
             code="calibration.bad_template",
         ) from error
 
-    def render(messages: Sequence[Mapping[str, str]]) -> str:
+    def render(messages: Sequence[Mapping[str, Any]]) -> str:
         try:
             return compiled.render(
                 messages=messages,

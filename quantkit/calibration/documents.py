@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.calibration.config import FileSource, HubSource
-from quantkit.calibration.rows import is_conversation
-
-Message = dict[str, str]
+from quantkit.calibration.shapes import Message, ShapeError, read_messages
 
 
 @dataclass(frozen=True)
@@ -57,14 +55,18 @@ def from_row(row: Any, name: str, source: FileSource | HubSource) -> Iterator[Do
         yield Dropped(name, f"row is a {type(row).__name__}, not an object")
     elif value is None:
         yield Dropped(name, f"no {source.field}")
+    elif isinstance(value, str) and not value.strip():
+        yield Dropped(name, f"{source.field} is blank")
     elif source.messages_field is None and isinstance(value, str):
         for passage in passages(value, source.passage_chars):
             yield Document(name, passage)
-    elif source.messages_field is not None and is_conversation(value):
-        yield Document(name, [{str(k): v for k, v in message.items()} for message in value])
+    elif source.messages_field is None:
+        yield Dropped(name, f"{source.field} is not a text")
     else:
-        wanted = "a text" if source.messages_field is None else "a list of {role, content}"
-        yield Dropped(name, f"{source.field} is not {wanted}")
+        try:
+            yield Document(name, read_messages(value))
+        except ShapeError as error:
+            yield Dropped(name, f"{source.field}: {error}")
 
 
 def passages(text: str, size: int | None) -> Sequence[str]:

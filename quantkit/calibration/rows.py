@@ -13,6 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from quantkit.calibration.shapes import (
+    READABLE,
+    ShapeError,
+    read_messages,
+    resembles_conversation,
+)
 from quantkit.documents import parse_json
 from quantkit.errors import InputError
 
@@ -103,7 +109,22 @@ def guess_field(path: Path) -> tuple[str, str]:
     else:
         rows = _read_text_rows(path)
     row = rows[0] if rows and isinstance(rows[0], Mapping) else {}
-    conversations = [name for name, value in row.items() if is_conversation(value)]
+    turns = [name for name, value in row.items() if resembles_conversation(value)]
+    conversations = [name for name in turns if _is_read(row[name])]
+    if turns and not conversations:
+        raise InputError(
+            f"{path.name} holds conversations in {', '.join(turns)}, in a shape that is not read.",
+            hint=f"write them as {READABLE}; or name a text_field in a calibration file: "
+            "quantkit calibration show default  # an example",
+            code="calibration.unread_shape",
+        )
+    if len(conversations) > 1 and "messages" not in conversations:
+        raise InputError(
+            f"{path.name} has several fields that hold conversations: {', '.join(conversations)}.",
+            hint="write a calibration file with this source and its messages_field: "
+            "quantkit calibration show default  # an example",
+            code="calibration.no_field",
+        )
     texts = [name for name, value in row.items() if isinstance(value, str)]
     for kind, named, usual in (
         ("messages_field", conversations, "messages"),
@@ -126,19 +147,12 @@ def guess_field(path: Path) -> tuple[str, str]:
     )
 
 
-def is_conversation(value: object) -> bool:
-    """Whether a value is a list of {role, content} messages with text contents."""
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and bool(value)
-        and all(
-            isinstance(message, Mapping)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in value
-        )
-    )
+def _is_read(value: object) -> bool:
+    try:
+        read_messages(value)
+    except ShapeError:
+        return False
+    return True
 
 
 def _read_text_rows(path: Path, field: str | None = None) -> Sequence[Any]:

@@ -17,6 +17,7 @@ from quantkit.cache import cache_dir
 from quantkit.calibration.chat import Render, TemplateRefusalError, compile_template
 from quantkit.calibration.config import CalibrationConfig, Source
 from quantkit.calibration.documents import Corpus, Document, Dropped, shuffled
+from quantkit.calibration.identifiers import is_identifiers
 from quantkit.calibration.sources import open_source
 from quantkit.calibration.tokenfile import TokenFile, read_token_file, write_token_file
 from quantkit.calibration.tokenizer import (
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-ALGORITHM = 1
+ALGORITHM = 2
 """Raised whenever the same input would give other tokens."""
 PREVIEW_CHARS = 500
 
@@ -50,6 +51,7 @@ class SourceTokens:
     seen: int = 0
     used: int = 0
     cut: int = 0
+    identifiers: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, str]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -151,7 +153,7 @@ def _encoder(info: TokenizerInfo, tokenizer: Tokenizer) -> Encode:
                 hint="add chat_template.jinja to the model, or set without_template: plain",
                 code="calibration.no_template",
             )
-        text = "\n\n".join(message["content"] for message in document.content)
+        text = "\n\n".join(message["content"] or "" for message in document.content)
         return tokenizer.encode(text, True), False
 
     return encode
@@ -184,6 +186,8 @@ def _fill(
             part.drop(document.name, f"fewer than {length} tokens (short: drop)")
             continue
         part.used += 1
+        if isinstance(document.content, str):
+            part.identifiers += is_identifiers(document.content)
         if config.short == "pack":
             packed += ids
             if not ended and ids[-1] != _eos(info):
@@ -224,8 +228,16 @@ def _check_count(part: SourceTokens, config: CalibrationConfig) -> None:
     if not part.used:
         raise InputError(
             f"The calibration source {label} is empty: {account}.",
-            hint="name another source, or lower its min_tokens",
+            hint=_empty_hint(part),
             code="calibration.empty_source",
+        )
+    if part.identifiers == part.used:
+        raise InputError(
+            f"The calibration source {label} holds identifiers, not text: all {part.used} "
+            "documents used are UUIDs, hex digests or base64.",
+            hint="name its text_field or messages_field in a calibration file: "
+            "quantkit calibration show default  # an example",
+            code="calibration.identifiers",
         )
     if got < part.wanted and not config.allow_fewer:
         possible = config.samples * got // part.wanted
@@ -236,6 +248,15 @@ def _check_count(part: SourceTokens, config: CalibrationConfig) -> None:
             hint=f"{fewer}lower sequence_length, add text, or set allow_fewer: true",
             code="calibration.too_few_samples",
         )
+
+
+def _empty_hint(part: SourceTokens) -> str:
+    reasons = " ".join(part.dropped)
+    if "min_tokens" in reasons:
+        return "name another source, or lower its min_tokens"
+    if "chat template" in reasons:
+        return "name a source whose roles the template accepts, or repair the model's template"
+    return "name another source, or mend its rows"
 
 
 def _assemble(
@@ -291,6 +312,7 @@ def _summary(
                 "documents_seen": part.seen,
                 "documents_used": part.used,
                 "documents_dropped": dict(part.dropped),
+                "documents_of_identifiers": part.identifiers,
                 "dropped_examples": part.examples,
                 "tokens_cut": part.cut,
                 "preview": tokenizer.decode(part.samples[0])[:PREVIEW_CHARS],
