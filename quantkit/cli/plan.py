@@ -110,8 +110,7 @@ def show_plan(
                 "not in the ignore list; add model.safetensors.index.json")] if incomplete else []),
             ("KV cache", plan.recipe.kv_cache),
             ("read by", plan.loads.describe()),
-            *((v.title, "\n".join([*(f"{r.text} → {r.fix}" for r in v.reasons), *v.notes]))
-              for v in found),
+            *((v.title, _told(v)) for v in found),
             *(("note", note) for note in plan.notes),
         ],
     )  # fmt: skip
@@ -134,6 +133,12 @@ def show_plan(
         }
     )
     return good
+
+
+def _told(verdict: Verdict) -> str:
+    """Why an engine will not load it, or whose rules say that it does, and what to know of it."""
+    rules = [] if verdict.reasons else [f"by the rules of version {verdict.version}"]
+    return "\n".join([*rules, *(f"{r.text} → {r.fix}" for r in verdict.reasons), *verdict.notes])
 
 
 def _served(serve: Serve, found: list[Verdict]) -> bool:
