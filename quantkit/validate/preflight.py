@@ -13,7 +13,10 @@ from quantkit.errors import InputError
 from quantkit.formats.gguf_file import GgufFile, gguf_in, open_gguf
 from quantkit.formats.registry import is_quantized
 from quantkit.hub import resolve_model
+from quantkit.job import Reporter
 from quantkit.modules import text_config, text_size
+from quantkit.scan import Scan, scan
+from quantkit.sources import source_of
 from quantkit.verify import VerifyReport, verify
 from quantkit.verify.run import Progress
 
@@ -65,6 +68,26 @@ def open_candidate(path: Path, baseline: str) -> Candidate:
         _refuse_other_architecture(held, base)
         _refuse_other_tokenizer(held, base)
     return Candidate(held, base, provenance)
+
+
+def source_here(path: Path, ui: Reporter) -> tuple[Path, Scan] | None:
+    """The directory of this machine that a checkpoint was made from, with its scan; None where
+    none is noted, or it no longer holds that model."""
+    provenance = _provenance(path)
+    fingerprint = ((provenance or {}).get("source") or {}).get("fingerprint")
+    directory = source_of(fingerprint) if isinstance(fingerprint, str) else None
+    if directory is None:
+        return None
+    try:
+        source = open_checkpoint(directory)
+        ui.stage("scan baseline", source.weight_bytes, "bytes")
+        found = scan(source, ui.advance)
+    except InputError:
+        found = None
+    if found is None or found.fingerprint != fingerprint:
+        ui.note(f"{directory} no longer holds the model that {path} was made from")
+        return None
+    return directory, found
 
 
 def check_integrity(candidate: Candidate, progress: Progress | None = None) -> VerifyReport:
