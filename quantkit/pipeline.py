@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.device import resolve_device
 from quantkit.environments import find_interpreter, library_versions
-from quantkit.errors import BackendError, InputError
+from quantkit.errors import BackendError, InputError, command
 from quantkit.finish import finish
 from quantkit.hub import open_for_plan, resolve_model
 from quantkit.job import NO_DATA, Job, Reporter, Result
@@ -261,7 +261,9 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
     if not model:
         raise InputError(
             f"{request.restore} does not say which model it was made from.",
-            hint=f"quantkit export --restore {request.restore} --out {request.out} --model BASE",
+            hint=command(
+                "export", "--restore", request.restore, "--out", request.out, "--model", "BASE"
+            ),
             code="state.no_model",
         )
     source = open_checkpoint(resolve_model(model, trust_remote_code=request.trust_remote_code))

@@ -5,7 +5,6 @@ Reads config and headers only, no weights; imports neither torch nor transformer
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from quantkit.checkpoint import DTYPE_BITS, Checkpoint
 from quantkit.contradictions import refuse_contradictions
 from quantkit.derive import left_out
 from quantkit.engines import Support, support
-from quantkit.errors import InputError
+from quantkit.errors import InputError, command
 from quantkit.formats.registry import is_quantized
 from quantkit.modules import (
     Module,
@@ -294,11 +293,11 @@ def refuse_beyond_dense(checkpoint: Checkpoint, plan: Plan, model: str) -> None:
     if found:
         streamed = f"rtn_{plan.recipe.scheme}"
         method = streamed if streamed in recipe_files() else "rtn_fp8_dynamic"
-        command = shlex.join(["quantkit", "plan", model, "--method", method])
+        instead = command("plan", model, "--method", method)
         raise InputError(
             f"{checkpoint.path} has {found}; {plan.backend.name} quantizes dense language models "
             "here.",
-            hint=f"{command}  # rtn_* methods need no model class",
+            hint=f"{instead}  # rtn_* methods need no model class",
             code="plan.architecture",
         )
 

@@ -112,7 +112,7 @@ def _unknown_experts(tensor: TensorInfo, what: str) -> InputError:
     block = ".".join(tensor.name.removesuffix(".weight").split(".")[-3:-1])
     return InputError(
         f"{tensor.name} {list(tensor.shape)} {what}.",
-        hint=f"keep the experts in 16 bit: --set ignore+=re:.*{block}.*",
+        hint=f"keep the experts in 16 bit: --set 'ignore+=re:.*{block}.*'",
         code="stream.expert_layout",
     )
 
@@ -183,7 +183,7 @@ def _weight_block(config: Mapping[str, Any]) -> tuple[int, int]:
 def _refuse_misfits(
     slices: Mapping[str, Mapping[str, Slice]], layers: Mapping[str, Scheme], layout: Layout
 ) -> None:
-    reasons = []
+    reasons, misfits = [], set()
     for module, parts in slices.items():
         part = next(iter(parts.values()))
         dtype = part.tensor.dtype
@@ -191,12 +191,16 @@ def _refuse_misfits(
         if dtype not in FLOATS and not (dtype == "F8_E4M3" and part.scale):
             reason = f"its weight is {dtype}"
         if reason:
+            misfits.add(module)
             reasons.append(f"{module} {list(part.tensor.shape)}: {reason}")
     if reasons:
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        merged = [name for group in fused_groups(slices) if misfits & {*group} for name in group]
+        leaves = sorted({name.rpartition(".")[2] for name in misfits.union(merged)})
+        ignored = " ".join(f"--set 'ignore+=*.{leaf}'" for leaf in leaves)
         raise InputError(
             f"Layers that the scheme cannot hold: {'; '.join(reasons[:3])}{more}.",
-            hint="--set group_size=64 (a size that fits), or --set on_misfit=keep16",
+            hint=f"keep them in 16 bit: {ignored}",
             code="stream.misfit",
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from quantkit.calibration.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint import Checkpoint, open_checkpoint, read_json
-from quantkit.errors import InputError
+from quantkit.errors import InputError, command
 from quantkit.formats.gguf_file import GgufFile, gguf_in, open_gguf
 from quantkit.formats.registry import is_quantized
 from quantkit.hub import resolve_model
@@ -99,7 +99,7 @@ def check_integrity(candidate: Candidate, progress: Progress | None = None) -> V
         raise InputError(
             f"{candidate.path} is not a consistent checkpoint: "
             f"{fatal[0].message.removesuffix('.')}{more}.",
-            hint=f"quantkit verify {candidate.path} --source {candidate.baseline.path}",
+            hint=command("verify", candidate.path, "--source", candidate.baseline.path),
             code=fatal[0].code,
         )
     return report
@@ -142,7 +142,8 @@ def _provenance(path: Path) -> dict[str, Any] | None:
 def _malformed(file: Path, key: str, value: Any, wanted: str) -> InputError:
     return InputError(
         f"{file} is malformed: {key} is {str(value)[:60]!r}, not {wanted}.",
-        hint=f"put the file back that quantkit wrote, or remove it; quantkit verify {file.parent}",
+        hint="put the file back that quantkit wrote, or remove it; "
+        + command("verify", file.parent),
         code="validate.provenance",
     )
 
@@ -154,7 +155,7 @@ def remembered(path: Path, provenance: dict[str, Any] | None) -> str:
     if "/" not in name:
         raise InputError(
             f"{path} does not say which model on the hub it was made from.",
-            hint=f"quantkit validate {path} --baseline MODEL",
+            hint=command("validate", path, "--baseline", "MODEL"),
             code="validate.no_baseline",
         )
     return name
