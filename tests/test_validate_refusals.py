@@ -212,6 +212,9 @@ def test_the_directory_it_was_made_from_is_the_baseline_while_it_holds_that_mode
     assert report.baseline["name"] == "mine"
     assert report.baseline["fingerprint"] == here[1].fingerprint
     assert ui.stages.count("scan baseline") == 1
+    assert ui.stages.count("estimate the time") == 1
+    assert [note for note in ui.notes if note.startswith("this will take about")] == ui.notes
+    assert ui.stages.index("estimate the time") < ui.stages.index("baseline: text")
     edit_tensors(source, lambda tensors: tensors["model.norm.weight"].mul_(2))
     assert source_here(held, Quiet()) is None
     refused(quantkit("validate", held), 1, "no longer holds the model", "--baseline MODEL")

@@ -26,6 +26,7 @@ from quantkit.validate.choices import facts
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
 from quantkit.validate.earlier import read_report
 from quantkit.validate.engines import engine_build, opener, refuse_unopenable
+from quantkit.validate.forecast import forecast, pace, seconds
 from quantkit.validate.measure import (
     BaselineAnswers,
     Lazy,
@@ -153,8 +154,16 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
         tokenizer, text, prompts, ids, asked_facts, tasks, request.throughput, longest
     )
 
+    said = False
+
     def opened(path: Path, name: str, kernel: str) -> Subject:
-        return opens(path, Opening(device, kernel, staged(ui, f"load {name}")))
+        nonlocal said
+        subject = opens(path, Opening(device, kernel, staged(ui, f"load {name}")))
+        if not said:
+            said = True
+            cached = cache.holds("text", text.digest)
+            _say_how_long(subject, questions, name == "baseline", cached, ui)
+        return subject
 
     baseline = Lazy(lambda: opened(base.path, "baseline", "auto"))
     cache = BaselineCache(
@@ -201,6 +210,19 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
                 f"the earlier report has {', '.join(gone)}, which this run did not measure"
             )
     return report
+
+
+def _say_how_long(
+    subject: Subject, questions: Questions, baseline: bool, cached: bool, ui: Reporter
+) -> None:
+    ui.stage("estimate the time")
+    try:
+        parts = seconds(pace(subject, questions), questions)
+    except BaseException:
+        subject.close()
+        raise
+    tasks = questions.tasks is not None
+    ui.note(forecast(parts, baseline=baseline, cached=cached, tasks=tasks))
 
 
 def staged(ui: Reporter, name: str) -> Progress:
