@@ -7,8 +7,8 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 from transformers import LlamaConfig
@@ -23,7 +23,8 @@ from tests.test_bad_input import REQUESTS
 from tests.test_engine_seam import judged
 
 PACKAGE = Path(__file__).parent.parent / "quantkit"
-COMMAND = re.compile(r"quantkit [a-z][^;#,]*")
+Asking = tuple[str | Path, ...]
+COMMAND = re.compile(r"(?<!the )(?<!that )quantkit [a-z][^;#,]*")
 SETTING = re.compile(r"--set ('[^']*'|\S*='[^']*'|[^\s,:]+)")
 COMMANDS = typer.main.get_command(app)
 """What typer made of the application."""
@@ -80,20 +81,15 @@ def test_there_are_commands_to_look_at() -> None:
 @pytest.mark.parametrize(("place", "words"), PRINTED, ids=[place for place, _ in PRINTED])
 def test_a_printed_command_is_one(place: str, words: list[str]) -> None:
     """It exists, with its flags, and lacks nothing that it needs."""
-    found: click.Command = COMMANDS
-    with click.Context(found) as context:
-        while isinstance(found, click.Group):
-            assert words, place
-            name = words.pop(0)
-            below = found.get_command(context, name)
-            assert below is not None, f"{place}: there is no command {name}"
-            found = below
-    plain = [word for word in words if word not in ("again", "lists", "everything")]
-    parsed = found.make_parser(context).parse_args(list(plain))[0]
-    needed = [p for p in found.params if isinstance(p, click.Argument) and p.required]
-    assert all(parsed.get(str(p.name)) for p in needed), f"{place}: {words}"
+    found: Any = COMMANDS
+    rest = list(words)
+    while hasattr(found, "commands"):
+        assert rest, f"{place}: {words}"
+        assert rest[0] in found.commands, f"{place}: there is no command {rest[0]}"
+        found = found.commands[rest.pop(0)]
+    parsed = found.make_context(found.name, rest).params
     if found.name == "plan":
-        assert parsed.get("method") or parsed.get("recipe"), f"{place}: {words}"
+        assert parsed["method"] or parsed["recipe"], f"{place}: {words}"
 
 
 def test_commands_are_quoted_for_the_shell() -> None:
@@ -129,7 +125,7 @@ FOLLOWED = [case for case, row in REQUESTS.items() if row[1] == 1 and case != "n
 @pytest.mark.parametrize("case", FOLLOWED)
 def test_the_hint_of_a_wrong_request(case: str, llama: Path) -> None:
     flags = ("--set", "group_size=96") if case == "group size" else ()  # 128 divides these layers
-    asked = ("plan", llama, *(REQUESTS[case][0]), *flags)
+    asked: Asking = ("plan", llama, *(REQUESTS[case][0]), *flags)
     if "--calibration" in asked:
         at = asked.index("--calibration")
         asked = (*asked[:at], "--set", f"calibration.name={asked[at + 1]}", *asked[at + 2 :])
@@ -140,7 +136,7 @@ def test_the_hint_of_a_wrong_request(case: str, llama: Path) -> None:
 def test_the_hint_of_what_a_library_cannot_write(
     method: str, sets: tuple[str, ...], telling: str, llama: Path
 ) -> None:
-    asked = ("plan", llama, "--method", method, *(w for s in sets for w in ("--set", s)))
+    asked: Asking = ("plan", llama, "--method", method, *(w for s in sets for w in ("--set", s)))
     assert follow(refusal(*asked), *asked), telling
 
 
@@ -155,7 +151,7 @@ def test_the_hint_of_a_shape_that_does_not_fit(
     config = LlamaConfig(**{**SMALL, "intermediate_size": inner})
     monkeypatch.setitem(CONFIGS, "odd", lambda: config)
     path = model("odd", tmp_path / "odd")
-    asked = ("plan", path, "--method", "rtn_w4a16", "--set", f"group_size={group}", *sets)
+    asked: Asking = ("plan", path, "--method", "rtn_w4a16", "--set", f"group_size={group}", *sets)
     error = refusal(*asked)
     assert follow(error, *asked), error.hint
     ways = [(*asked, *more) for more in settings(error.hint)]

@@ -154,13 +154,13 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
         tokenizer, text, prompts, ids, asked_facts, tasks, request.throughput, longest
     )
 
-    said = False
+    told = False
 
     def opened(path: Path, name: str, kernel: str) -> Subject:
-        nonlocal said
+        nonlocal told
         subject = opens(path, Opening(device, kernel, staged(ui, f"load {name}")))
-        if not said:
-            said = True
+        if not told:
+            told = True
             cached = cache.holds("text", text.digest)
             _say_how_long(subject, questions, name == "baseline", cached, ui)
         return subject
