@@ -28,12 +28,15 @@ types: $(VENV)/.ready
 env: $(VENV)/.ready
 
 # torch comes first and by its exact version: an open range would pull another build.
+# What pip says goes to a log, which is shown when it fails.
 $(VENV)/.ready: constraints.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "quantkit needs Python 3.11 or newer, this is " + sys.version.split()[0])'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "quantkit needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	@echo "Making $(VENV): torch, the quantization libraries and what they need (usually 2 to 5 minutes, once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@{ $(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)" && \
+	  $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,dev]'; \
+	} > $(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; exit 1; }
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .cache demo-output dist build

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -10,3 +11,14 @@ def cache_dir() -> Path:
     """`$QUANTKIT_CACHE`, or `~/.cache/quantkit`; not created here."""
     chosen = os.environ.get("QUANTKIT_CACHE")
     return Path(chosen).expanduser().resolve() if chosen else Path.home() / ".cache" / "quantkit"
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Readers see whole files; a cache that cannot be written is no reason to fail."""
+    staged = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(content)
+        staged.replace(file)
+    except OSError:
+        staged.unlink(missing_ok=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from quantkit.errors import InputError
 
+_STATED = re.compile(r"^(cuda|hip)\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
 _KNOWN = re.compile(r"cpu|(cuda|npu|xpu)(:\d+)?")
 
 
@@ -31,12 +33,49 @@ def resolve_device(asked: str) -> str:
 def _found() -> str:
     if Path("/dev/davinci_manager").exists():
         return "npu:0"
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    try:
-        cpu_build = metadata.version("torch").endswith("+cpu")
-    except metadata.PackageNotFoundError:
-        cpu_build = True
-    return "cuda" if has_nvidia_gpu() and not hidden and not cpu_build else "cpu"
+    build = torch_build()
+    nvidia = has_nvidia_gpu() and build == "cuda" and not _hidden("CUDA_VISIBLE_DEVICES")
+    amd = has_amd_gpu() and build == "hip" and not _hidden(*_AMD_MASKS)
+    return "cuda" if nvidia or amd else "cpu"  # torch calls AMD's cuda too
+
+
+_AMD_MASKS = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+
+
+def _hidden(*names: str) -> bool:
+    return any(os.environ.get(name) in ("", "-1") for name in names)
+
+
+def torch_build() -> Literal["cuda", "hip", "cpu"]:
+    """What the installed torch is built for, as its version file says; "cpu" without torch."""
+    spec = find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    if file is None or not file.is_file():
+        return "cpu"
+    stated = dict(_STATED.findall(file.read_text(encoding="utf-8")))
+    return "hip" if "hip" in stated else "cuda" if "cuda" in stated else "cpu"
+
+
+def amd_note() -> str | None:
+    """What works with the AMD GPU of this machine, None where there is none."""
+    if not has_amd_gpu():
+        return None
+    if torch_build() != "hip":
+        return (
+            "an AMD GPU is here, but this torch is not built for ROCm, so the CPU is used; "
+            "install torch's ROCm build to use it"
+        )
+    return (
+        "AMD GPU (ROCm): untested. rtn_* methods and plan, verify, launch need no GPU; libraries "
+        "calibrate as far as they support ROCm; validate computes with plain PyTorch, as the "
+        "kernels and the vLLM and SGLang environments here are for NVIDIA GPUs. What engines run: "
+        "quantkit platforms --gpu mi300x"
+    )
+
+
+def has_amd_gpu() -> bool:
+    """Whether the driver of an AMD GPU is loaded (its compute device is there)."""
+    return Path("/dev/kfd").exists()
 
 
 def has_nvidia_gpu() -> bool:

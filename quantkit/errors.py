@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
+
 EXIT_OK = 0
 EXIT_INPUT = 1
 EXIT_USAGE = 2
 EXIT_BACKEND = 3
 EXIT_CHECK = 4
 EXIT_INTERRUPTED = 130
+
+
+def command(*words: object) -> str:
+    """`quantkit WORDS` as a shell takes it: what hints and "next:" print."""
+    return shlex.join(["quantkit", *map(str, words)])
 
 
 class QuantkitError(Exception):

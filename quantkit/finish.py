@@ -15,6 +15,7 @@ from quantkit.plan import Plan
 from quantkit.publish import PROVENANCE
 from quantkit.request import Outcome, Request
 from quantkit.seal import CARD, provenance, seal, write_json
+from quantkit.sources import remember_source
 from quantkit.verify import EngineRequest, PlannedLayers, VerifyReport, Written, verify
 
 
@@ -55,6 +56,8 @@ def finish(
     if not report.ok:
         raise _not_verified(report, request.out)
     held = open_gguf(partial) if gguf_in(partial) else open_checkpoint(partial)
+    if Path(request.model).expanduser().exists():
+        remember_source(source.path, fingerprint)
     base = hub_name(request.model, source)
     document = provenance(
         partial,

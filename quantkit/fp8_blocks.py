@@ -21,15 +21,15 @@ def weight_block(config: Mapping[str, Any]) -> tuple[int, int]:
     stated = _stated(config)
     if stated is None:
         return (128, 128)
-    pair = isinstance(stated, list | tuple) and len(stated) == 2
-    if not pair or not all(type(side) is int and side > 0 for side in stated):
+    sides = stated if isinstance(stated, list | tuple) else ()
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise InputError(
             f"config.json states quantization_config.{KEY}={stated!r}, not two sizes such as "
             "[128, 128].",
             hint="take the model's own config.json, as it was published",
             code="plan.bad_config",
         )
-    return (stated[0], stated[1])
+    return (sides[0], sides[1])
 
 
 def states_blocks(config: Mapping[str, Any]) -> bool:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.device import resolve_device
 from quantkit.environments import find_interpreter, library_versions
-from quantkit.errors import BackendError, InputError
+from quantkit.errors import BackendError, InputError, command
 from quantkit.finish import finish
 from quantkit.hub import open_for_plan, resolve_model
 from quantkit.job import NO_DATA, Job, Reporter, Result
 from quantkit.origin import plan_of_export, state_calibration, stored_recipe
-from quantkit.plan import Plan, has_experts_or_towers, kept_layers, make_plan
+from quantkit.plan import Plan, kept_layers, make_plan, refuse_beyond_dense
 from quantkit.process import run_worker
 from quantkit.publish import check_apart, check_space, check_target, staged
 from quantkit.recipe import Recipe
@@ -31,7 +31,7 @@ from quantkit.statefile import check_state, read_state_note, refuse_mismatch
 from quantkit.streamed import check_stream, stream
 
 if TYPE_CHECKING:
-    from quantkit.calibration import TokenFile
+    from quantkit.calibration import CalibrationConfig, TokenFile
 
 LOG = "quantkit.log"
 
@@ -40,6 +40,18 @@ def preflight(request: Request) -> tuple[Checkpoint, Plan]:
     """Open the model and plan the job; every refusal that needs no weights happens here."""
     path = resolve_model(request.model, trust_remote_code=request.trust_remote_code)
     source = open_checkpoint(path)
+    return source, check_engines(source, _decide(request, source))
+
+
+def plan_only(request: Request) -> tuple[Checkpoint, Plan]:
+    """As `preflight`, for a model whose weights may be absent or only on the hub: headers are
+    fetched, or shapes derived. Engines that will not load the result are no error here."""
+    source = open_for_plan(request.model, trust_remote_code=request.trust_remote_code)
+    return source, _decide(request, source)
+
+
+def _decide(request: Request, source: Checkpoint) -> Plan:
+    """The plan, or the refusal that `plan` and `quantize` share: all that no weights tell."""
     plan = make_plan(
         source,
         request.recipe,
@@ -47,30 +59,22 @@ def preflight(request: Request) -> tuple[Checkpoint, Plan]:
         trust_remote_code=request.trust_remote_code,
         state=request.checkpoint_save is not None,
     )
+    if plan.backend.dense_only:
+        refuse_beyond_dense(source, plan, request.model)
     if plan.backend.adapter is None:
         check_stream(source, plan)
-    return source, check_engines(source, plan)
+    _mixture_asked(plan)
+    return plan
 
 
-def plan_only(request: Request) -> tuple[Checkpoint, Plan]:
-    """As `preflight`, for a model whose weights may be absent or only on the hub: headers are
-    fetched, or shapes derived. Engines that will not load the result are no error here."""
-    source = open_for_plan(request.model, trust_remote_code=request.trust_remote_code)
-    plan = make_plan(
-        source,
-        request.recipe,
-        device=resolve_device(request.device),
-        trust_remote_code=request.trust_remote_code,
-    )
-    if plan.backend.adapter is None:
-        check_stream(source, plan)
-    beyond = has_experts_or_towers(source, plan) if plan.backend.dense_only else None
-    if beyond:
-        biased = any(name.endswith("_proj_bias") for name in source.tensors)
-        other = "rtn_* methods do" + (", all but its experts, which have biases" if biased else "")
-        note = f"{plan.backend.name} does not quantize a model with {beyond}; {other}"
-        plan = replace(plan, notes=(*plan.notes, note))
-    return source, plan
+def _mixture_asked(plan: Plan) -> CalibrationConfig | None:
+    """The calibration that the method will be shown, None where it needs none."""
+    choice = plan.recipe.calibration
+    if not plan.method.calibrated or choice is None:
+        return None
+    from quantkit.calibration import load_calibration
+
+    return load_calibration(choice.name, choice.overrides())
 
 
 def quantize(request: Request, ui: Reporter) -> Outcome:
@@ -82,7 +86,6 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
     """
     ui.stage("plan")
     source, plan = preflight(request)
-    _refuse_untranslated(source, plan)
     check_apart(request.out, source.path)
     check_target(request.out, overwrite=request.overwrite)
     if plan.backend.adapter is None:
@@ -142,16 +145,6 @@ def _state_note(
     }
 
 
-def _refuse_untranslated(source: Checkpoint, plan: Plan) -> None:
-    found = has_experts_or_towers(source, plan)
-    if found and plan.backend.dense_only:
-        raise InputError(
-            f"{source.path} has {found}; {plan.backend.name} quantizes dense language models here.",
-            hint="quantkit methods  # rtn_* methods need no model class",
-            code="plan.architecture",
-        )
-
-
 def _check_state_file(file: Path, overwrite: bool, source: Checkpoint, plan: Plan) -> None:
     if source.path.resolve() in file.resolve().parents:
         raise InputError(
@@ -170,12 +163,11 @@ def _check_state_file(file: Path, overwrite: bool, source: Checkpoint, plan: Pla
 
 
 def _tokens(request: Request, plan: Plan, source: Checkpoint, ui: Reporter) -> TokenFile | None:
-    choice = plan.recipe.calibration
-    if not plan.method.calibrated or choice is None:
+    config = _mixture_asked(plan)
+    if config is None:
         return None
-    from quantkit.calibration import build_tokens, load_calibration
+    from quantkit.calibration import build_tokens
 
-    config = load_calibration(choice.name, choice.overrides())
     ui.stage(f"tokenize {config.name}", config.samples)
     return build_tokens(
         config,
@@ -269,7 +261,9 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
     if not model:
         raise InputError(
             f"{request.restore} does not say which model it was made from.",
-            hint=f"quantkit export --restore {request.restore} --out {request.out} --model BASE",
+            hint=command(
+                "export", "--restore", request.restore, "--out", request.out, "--model", "BASE"
+            ),
             code="state.no_model",
         )
     source = open_checkpoint(resolve_model(model, trust_remote_code=request.trust_remote_code))

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from quantkit.checkpoint import DTYPE_BITS, Checkpoint
 from quantkit.contradictions import refuse_contradictions
+from quantkit.derive import left_out
 from quantkit.engines import Support, support
-from quantkit.errors import InputError
+from quantkit.errors import InputError, command
 from quantkit.formats.registry import is_quantized
 from quantkit.formats.settings import refuse_conflict, refuse_stale
 from quantkit.fp8_blocks import INVERSE_SCALE, states_blocks
@@ -28,7 +29,7 @@ from quantkit.modules import (
     linear_modules,
     named_by,
 )
-from quantkit.recipe import Override, Recipe, adjusted
+from quantkit.recipe import Override, Recipe, adjusted, recipe_files
 from quantkit.registry import Backend, Method, backend_named, refusals
 from quantkit.schemes import SCHEMES, Scheme
 
@@ -373,10 +374,31 @@ def _misfit_error(
     )
 
 
-def has_experts_or_towers(checkpoint: Checkpoint, plan: Plan) -> str | None:
+def refuse_beyond_dense(checkpoint: Checkpoint, plan: Plan, model: str) -> None:
+    """InputError (`plan.architecture`) for experts or towers; the hint plans `model` without."""
+    found = _beyond_dense(checkpoint)
+    if found:
+        streamed = f"rtn_{plan.recipe.scheme}"
+        method = streamed if streamed in recipe_files() else "rtn_fp8_dynamic"
+        biased = any(name.endswith("_proj_bias") for name in checkpoint.tensors)
+        without = ["--set", "ignore+=re:.*mlp.experts.*"] if biased else []  # rtn_* takes no biases
+        instead = command("plan", model, "--method", method, *without)
+        raise InputError(
+            f"{checkpoint.path} has {found}; {plan.backend.name} quantizes dense language models "
+            "here.",
+            hint=f"{instead}  # rtn_* methods need no model class",
+            code="plan.architecture",
+        )
+
+
+def _beyond_dense(checkpoint: Checkpoint) -> str | None:
     """What makes the model more than a dense language model, or None."""
-    experts = expert_count(checkpoint.config)
-    if experts:
+    if experts := expert_count(checkpoint.config):
         return f"{experts} experts a layer"
-    tower = next((name for name, why in plan.kept.items() if "tower" in why), None)
-    return f"a vision or audio tower ({tower})" if tower else None
+    for module in checkpoint.modules:
+        if module.kind == "experts" or ".experts." in module.name:
+            return f"a mixture of experts ({module.name})"
+        if module.kind == "tower":
+            return f"a vision or audio tower ({module.name})"
+    towers = left_out(checkpoint.config) if checkpoint.derived == "config.json" else []
+    return next((f"a {kind}" for kind in towers if "tower" in kind), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,15 +58,9 @@ def check_engines(source: Checkpoint, plan: Plan) -> Plan:
     Raises InputError (`plan.engine`) when an engine that the recipe asks for will not.
     """
     found = verdicts(source, plan)
+    if refusal := engine_refusal(source, plan, found):
+        raise refusal
     refused = [v for v in found if not v.loads]
-    if plan.recipe.serve.engines and refused:
-        raise InputError(
-            f"{plan.recipe.name} on {source.path.name}: "
-            + "; ".join(f"{v.title}: {v.reasons[0].text}" for v in refused[:3])
-            + ".",
-            hint="; ".join(dict.fromkeys(v.reasons[0].fix for v in refused[:3])),
-            code="plan.engine",
-        )
     refusing = [v for v in refused if v.engine in plan.loads.engines]
     notes = [f"{v.title}: {v.reasons[0].text}" for v in refusing]
     reading = [v for v in found if v.engine in plan.loads.engines]
@@ -82,6 +76,20 @@ def _kv_scales(layout: str, names: Iterable[str]) -> tuple[str, ...]:
     if layout == "modelopt":
         return tuple(f"{name}.{name[-6]}_scale" for name in projections)
     return tuple(f"{name[:-6]}{name[-6]}_scale" for name in projections)
+
+
+def engine_refusal(source: Checkpoint, plan: Plan, found: Sequence[Verdict]) -> InputError | None:
+    """Why an engine that the recipe asks for will not load the result, None where all will."""
+    refused = [v for v in found if not v.loads]
+    if not plan.recipe.serve.engines or not refused:
+        return None
+    return InputError(
+        f"{plan.recipe.name} on {source.path.name}: "
+        + "; ".join(f"{v.title}: {v.reasons[0].text}" for v in refused[:3])
+        + ".",
+        hint="; ".join(dict.fromkeys(v.reasons[0].fix for v in refused[:3])),
+        code="plan.engine",
+    )
 
 
 def _part(module: Module, scheme: Scheme | None, plan: Plan, source: Checkpoint) -> Part:

@@ -1,4 +1,4 @@
-"""Sizes as people write them (standard library only)."""
+"""Sizes and times as people write them (standard library only)."""
 
 from __future__ import annotations
 
@@ -22,3 +22,10 @@ def parse_bytes(what: str, text: str) -> int:
     number, unit, binary = found.groups()
     base = 1024 if binary else 1000
     return int(float(number) * base ** _POWERS[unit.upper()])
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 40 s, 7 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

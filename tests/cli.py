@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.errors import QuantkitError
+
 QUICK = ("--set", "calibration.samples=8", "--set", "calibration.sequence_length=128")
 """Enough calibration to be real, little enough for a test."""
 
@@ -55,3 +57,13 @@ def refused(run: Run, code: int, *telling: str) -> None:
     assert "Traceback" not in run.err, run.err
     for part in telling:
         assert part in run.err, run.err
+
+
+def inside(*args: str | Path) -> tuple[int, str, str]:
+    """Run `quantkit ARGS` in this process: its exit code, and its error's code and message."""
+    from quantkit.cli.main import app
+
+    try:
+        return app([*map(str, args)], standalone_mode=False) or 0, "", ""
+    except QuantkitError as error:
+        return error.exit_code, error.code, error.message

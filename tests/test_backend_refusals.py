@@ -57,26 +57,27 @@ def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do(
     assert "group size 128 does not divide 576 (would fit: 64, 32, 16)" in said
 
 
-@pytest.mark.parametrize(
-    ("method", "sets", "telling"),
-    [
-        ("autoround_nvfp4", ("options.format=auto_gptq",), "auto_gptq does not hold nvfp4"),
-        ("autoround_w3a16", ("options.format=auto_awq", "group_size=64"), "does not hold w3a16"),
-        ("autoround_gguf_q4_k_m", ("group_size=64",), "assigns groups and layers itself"),
-        ("gptqmodel_w8a16", ("options.method=awq",), "4 bits only"),
-        (
-            "gptqmodel_w8a16",
-            ("options.desc_act=true", "options.act_group_aware=true"),
-            "exclude each other",
-        ),
-        ("gptqmodel_w8a16", ("kv_cache=fp8",), "cannot quantize the KV cache as fp8"),
-        ("llmcompressor_fp8", ("kv_cache=nvfp4",), "cannot quantize the KV cache as nvfp4"),
-        ("llmcompressor_w8a8", ("calibration=null",), "needs calibration"),
-        ("msmodelslim_w8a8", ("on_nan=keep16",), "on_nan=keep16"),
-        ("modelopt_mxfp8", ("overrides=[{match: '*', scheme: fp8}]",), "overrides"),
-        ("gptqmodel_w4a16", ("scheme=nvfp4",), "does not write the scheme nvfp4"),
-    ],
-)
+UNWRITABLE: list[tuple[str, tuple[str, ...], str]] = [
+    ("autoround_nvfp4", ("options.format=auto_gptq",), "auto_gptq does not hold nvfp4"),
+    ("autoround_w3a16", ("options.format=auto_awq", "group_size=64"), "does not hold w3a16"),
+    ("autoround_gguf_q4_k_m", ("group_size=64",), "assigns groups and layers itself"),
+    ("gptqmodel_w8a16", ("options.method=awq",), "4 bits only"),
+    (
+        "gptqmodel_w8a16",
+        ("options.desc_act=true", "options.act_group_aware=true"),
+        "exclude each other",
+    ),
+    ("gptqmodel_w8a16", ("kv_cache=fp8",), "cannot quantize the KV cache as fp8"),
+    ("llmcompressor_fp8", ("kv_cache=nvfp4",), "cannot quantize the KV cache as nvfp4"),
+    ("llmcompressor_w8a8", ("calibration=null",), "needs calibration"),
+    ("msmodelslim_w8a8", ("on_nan=keep16",), "on_nan=keep16"),
+    ("modelopt_mxfp8", ("overrides=[{match: '*', scheme: fp8}]",), "overrides"),
+    ("gptqmodel_w4a16", ("scheme=nvfp4",), "does not write the scheme nvfp4"),
+]
+"""Method, settings, and what the refusal says."""
+
+
+@pytest.mark.parametrize(("method", "sets", "telling"), UNWRITABLE)
 def test_what_a_library_cannot_write_is_refused(
     small_model: Path, method: str, sets: tuple[str, ...], telling: str
 ) -> None:

@@ -19,6 +19,7 @@ import torch
 from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.pipeline import preflight
+from quantkit.plan import make_plan
 from quantkit.recipe import load_recipe
 from quantkit.request import Request
 from tests.cli import QUICK, command, quantkit, refused
@@ -264,8 +265,7 @@ def test_experts_are_refused_before_the_long_job(tmp_path: Path) -> None:
     )  # fmt: skip
     make(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "moe")
     refused(quantkit("quantize", tmp_path / "moe", *FP8, "--out", tmp_path / "out"), 1, "4 experts")
-    request = Request(str(tmp_path / "moe"), load_recipe("modelopt_fp8"), tmp_path / "out")
-    _, plan = preflight(request)
+    plan = make_plan(open_checkpoint(tmp_path / "moe"), load_recipe("modelopt_fp8"))
     routers = [name for name, why in plan.kept.items() if "@routers" in why or "router" in why]
     assert routers == ["model.layers.0.block_sparse_moe.gate"]
     assert sum(".experts." in name for name in plan.layers) == 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_what_routes_is_a_router(module: str, kind: str) -> None:
     assert [found.kind for found in classify(shapes, CONFIG)] == [kind]
 
 
-def planned(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], *targets: str) -> Plan:
+def planned(shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any], *targets: str) -> Plan:
     file = Path("model.safetensors")
     tensors = {name: TensorInfo(name, "BF16", shape, file, 0, 2) for name, shape in shapes.items()}
     recipe = load_recipe("rtn_fp8_dynamic")

@@ -24,7 +24,7 @@ from quantkit.recipe import load_recipe
 from quantkit.verify.sidecars import check_alone
 from tests.helpers import edit_json, edit_tensors
 
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128,
     "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False,
 }  # fmt: skip
@@ -34,8 +34,8 @@ ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "someone/base-7b"}
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    network = hf.LlamaForCausalLM(hf.LlamaConfig(**TINY)).to(torch.bfloat16)
-    network.save_pretrained(tmp_path / "model")
+    network = hf.LlamaForCausalLM(hf.LlamaConfig(**TINY))  # type: ignore[no-untyped-call]
+    network.bfloat16().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -23,7 +23,7 @@ LAYERS: dict[str, int] = {
     "worker": 0, "modules": 0, "headers": 1, "model_config": 1, "checkpoint": 1,
     "engines": 1, "derive": 2, "formats": 2, "registry": 3, "recipe": 3, "hub": 3, "scan": 3,
     "statefile": 3, "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4,
-    "contradictions": 3, "fp8_blocks": 1, "experts": 1,
+    "contradictions": 3, "fp8_blocks": 1, "experts": 1, "sources": 1,
     "seam": 4, "streaming": 4,
     "verify": 4, "process": 4, "card": 5, "origin": 5, "seal": 5, "demo": 5, "request": 5,
     "finish": 5, "runtime": 4, "serving": 5, "validate": 6, "streamed": 6, "pipeline": 6,

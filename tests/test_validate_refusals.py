@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
@@ -17,16 +18,17 @@ from quantkit.errors import BackendError, InputError
 from quantkit.formats.gguf_file import GgufFile, GgufTensor
 from quantkit.recipe import load_recipe
 from quantkit.schemes import SCHEMES
+from quantkit.sources import remember_source, source_of
 from quantkit.validate import memory, preflight
 from quantkit.validate.builtin import BATCH_TOKENS
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
-from quantkit.validate.preflight import open_candidate, tokenizer_of
+from quantkit.validate.preflight import open_candidate, source_here, tokenizer_of
 from quantkit.validate.run import ValidateRequest, validate
 from quantkit.validate.write import check_reports, write_reports
 from tests.cli import quantkit, refused
 from tests.damage import DOWN, configuring, dropping, patching
-from tests.families import model
-from tests.helpers import cut_layers, edit_json
+from tests.families import SMALL, model
+from tests.helpers import cut_layers, edit_json, edit_tensors
 from tests.rtn import rtn, tiny_moe
 from tests.validating import (
     SOBER,
@@ -160,6 +162,7 @@ def test_a_remembered_baseline_is_named_by_its_name_on_the_hub(
         provenance["recipe"]["gates"] = ["ppl_ratio<=1e9"]
 
     edit_json(copy / "quantkit.json", change)
+    monkeypatch.setattr(preflight, "source_of", lambda _: None)  # as on another machine
     monkeypatch.setattr(preflight, "resolve_model", lambda name: {"org/model": small_model}[name])
     request = ValidateRequest(copy, gates=(SOBER,), samples=8, throughput=False)
     report = validate(request, Quiet())
@@ -170,6 +173,65 @@ def test_a_remembered_baseline_is_named_by_its_name_on_the_hub(
     sources = {gate.metric: gate.source for gate in report.gates}
     assert sources["ppl_ratio"] == "recipe"
     assert sources["canary_failures"] == "command"
+
+
+def tiny_talker(small_model: Path, out: Path) -> Path:
+    """One narrow layer of random weights, with a real tokenizer."""
+    config = hf.LlamaConfig(
+        **{
+            **SMALL, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16,
+            "num_hidden_layers": 1, "vocab_size": 49152, "max_position_embeddings": 1024,
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    make: Any = hf.AutoModelForCausalLM.from_config
+    make(config, dtype=torch.bfloat16).save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(small_model / name, out / name)
+    return out
+
+
+def test_the_directory_it_was_made_from_is_the_baseline_while_it_holds_that_model(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for a copy of the checkpoint, which itself says nothing of the directory."""
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    source = tiny_talker(small_model, tmp_path / "mine")
+    made = tmp_path / "made"
+    run = quantkit("quantize", source, "--method", "rtn_w8a8_dynamic", "--out", made)
+    assert run.code == 0, run.err
+    for file in made.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file
+    held = Path(shutil.copytree(made, tmp_path / "elsewhere" / "copy"))
+    shutil.rmtree(made)
+    here = source_here(held, Quiet())
+    assert here is not None
+    assert here[0] == source
+    request = ValidateRequest(held, gates=(SOBER,), samples=1, throughput=False)
+    report = validate(request, ui := Quiet())
+    assert report.baseline["name"] == "mine"
+    assert report.baseline["fingerprint"] == here[1].fingerprint
+    assert ui.stages.count("scan baseline") == 1
+    assert ui.stages.count("estimate the time") == 1
+    assert [note for note in ui.notes if note.startswith("this will take about")] == ui.notes
+    assert ui.stages.index("estimate the time") < ui.stages.index("baseline: text")
+    edit_tensors(source, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    assert source_here(held, Quiet()) is None
+    refused(quantkit("validate", held), 1, "no longer holds the model", "--baseline MODEL")
+    shutil.rmtree(source)
+    refused(quantkit("validate", held), 1, "does not say which model", "--baseline MODEL")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"directory": 5}', '{"directory": "/nowhere"}'])
+def test_a_damaged_note_of_a_directory_is_none(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
+    remember_source(tmp_path, "f" * 64)
+    assert source_of("f" * 64) == tmp_path
+    (note,) = (tmp_path / "sources").iterdir()
+    note.write_text(content)
+    assert source_of("f" * 64) is None
 
 
 def test_a_baseline_that_leaves_defaults_unstated_is_the_same_architecture(

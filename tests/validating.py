@@ -19,10 +19,11 @@ SOBER = "canary_failures<=8"
 
 
 class Quiet:
-    """A reporter that remembers its stages."""
+    """A reporter that remembers its stages and notes."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
+        self.notes: list[str] = []
 
     def stage(self, name: str, total: int = 0, unit: Unit = "steps") -> None:
         self.stages.append(name)
@@ -31,7 +32,7 @@ class Quiet:
         pass
 
     def note(self, text: str) -> None:
-        pass
+        self.notes.append(text)
 
 
 def measured(path: Path, baseline: Path, *gates: str, **more: Any) -> Report:

@@ -92,7 +92,7 @@ def check_calibrated(config: dict[str, Any], model: torch.nn.Module) -> int:
     if broken:
         raise JobError(
             f"The calibrated range of {len(broken)} modules is not finite: {broken[:3]}.",
-            hint="look for NaN or Inf in the source weights: quantkit plan MODEL",
+            hint="another mixture or more samples: quantkit calibration list",
             code="calibration.not_finite",
         )
     return calibrated

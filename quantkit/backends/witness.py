@@ -24,7 +24,7 @@ def never_ran(what: str) -> JobError:
     """Calibration that the method needs did not happen."""
     return JobError(
         f"{what}.",
-        hint="check the calibration data: quantkit calibration show",
+        hint="another mixture or more samples: quantkit calibration list",
         code="calibration.never_ran",
     )
 

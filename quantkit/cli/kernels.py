@@ -23,13 +23,15 @@ def kernels_command(
     as_json: options.Json = False,
 ) -> None:
     """List the kernels of the builtin runtime, in the order in which they are preferred."""
-    from quantkit.device import resolve_device
+    from quantkit.device import amd_note, resolve_device
     from quantkit.runtime.kernels import sglang
     from quantkit.runtime.kernels.select import check_name
     from quantkit.runtime.load import pick_device
     from quantkit.runtime.preview import available, preview
 
     out = Output(as_json=as_json)
+    if note := amd_note():
+        out.info(f"note: {note}")
     found = pick_device(resolve_device(device))
     check_name(kernel, found)
     kernels = {n: why for n, why in available(found).items() if kernel in ("auto", n)}

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from quantkit.units import duration
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn, TaskID
@@ -100,11 +102,13 @@ class Output:
             self.info(f"{self._stage} {self._progress_line(done, now - self._began)}")
 
     def _progress_line(self, done: int, seconds: float) -> str:
-        left = f"about {seconds * (self._total - done) / max(done, 1):.0f} s left"
+        """How far a stage is; without a rate or an estimate before a hundredth of it is done."""
+        known = done * 100 >= self._total
+        left = f", about {duration(seconds * (self._total - done) / done)} left" if known else ""
         if self._unit == "steps":
-            return f"{done}/{self._total}, {left}"
-        rate = done / seconds / 1e6
-        return f"{done / 1e6:.0f}/{self._total / 1e6:.0f} MB, {rate:.0f} MB/s, {left}"
+            return f"{done}/{self._total}{left}"
+        rate = f", {done / seconds / 1e6:.0f} MB/s" if known else ""
+        return f"{done / 1e6:.0f}/{self._total / 1e6:.0f} MB{rate}{left}"
 
     def note(self, text: str) -> None:
         """Something that the user should know and that is kept in quantkit.json."""

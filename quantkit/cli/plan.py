@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli import options
-from quantkit.cli.output import Output
+from quantkit.cli.output import Output, print_error
 from quantkit.errors import EXIT_INPUT, InputError
 
 if TYPE_CHECKING:
@@ -85,12 +85,11 @@ def show_plan(
     """The plan as a table, or as a document with every module in it; whether it will be served as
     the recipe asks."""
     from quantkit.derive import left_out
-    from quantkit.seam import ignore_list, verdicts
+    from quantkit.seam import engine_refusal, ignore_list, verdicts
 
     estimate = plan.estimate
     incomplete = left_out(source.config) if source.derived == "config.json" else []
     found = verdicts(source, plan)
-    good = _served(plan.recipe.serve, found)
     quantized = Counter(scheme.name for scheme in plan.layers.values())
     kept = Counter(plan.kept.values())
     ui.table(
@@ -110,8 +109,7 @@ def show_plan(
                 "not in the ignore list; add model.safetensors.index.json")] if incomplete else []),
             ("KV cache", plan.recipe.kv_cache),
             ("read by", plan.loads.describe()),
-            *((v.title, "\n".join([*(f"{r.text} → {r.fix}" for r in v.reasons), *v.caveats]))
-              for v in found),
+            *((v.title, _told(v)) for v in found),
             *(("note", note) for note in plan.notes),
         ],
     )  # fmt: skip
@@ -133,14 +131,20 @@ def show_plan(
             "notes": list(plan.notes),
         }
     )
-    return good
+    if refusal := engine_refusal(source, plan, found):
+        print_error(refusal.message, refusal.hint)
+        return False
+    return _served(plan.recipe.serve, found)
+
+
+def _told(verdict: Verdict) -> str:
+    """Why an engine will not load it, or whose rules say that it does, and what to know of it."""
+    rules = [] if verdict.reasons else [f"by the rules of version {verdict.version}"]
+    return "\n".join([*rules, *(f"{r.text} → {r.fix}" for r in verdict.reasons), *verdict.notes])
 
 
 def _served(serve: Serve, found: list[Verdict]) -> bool:
-    """Whether every engine that is asked for loads it; with sizes or a GPU but no engine asked for,
-    whether at every size one does."""
-    if serve.engines:
-        return all(verdict.loads for verdict in found)
-    if not serve.gpu and list(serve.tp) == [1]:
+    """With sizes or a GPU but no engine asked for: whether at every size one loads it."""
+    if serve.engines or (not serve.gpu and list(serve.tp) == [1]):
         return True
     return all(any(v.loads for v in found if v.tp == size) for size in serve.tp)

@@ -17,6 +17,7 @@ def platforms_command(
     as_json: options.Json = False,
 ) -> None:
     """Show which engine runs which method on which GPU or NPU, and mark this machine's."""
+    from quantkit.device import amd_note
     from quantkit.engines.capability import gemm_order
     from quantkit.engines.gpus import generations, gpu_here, gpu_named
 
@@ -50,6 +51,8 @@ def platforms_command(
             out.text(f"SGLang on {name}, {flag} auto: {', '.join(order)}")
     for vendor, note in (rows[0]["documented"] if method else {}).items():
         out.text(f"SGLang's documentation, {rows[0]['layout']}, {vendor}: {note}")
+    if note := amd_note():
+        out.info(f"note: {note}")
     out.document(
         {
             "schema_version": 1,

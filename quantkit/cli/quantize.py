@@ -9,7 +9,7 @@ import typer
 
 from quantkit.cli import options
 from quantkit.cli.output import Output
-from quantkit.errors import InputError
+from quantkit.errors import InputError, command
 from quantkit.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
     for note in plan.notes:
         if note not in told:
             ui.info(f"note: {note}")
-    ui.text(f"next: quantkit verify {outcome.out}")
+    ui.text(f"next: {command('verify', outcome.out)}")
     ui.document(
         {
             "schema_version": 1,

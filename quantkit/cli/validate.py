@@ -22,7 +22,11 @@ def validate_command(
     directory: Annotated[Path, typer.Argument(help="A finished checkpoint.")],
     baseline: Annotated[
         str,
-        typer.Option("--baseline", help="The 16-bit model; default: what quantkit.json names."),
+        typer.Option(
+            "--baseline",
+            help="The 16-bit model; default: the directory here that it was made from, or what "
+            "quantkit.json names.",
+        ),
     ] = "",
     engine: Annotated[
         str, typer.Option("--engine", help="What runs both models: builtin, transformers, vllm …")

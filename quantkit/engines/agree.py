@@ -95,7 +95,7 @@ def _why_plain(layout: str, layer: Layer, belief: Belief) -> tuple[str, str]:
         fix = "write the entry as the whole name of the module that it means"
         return f"the entry {belief.entry!r} names it", fix
     if belief.because:
-        return belief.because, f"keep it in 16 bit: --set ignore+=re:.*{layer.leaf}"
+        return belief.because, f"keep it in 16 bit: --set 'ignore+=re:.*{layer.leaf}'"
     return "no target names it", f"add {layer.name!r} to {_NAMED_IN.get(layout, 'the targets')}"
 
 

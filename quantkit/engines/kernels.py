@@ -82,7 +82,7 @@ def _check_misread(engine: Engine, family: Family, layout: str, layer: Layer) ->
             "engine.packing",
             f"{engine.name} takes the weight of {layer.name} apart in the model's own code, which "
             f"does not know {kind}",
-            "keep it in 16 bit: " + " ".join(f"--set ignore+=re:.*{leaf}" for leaf in leaves),
+            "keep it in 16 bit: " + " ".join(f"--set 'ignore+=re:.*{leaf}'" for leaf in leaves),
             layer.name,
         )
 

@@ -60,7 +60,9 @@ def declare(checkpoint: Checkpoint) -> Declaration:
         if module.kind == "embedding" or in_16_bit:
             return None
         packing = _names(parts, found.fused(module.name), scheme)
-        return inventory.layer_spec(module, config, lambda shape: LayerSpec(scheme, packing, shape))
+        return inventory.layer_spec(
+            module, checkpoint, lambda shape: LayerSpec(scheme, packing, shape)
+        )
 
     modules = inventory.linears(found, config, unpacked)
     layers, ignored, undeclared = inventory.sort_modules(modules, exclude.entry, target)

@@ -68,7 +68,7 @@ def declare(checkpoint: Checkpoint) -> Declaration:
         if stored.dtype == "I32" and len(stored.shape) == 2:
             return (stored.shape[1] * _PER_WORD, stored.shape[0])
         if stored.dtype == "U8":
-            return inventory.widen_input(name, stored.shape, 2, checkpoint.config)
+            return inventory.widen_input(name, stored.shape, 2, checkpoint)
         return stored.shape
 
     def target(module: Module) -> LayerSpec | None:
@@ -76,7 +76,7 @@ def declare(checkpoint: Checkpoint) -> Declaration:
             return None
         scheme, packing = chosen(module.name)
         return inventory.layer_spec(
-            module, checkpoint.config, lambda shape: LayerSpec(scheme, packing, shape)
+            module, checkpoint, lambda shape: LayerSpec(scheme, packing, shape)
         )
 
     modules = inventory.linears(found, checkpoint.config, unpacked)

@@ -106,7 +106,7 @@ def _cache_scale(maker: LayerMaker, name: str) -> float:
         raise InputError(
             f"{name} holds {scale.numel()} scales; the runtime computes a cache with one scale a "
             "tensor, not one a head.",
-            hint="quantize the cache with one scale a tensor, or quantkit validate --engine vllm",
+            hint="one scale a tensor for the cache, or quantkit validate DIR --engine vllm",
             code="runtime.cache_scale",
         )
     return float(scale)

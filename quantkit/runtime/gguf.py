@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint import Checkpoint
-from quantkit.errors import InputError
+from quantkit.errors import InputError, command
 from quantkit.formats.gguf_file import GgufFile, open_gguf
 from quantkit.runtime.source import Source, check_finite, wrong_shape
 from quantkit.verify.gguf import Pair, source_values
@@ -167,5 +167,5 @@ def _required(held: GgufFile, key: str) -> Any:
 
 def _lacking(held: GgufFile, what: str) -> InputError:
     return InputError(
-        f"{held.file} lacks {what}.", hint=f"quantkit verify {held.path}", code="gguf.incomplete"
+        f"{held.file} lacks {what}.", hint=command("verify", held.path), code="gguf.incomplete"
     )

@@ -90,7 +90,7 @@ def empty_model(config: Any, path: Path, dtype: torch.dtype) -> Any:
         if weight.dim() == 3 and "expert" in name:
             raise InputError(
                 f"{path} is a mixture of experts ({name}), which the runtime does not compute.",
-                hint="quantkit validate --engine vllm",
+                hint="quantkit validate DIR --engine vllm",
                 code="runtime.architecture",
             )
     return model

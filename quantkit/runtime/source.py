@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from quantkit.checkpoint import Checkpoint
-from quantkit.errors import InputError
+from quantkit.errors import InputError, command
 from quantkit.formats.base import LayerSpec, QuantWeight, is_kv_cache_tensor
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.verify.completeness import check_completeness
@@ -106,7 +106,7 @@ class Source:
             plain = "compare its tensor names with the original's; download or save the model again"
             raise InputError(
                 f"{self.checkpoint.path} has no tensor {name}.",
-                hint=plain if self.layout is None else f"quantkit verify {self.checkpoint.path}",
+                hint=plain if self.layout is None else command("verify", self.checkpoint.path),
                 code="runtime.missing_tensor",
             )
 
@@ -152,7 +152,7 @@ def _refuse(checkpoint: Checkpoint, findings: Sequence[Finding]) -> None:
         more = f" (and {len(findings) - 1} more errors)" if len(findings) > 1 else ""
         raise InputError(
             f"{checkpoint.path} cannot be loaded: {findings[0].message}{more}.",
-            hint=f"{findings[0].hint}; quantkit verify {checkpoint.path} lists everything",
+            hint=f"{findings[0].hint}; {command('verify', checkpoint.path)}  # lists everything",
             code=findings[0].code,
         )
 

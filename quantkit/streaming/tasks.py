@@ -104,7 +104,7 @@ def _unknown_experts(tensor: TensorInfo, what: str) -> InputError:
     block = ".".join(tensor.name.removesuffix(".weight").split(".")[-3:-1])
     return InputError(
         f"{tensor.name} {list(tensor.shape)} {what}.",
-        hint=f"keep the experts in 16 bit: --set ignore+=re:.*{block}.*",
+        hint=f"keep the experts in 16 bit: --set 'ignore+=re:.*{block}.*'",
         code="stream.expert_layout",
     )
 
@@ -170,7 +170,7 @@ def _is_inverse_scale(name: str, checkpoint: Checkpoint) -> bool:
 def _refuse_misfits(
     slices: Mapping[str, Mapping[str, Slice]], layers: Mapping[str, Scheme], layout: Layout
 ) -> None:
-    reasons, fits = [], True
+    reasons, misfits, fits = [], set(), True
     for module, parts in slices.items():
         part = next(iter(parts.values()))
         dtype = part.tensor.dtype
@@ -178,12 +178,16 @@ def _refuse_misfits(
         if dtype not in FLOATS and not (dtype == "F8_E4M3" and part.scale):
             reason, fits = f"its weight is {dtype} without scales that fit", False
         if reason:
+            misfits.add(module)
             reasons.append(f"{module} {list(part.tensor.shape)}: {reason}")
     if reasons:
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        merged = [name for group in fused_groups(slices) if misfits & {*group} for name in group]
+        leaves = sorted({name.rpartition(".")[2] for name in misfits.union(merged)})
+        ignored = " ".join(f"--set 'ignore+=*.{leaf}'" for leaf in leaves)
         raise InputError(
             f"Layers that the scheme cannot hold: {'; '.join(reasons[:3])}{more}.",
-            hint="--set group_size=64 (a size that fits), or --set on_misfit=keep16"
+            hint=f"keep them in 16 bit: {ignored}"
             if fits
             else "give the 16-bit original, or FP8 blocks in DeepSeek's layout as it is published",
             code="stream.misfit",

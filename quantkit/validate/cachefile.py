@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.cache import cache_dir
+from quantkit.cache import cache_dir, write_whole
 
 ALGORITHM = 3
 """Raised whenever the same question would be measured in another way."""
@@ -51,7 +49,7 @@ class BaselineCache:
                 self.hits += 1
                 return found
         made = {key: np.ascontiguousarray(value) for key, value in make().items()}
-        _write(file, save(made))
+        write_whole(file, save(made))
         return made
 
     def value(self, name: str, question: str, make: Callable[[], Any]) -> Any:
@@ -66,19 +64,8 @@ class BaselineCache:
                 self.hits += 1
                 return found
         made = make()
-        _write(file, json.dumps(made).encode())
+        write_whole(file, json.dumps(made).encode())
         return made
 
     def _file(self, name: str, question: str, end: str) -> Path:
         return self.folder / f"{name}-{question[:32]}.{end}"
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Readers see whole files; a cache that cannot be written is no reason to fail."""
-    staged = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(content)
-        staged.replace(file)
-    except OSError:
-        staged.unlink(missing_ok=True)

@@ -9,11 +9,14 @@ from typing import Any
 
 from quantkit.calibration.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint import Checkpoint, open_checkpoint, read_json
-from quantkit.errors import InputError
+from quantkit.errors import InputError, command
 from quantkit.formats.gguf_file import GgufFile, gguf_in, open_gguf
 from quantkit.formats.registry import is_quantized
 from quantkit.hub import resolve_model
+from quantkit.job import Reporter
 from quantkit.modules import text_config, text_size
+from quantkit.scan import Scan, scan
+from quantkit.sources import source_of
 from quantkit.verify import VerifyReport, verify
 from quantkit.verify.run import Progress
 
@@ -67,6 +70,26 @@ def open_candidate(path: Path, baseline: str) -> Candidate:
     return Candidate(held, base, provenance)
 
 
+def source_here(path: Path, ui: Reporter) -> tuple[Path, Scan] | None:
+    """The directory of this machine that a checkpoint was made from, with its scan; None where
+    none is noted, or it no longer holds that model."""
+    provenance = _provenance(path)
+    fingerprint = ((provenance or {}).get("source") or {}).get("fingerprint")
+    directory = source_of(fingerprint) if isinstance(fingerprint, str) else None
+    if directory is None:
+        return None
+    try:
+        source = open_checkpoint(directory)
+        ui.stage("scan baseline", source.weight_bytes, "bytes")
+        found = scan(source, ui.advance)
+    except InputError:
+        found = None
+    if found is None or found.fingerprint != fingerprint:
+        ui.note(f"{directory} no longer holds the model that {path} was made from")
+        return None
+    return directory, found
+
+
 def check_integrity(candidate: Candidate, progress: Progress | None = None) -> VerifyReport:
     """`verify` against the baseline; InputError for an error with which the model cannot run."""
     report = verify(candidate.path, candidate.baseline.path, progress=progress)
@@ -76,7 +99,7 @@ def check_integrity(candidate: Candidate, progress: Progress | None = None) -> V
         raise InputError(
             f"{candidate.path} is not a consistent checkpoint: "
             f"{fatal[0].message.removesuffix('.')}{more}.",
-            hint=f"quantkit verify {candidate.path} --source {candidate.baseline.path}",
+            hint=command("verify", candidate.path, "--source", candidate.baseline.path),
             code=fatal[0].code,
         )
     return report
@@ -119,7 +142,8 @@ def _provenance(path: Path) -> dict[str, Any] | None:
 def _malformed(file: Path, key: str, value: Any, wanted: str) -> InputError:
     return InputError(
         f"{file} is malformed: {key} is {str(value)[:60]!r}, not {wanted}.",
-        hint=f"put the file back that quantkit wrote, or remove it; quantkit verify {file.parent}",
+        hint="put the file back that quantkit wrote, or remove it; "
+        + command("verify", file.parent),
         code="validate.provenance",
     )
 
@@ -131,7 +155,7 @@ def remembered(path: Path, provenance: dict[str, Any] | None) -> str:
     if "/" not in name:
         raise InputError(
             f"{path} does not say which model on the hub it was made from.",
-            hint=f"quantkit validate {path} --baseline MODEL",
+            hint=command("validate", path, "--baseline", "MODEL"),
             code="validate.no_baseline",
         )
     return name

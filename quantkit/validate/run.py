@@ -18,7 +18,7 @@ from quantkit.device import resolve_device
 from quantkit.gates import Gate, parse_gate
 from quantkit.job import Reporter
 from quantkit.modules import positions
-from quantkit.scan import refuse_bad_weights, scan
+from quantkit.scan import Scan, refuse_bad_weights, scan
 from quantkit.validate.bootstrap import missing
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.canary import canary_prompts, judge
@@ -26,6 +26,7 @@ from quantkit.validate.choices import facts
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
 from quantkit.validate.earlier import read_report
 from quantkit.validate.engines import engine_build, opener, refuse_unopenable
+from quantkit.validate.forecast import forecast, pace, seconds
 from quantkit.validate.measure import (
     BaselineAnswers,
     Lazy,
@@ -50,7 +51,7 @@ from quantkit.validate.preflight import (
     check_integrity,
     open_candidate,
     refuse_missing_rows,
-    remembered,
+    source_here,
     tokenizer_of,
 )
 from quantkit.validate.regression import compare, no_longer_measured, refuse_incomparable
@@ -105,7 +106,8 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     asked = [parse_gate(text) for text in request.gates]
     earlier = read_report(request.against) if request.against else None
     tasks = choose_tasks(request.tasks, request.limit)
-    candidate = open_candidate(request.path, request.baseline)
+    here = None if request.baseline else source_here(request.path, ui)
+    candidate = open_candidate(request.path, str(here[0]) if here else request.baseline)
     device = resolve_device(request.device)
     refuse_unopenable(request.engine, candidate.baseline.path, Opening(device))
     refuse_unopenable(request.engine, candidate.path, Opening(device, request.kernel))
@@ -120,13 +122,12 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     text = eval_text(request.data, tokenizer, request.samples, min(limits, default=None))
     seen = seen_by_calibration(text, candidate.provenance, base.path)
     refuse_seen(text, seen or 0.0)
-    ui.stage("scan baseline", base.weight_bytes, "bytes")
-    scanned = scan(base, ui.advance)
+    scanned = here[1] if here else _scanned(base, ui)
     refuse_bad_weights(scanned, base)
     report = Report(
         checkpoint=_describe(candidate, integrity),
         baseline={
-            "name": _name(request.baseline or remembered(request.path, candidate.provenance), base),
+            "name": _name(request.baseline, candidate),
             "fingerprint": scanned.fingerprint,
             "weight_bytes": base.weight_bytes,
         },
@@ -153,8 +154,16 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
         tokenizer, text, prompts, ids, asked_facts, tasks, request.throughput, longest
     )
 
+    told = False
+
     def opened(path: Path, name: str, kernel: str) -> Subject:
-        return opens(path, Opening(device, kernel, staged(ui, f"load {name}")))
+        nonlocal told
+        subject = opens(path, Opening(device, kernel, staged(ui, f"load {name}")))
+        if not told:
+            told = True
+            cached = cache.holds("text", text.digest)
+            _say_how_long(subject, questions, name == "baseline", cached, ui)
+        return subject
 
     baseline = Lazy(lambda: opened(base.path, "baseline", "auto"))
     cache = BaselineCache(
@@ -201,6 +210,19 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
                 f"the earlier report has {', '.join(gone)}, which this run did not measure"
             )
     return report
+
+
+def _say_how_long(
+    subject: Subject, questions: Questions, baseline: bool, cached: bool, ui: Reporter
+) -> None:
+    ui.stage("estimate the time")
+    try:
+        parts = seconds(pace(subject, questions), questions)
+    except BaseException:
+        subject.close()
+        raise
+    tasks = questions.tasks is not None
+    ui.note(forecast(parts, baseline=baseline, cached=cached, tasks=tasks))
 
 
 def staged(ui: Reporter, name: str) -> Progress:
@@ -313,9 +335,18 @@ def _describe(candidate: Candidate, integrity: VerifyReport) -> dict[str, Any]:
     }
 
 
-def _name(asked: str, base: Checkpoint) -> str:
-    """The baseline as it was named, a directory by its last part: reports are published."""
-    return base.path.resolve().name if Path(asked).exists() else asked
+def _scanned(base: Checkpoint, ui: Reporter) -> Scan:
+    ui.stage("scan baseline", base.weight_bytes, "bytes")
+    return scan(base, ui.advance)
+
+
+def _name(asked: str, candidate: Candidate) -> str:
+    """The baseline as it, or else quantkit.json, names it, a directory by its last part: reports
+    are published."""
+    source = (candidate.provenance or {}).get("source") or {}
+    named = asked or str(source.get("name", ""))
+    base = candidate.baseline
+    return base.path.resolve().name if Path(named).expanduser().exists() else named
 
 
 def _notes(candidate: Candidate, fingerprint: str, seen: float | None) -> list[str]:

@@ -134,7 +134,7 @@ def _strange_rows(
     suspects = decibels < _SUSPECT_DB[bits]
     if bits == 8 or not bool(suspects.any()):
         return suspects
-    strange = suspects & (cosine < _CHANCE / width**0.5)
+    strange: torch.Tensor = suspects & (cosine < _CHANCE / width**0.5)
     indices = (suspects & ~strange).nonzero().flatten()
     indices = indices[cosine[indices].argsort()][:_MOST_SUSPECTS]
     if len(indices):
@@ -145,8 +145,8 @@ def _strange_rows(
 
 def _cosine(target: torch.Tensor, cross: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
     """Of what a cell should be and what it is; 0 for a cell of zeros."""
-    cosine: torch.Tensor = cross / (target * actual).sqrt().clamp_min(1e-30)
-    return cosine
+    lengths: torch.Tensor = (target * actual).sqrt().clamp_min(1e-30)
+    return cross / lengths
 
 
 def _unlike(what: str, which: torch.Tensor, decibels: torch.Tensor, where: str, worst: int) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 
+from quantkit.errors import command
 from quantkit.verify.findings import LayerFidelity, VerifyReport, Written, bounded_db, error
 from quantkit.verify.judge import floor_db
 from quantkit.verify.kept import settle_altered
@@ -18,15 +18,7 @@ def check_written(report: VerifyReport, subject: Subject, source: Source, writte
     ledger = make_ledger(subject, source, written.same)
     report.findings += [*ledger.findings, *settle_altered(ledger, [], {})]
     report.ledger = Counter(ledger.states.values())
-    again = shlex.join(
-        [
-            "quantkit",
-            "verify",
-            str(subject.checkpoint.path),
-            "--source",
-            str(source.checkpoint.path),
-        ]
-    )
+    again = command("verify", subject.checkpoint.path, "--source", source.checkpoint.path)
     for module, spec in subject.declaration.layers.items():
         sqnr = bounded_db(written.sqnr_db[module])
         floor = floor_db(spec.scheme)

@@ -47,6 +47,8 @@ def no_gpu(device: torch.device, least: tuple[int, int] = (8, 0)) -> str | None:
         return GPU_ONLY
     if not torch.cuda.is_available():
         return "this torch sees no GPU"
+    if torch.version.hip:  # whose numbers are not NVIDIA's compute capabilities
+        return "runs on an NVIDIA GPU, and this torch is built for ROCm"
     found = torch.cuda.get_device_capability(device)
     if found < least:
         wanted, there = (".".join(map(str, pair)) for pair in (least, found))
