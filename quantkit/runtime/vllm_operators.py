@@ -4,7 +4,7 @@ Where that environment is made, attention, norms and products of the lean decode
 each is one call in which torch needs several. One library registers them as `torch.ops._C`; which
 of the three it is follows vLLM's own choice (`vllm/platforms/cpu.py`, `import_kernels`). It must be
 built for the torch at hand, and ends a process that later imports vLLM itself. The one for AVX2 is
-left alone: logits come out 1.5 times as far from float32's as torch's own.
+left alone: logits come out 1.3 to 1.5 times as far from float32's as torch's own.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 float32 holds every whole number up to 2^24, so that a sum of `EXACT_COLUMNS` products of int8 codes
 is exact in any order; such sums are added in float64. 16-bit activations are exact in float32 too,
-and their sums are float32's. The weight stays in int8 and is cast some rows at a time: without
-native bfloat16 that takes half the time of the reference with one row and a tenth with many.
+and their sums are float32's. The weight stays in int8 and is cast some rows at a time: on Zen 3
+that takes a fourth to a seventh of the reference's time from 64 rows on, and with one row it gains
+or loses less than half.
 """
 
 from __future__ import annotations
