@@ -234,8 +234,10 @@ def gptqmodel(source: Path, out: Path) -> None:
 def autoround(source: Path, out: Path) -> None:
     from auto_round import AutoRound
     from auto_round.export.export_to_awq.utils import dequantize_gemm
+    from auto_round.utils.device_manager import get_ar_device
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    get_ar_device("cpu")._bf16_supported = True  # or the model is float32 on some CPUs
     tokenizer = AutoTokenizer.from_pretrained(source)
     common: dict[str, Any] = {"iters": 0, "nsamples": 4, "seqlen": 64, "disable_opt_rtn": True}
     int4: dict[str, Any] = {"bits": 4, "group_size": 64}

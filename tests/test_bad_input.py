@@ -233,20 +233,51 @@ def test_a_disk_that_fills_up_loses_nothing(
     assert not (small_disk / "out.partial").exists()
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("delay", [0.3, 4.0])
+@pytest.mark.parametrize("delay", [0.0, 0.3, 4.0])
 def test_ctrl_c_at_any_moment_leaves_nothing(
     small_model: Path, tmp_path: Path, delay: float, method: str
 ) -> None:
     out = tmp_path / "out"
     arguments = command("quantize", small_model, "--method", method, "--out", out, *QUICK)
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as run:
+        while not catches(run.pid, signal.SIGTERM):  # until then it is Python that starts
+            assert run.poll() is None
+            time.sleep(0.005)
         time.sleep(delay)
         run.send_signal(signal.SIGINT)
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 130, errors
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "in a shell's background"])
+@pytest.mark.parametrize("start", ["-m quantkit", "-c from quantkit.cli.main import main; main()"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_modules_are_imported(
+    tmp_path: Path, number: signal.Signals, start: str, ignored: bool
+) -> None:
+    """A module in the place of the first heavy one sends the signal itself."""
+    send = f"import os\nos.kill(os.getpid(), {int(number)})\nraise SystemExit('imported on')\n"
+    (tmp_path / "typer.py").write_text(send)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = subprocess.run(
+        [sys.executable, *start.split(" ", 1)], env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, check=False,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
+    )  # fmt: skip
+    if ignored and number == signal.SIGINT:
+        assert (run.returncode, run.stderr) == (1, "imported on\n")
+    else:
+        assert (run.returncode, run.stderr) == (130, "")
 
 
 def test_a_read_only_place_is_refused(small_model: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from quantkit.cli.main import app
+from quantkit.cli.app import app
 from quantkit.errors import InputError
 
 

@@ -91,7 +91,7 @@ def test_files_stay_small(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 400
 
 
-@pytest.mark.parametrize("code", ["import quantkit", "import quantkit.cli.main"])
+@pytest.mark.parametrize("code", ["import quantkit", "import quantkit.cli.app"])
 def test_start_loads_no_heavy_library(code: str) -> None:
     heavy = ["torch", "transformers", "modelopt", "pydantic", "numpy", "safetensors", "datasets"]
     probe = f"{code}; import sys, json; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
@@ -101,7 +101,7 @@ def test_start_loads_no_heavy_library(code: str) -> None:
 
 def test_plan_loads_neither_torch_nor_transformers(small_model: Path) -> None:
     probe = (
-        "import sys; from quantkit.cli.main import app\n"
+        "import sys; from quantkit.cli.app import app\n"
         f"app(['plan', {str(small_model)!r}, '--method', 'modelopt_fp8'], standalone_mode=False)\n"
         "loaded = [m for m in ('torch', 'transformers') if m in sys.modules]\n"
         "sys.exit(f'loaded {loaded}' if loaded else 0)"
@@ -142,7 +142,7 @@ FLAGS = {
 
 @pytest.mark.parametrize("command", FLAGS)
 def test_flags_are_frozen(command: str) -> None:
-    from quantkit.cli.main import app
+    from quantkit.cli.app import app
 
     found = get_command(app).commands[command]  # type: ignore[attr-defined]
     flags = {opt for p in found.params for opt in p.opts if opt.startswith("--")} - {"--help"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantkit.errors import InputError
-from quantkit.runtime import load
+from quantkit.runtime import load, vllm_operators
 from quantkit.runtime.kernels import select, sglang
 from quantkit.runtime.preview import preview, refuse
 from tests.cli import quantkit, refused
@@ -36,6 +36,14 @@ def test_what_loading_would_refuse_is_refused_from_headers(artifact: Artifact) -
     with pytest.raises(InputError) as caught:
         refuse(artifact("llmcompressor/w8a8"), CPU, "int4_cpu")
     assert caught.value.code == "kernel.refused"
+
+
+def test_vllms_operators_are_not_taken_on_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(vllm_operators.SWITCH)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    vllm_operators.missing.cache_clear()
+    assert "less exact" in str(vllm_operators.missing())
+    vllm_operators.missing.cache_clear()
 
 
 def test_the_command_names_kernels_and_reasons(artifact: Artifact, small_model: Path) -> None:

@@ -11,7 +11,7 @@ from quantkit.errors import InputError
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
 from quantkit.runtime.activations import round_groups
-from quantkit.runtime.kernels import int4_cpu, int8_cpu, int8_vllm
+from quantkit.runtime.kernels import int8_cpu, int8_float_cpu, int8_vllm, reference
 from quantkit.runtime.kernels.base import GPU_ONLY, Kernel
 from quantkit.runtime.kernels.select import KERNELS, choose, names
 from quantkit.runtime.layer import Layer, centred, contiguous_groups, describe
@@ -173,6 +173,13 @@ def test_norms_and_products_of_vllm_are_torchs() -> None:
     assert float((rms_norm(x, plain, 1e-5).float() - normed).norm() / normed.norm()) < 4e-3
 
 
+def runs_or_says_why(kernel: Kernel) -> None:
+    """Skip what this CPU lacks the instructions for."""
+    reason = kernel.unavailable(CPU)
+    if reason is not None:
+        pytest.skip(f"{kernel.NAME}: {reason}")
+
+
 FITTING = [
     pytest.param(kernel, name, id=f"{kernel.NAME}-{name}")
     for kernel in KERNELS
@@ -187,9 +194,7 @@ def test_kernel_computes_the_scheme(
 ) -> None:
     if kernel.NAME == "int8_vllm":
         request.getfixturevalue("operators")
-    reason = kernel.unavailable(CPU)
-    if reason is not None:
-        pytest.skip(f"{kernel.NAME}: {reason}")
+    runs_or_says_why(kernel)
     layer, prepared = layer_of(name)
     weight = random_weight(*SHAPES[name])
     packed = kernel.prepare(prepared, layer)
@@ -243,10 +248,13 @@ def test_reference_is_exact_in_float32(name: str) -> None:
     assert error < 1e-5, f"relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("kernel", [int8_cpu, int8_vllm], ids=lambda kernel: kernel.NAME)
-@pytest.mark.usefixtures("operators")
-def test_a_row_of_zeros_stays_zero(kernel: Kernel) -> None:
-    assert kernel.unavailable(CPU) is None
+@pytest.mark.parametrize(
+    "kernel", [int8_cpu, int8_vllm, int8_float_cpu], ids=lambda kernel: kernel.NAME
+)
+def test_a_row_of_zeros_stays_zero(kernel: Kernel, request: pytest.FixtureRequest) -> None:
+    if kernel is int8_vllm:
+        request.getfixturevalue("operators")
+    runs_or_says_why(kernel)
     layer, weight = layer_of("w8a8_dynamic")
     x = torch.randn(3, layer.shape[1]).bfloat16()
     x[1] = 0
@@ -279,10 +287,12 @@ def test_static_int8_input_with_a_zero_point() -> None:
     codes = (x.double() / weight.input_scale.double()).round() + weight.input_zero_point.double()
     values = (codes.clamp(-128, 127) - weight.input_zero_point) * weight.input_scale.double()
     wanted = values @ dequantize(weight).double().T
-    for name in ("int8_cpu", "reference"):
-        kernel = choose(layer, CPU, [name]).kernel
+    for kernel in (int8_cpu, int8_float_cpu, reference):
+        if kernel.unavailable(CPU) is not None:
+            continue  # int8_cpu, where sums saturate
+        assert kernel.rejects(layer) is None
         found = kernel.apply(x, kernel.prepare(centred(weight), layer)).double()
-        assert (found - wanted).norm() / wanted.norm() < 6e-3, name
+        assert (found - wanted).norm() / wanted.norm() < 6e-3, kernel.NAME
 
 
 def test_act_order_is_undone_by_ordering_the_input() -> None:
@@ -314,10 +324,10 @@ def test_a_choice_names_every_reason() -> None:
     assert choice.kernel.NAME == "reference"
     assert list(choice.refused) == names()[: names().index("reference")]
     with pytest.raises(InputError) as caught:
-        choose(layer, CPU, ["int4_cpu", "int8_cpu"])
+        choose(layer, CPU, ["int4_cpu", "int8_float_cpu"])
     assert caught.value.code == "kernel.refused"
     assert "int4_cpu: computes INT4" in caught.value.message
-    assert "int8_cpu: computes INT8" in caught.value.message
+    assert "int8_float_cpu: computes INT8" in caught.value.message
     with pytest.raises(InputError) as caught:
         choose(layer, CPU, ["cutlas"])
     assert caught.value.code == "kernel.unknown"
@@ -331,11 +341,55 @@ def test_the_dequantized_kernel_is_taken_only_when_asked_for() -> None:
         assert forced.weights_only == (layer.scheme.input is not None)
 
 
-def test_cpu_kernels_are_the_first_choice_where_they_fit() -> None:
+@pytest.mark.parametrize("reason", [None, "this CPU's int8 sums saturate"])
+def test_cpu_kernels_are_the_first_choice_where_they_fit(
+    reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two kinds of CPU: with VNNI or AMX, and those before, whatever this one is."""
+    monkeypatch.setattr(int8_cpu, "inexact", lambda: reason)
     wanted = {"w8a8": "int8_cpu", "w8a16": "int8_weight_cpu", "w4a16": "int4_cpu"}
     for name, kernel in wanted.items():
         choice = choose(layer_of(name)[0], CPU)
-        if int8_cpu.inexact() is None and int4_cpu.unavailable(CPU) is None:
+        if reason is None or kernel == "int4_cpu":
             assert kernel == choice.kernel.NAME
         else:
-            assert kernel in choice.refused
+            assert choice.kernel.NAME == "int8_float_cpu"
+            assert choice.refused[kernel] == reason
+
+
+@pytest.mark.parametrize("zero", [None, -128.0], ids=["symmetric", "zero point"])
+def test_float32_products_of_int8_codes_are_exact_where_sums_are_largest(
+    zero: float | None,
+) -> None:
+    """Sums over 2^24, odd on purpose, against int64: float32 alone cannot hold them."""
+    columns = 4099
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randint(100, 128, (3, columns), generator=generator).to(torch.int8)
+    codes = torch.randint(100, 128, (5, columns), generator=generator)
+    weight = QuantWeight(
+        SCHEMES["w8a8"].weight, q, torch.ones(3, 1), input_scale=torch.ones(1),
+        input_zero_point=None if zero is None else torch.tensor([zero]),
+    )  # fmt: skip
+    layer = describe("x", SCHEMES["w8a8"], weight, torch.float32)
+    x = codes.float() - (zero or 0.0)
+    found = int8_float_cpu.apply(x, int8_float_cpu.prepare(weight, layer))
+    exact = (codes - int(zero or 0)) @ q.long().T
+    assert int(exact.min()) > 2**24
+    assert torch.equal(found, exact.float())
+
+
+def test_sums_that_saturate_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `vpmaddubsw` has it: pairs of products in 16 bit."""
+
+    def saturating(x: torch.Tensor, _: object, scale: torch.Tensor) -> torch.Tensor:
+        pairs = (x.int() + 128).view(x.shape[0], -1, 2) * 127
+        sums = pairs.sum(2).clamp(-(2**15), 2**15 - 1).sum(1, keepdim=True)
+        return (sums - 128 * 127 * x.shape[1]) * scale
+
+    int8_cpu.inexact.cache_clear()
+    monkeypatch.setattr(int8_cpu, "multiply", saturating)
+    assert int8_cpu.inexact() == "this CPU's int8 sums saturate"
+    int8_cpu.inexact.cache_clear()
+    monkeypatch.setattr(int8_cpu, "multiply", lambda *_: torch.full((16, 16), 127.0 * 127 * 64))
+    assert int8_cpu.inexact() is None
+    int8_cpu.inexact.cache_clear()

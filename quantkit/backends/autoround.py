@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_round import AutoRound
+from auto_round.utils.device_manager import get_ar_device
 from transformers import AutoTokenizer
 
 from quantkit.backends.autoround_gguf import keep_byte_level
@@ -32,6 +33,7 @@ _CODES = ("qweight", "weight_packed", "weight_scale")
 def run(job: Job, report: Reporter, result: Result) -> None:
     """Quantize `job.model` and export it into `job.out`, without the library's sub-folder."""
     seed_everything(job)
+    _keep_bfloat16()
     with warnings_as_notes(report), logs_as_notes("autoround", report):
         report.stage("load")
         model = load_model(job)
@@ -51,6 +53,16 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         check_followed(job, quantized)
     if tokens is not None:
         result.calibration = witness.summary(len(quantized))
+
+
+def _keep_bfloat16() -> None:
+    """The same checkpoint on every CPU.
+
+    Without bfloat16 instructions AutoRound casts the model to float32 and writes all that is not
+    quantized so, beside a config.json that says otherwise; no option of its own prevents that
+    (`ModelContext._set_amp_dtype`). torch computes bfloat16 on every CPU.
+    """
+    get_ar_device("cpu")._bf16_supported = True
 
 
 def _format(job: Job) -> str:

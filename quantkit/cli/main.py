@@ -1,84 +1,33 @@
-"""The `quantkit` command: its commands, and failures as two lines and an exit code."""
+"""The entry point of `quantkit`: Ctrl-C is handled before anything that takes time is imported."""
 
 from __future__ import annotations
 
-import json
+import os
 import signal
 import sys
 from types import FrameType
-from typing import Annotated
 
-import typer
-
-from quantkit import __version__
-from quantkit.cli import (
-    calibration,
-    demo,
-    env,
-    export,
-    kernels,
-    launch,
-    methods,
-    plan,
-    platforms,
-    quantize,
-    recipes,
-    validate,
-    verify,
-)
-from quantkit.cli.output import print_error
-from quantkit.errors import QuantkitError
-
-app = typer.Typer(
-    name="quantkit",
-    help="Quantize a large language model offline, prove the result, ship it.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("quantize")(quantize.quantize_command)
-app.command("export")(export.export_command)
-app.command("verify")(verify.verify_command)
-app.command("validate")(validate.validate_command)
-app.command("plan")(plan.plan_command)
-app.command("launch")(launch.launch_command)
-app.command("methods")(methods.methods_command)
-app.command("platforms")(platforms.platforms_command)
-app.command("kernels")(kernels.kernels_command)
-app.add_typer(recipes.app, name="recipes")
-app.add_typer(calibration.app, name="calibration")
-app.add_typer(env.app, name="env")
-app.command("demo")(demo.demo_command)
+INTERRUPTED = 130
+"""The exit code after Ctrl-C: 128 and the number of the signal."""
 
 
-def _version(shown: bool) -> None:
-    if shown:
-        sys.stdout.write(f"quantkit {__version__}\n")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    raise KeyboardInterrupt
+def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    """While modules are imported there is nothing to clean up, and an exception may be lost."""
+    os._exit(INTERRUPTED)
 
 
 def main() -> None:
     """Run the command line; exit codes are those of `quantkit.errors`."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signals = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background job has it
+        signals.append(signal.SIGINT)
+    for each in signals:
+        signal.signal(each, _leave)
+    from quantkit.cli.app import run
+
     try:
-        app()
-    except QuantkitError as error:
-        if "--json" in sys.argv:
-            failure = {"code": error.code, "message": error.message, "hint": error.hint}
-            sys.stdout.write(json.dumps({"error": failure}, indent=2) + "\n")
-        print_error(error.message, error.hint)
-        sys.exit(error.exit_code)
+        for each in signals:
+            signal.signal(each, signal.default_int_handler)
+        run()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -3,7 +3,8 @@
 Where that environment is made, attention, norms and products of the lean decoder go through them:
 each is one call in which torch needs several. One library registers them as `torch.ops._C`; which
 of the three it is follows vLLM's own choice (`vllm/platforms/cpu.py`, `import_kernels`). It must be
-built for the torch at hand, and ends a process that later imports vLLM itself.
+built for the torch at hand, and ends a process that later imports vLLM itself. The one for AVX2 is
+left alone: logits come out 1.3 to 1.5 times as far from float32's as torch's own.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def missing() -> str | None:
     """Why vLLM's CPU operators are not to be had, or None once they are loaded."""
     if os.environ.get(SWITCH) == "off":
         return f"{SWITCH} is off"
+    if (found := torch.backends.cpu.get_cpu_capability()) == "AVX2":
+        return f"vLLM's operators are less exact than torch on a CPU with {found} only"
     python = ready("vllm")
     if python is None:
         return f"needs vLLM's CPU operators: {CREATE}"
@@ -50,8 +53,6 @@ def missing() -> str | None:
 
 
 def _library() -> str:
-    if not torch.cpu._is_avx512_supported():
-        return "_C_AVX2.abi3.so"
     return "_C.abi3.so" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512.abi3.so"
 
 

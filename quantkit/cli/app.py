@@ -1,0 +1,77 @@
+"""The commands of `quantkit`, and failures as two lines and an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from quantkit import __version__
+from quantkit.cli import (
+    calibration,
+    demo,
+    env,
+    export,
+    kernels,
+    launch,
+    methods,
+    plan,
+    platforms,
+    quantize,
+    recipes,
+    validate,
+    verify,
+)
+from quantkit.cli.output import print_error
+from quantkit.errors import QuantkitError
+
+app = typer.Typer(
+    name="quantkit",
+    help="Quantize a large language model offline, prove the result, ship it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quantize")(quantize.quantize_command)
+app.command("export")(export.export_command)
+app.command("verify")(verify.verify_command)
+app.command("validate")(validate.validate_command)
+app.command("plan")(plan.plan_command)
+app.command("launch")(launch.launch_command)
+app.command("methods")(methods.methods_command)
+app.command("platforms")(platforms.platforms_command)
+app.command("kernels")(kernels.kernels_command)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(calibration.app, name="calibration")
+app.add_typer(env.app, name="env")
+app.command("demo")(demo.demo_command)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        sys.stdout.write(f"quantkit {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run() -> None:
+    """Run the command line; exit codes are those of `quantkit.errors`."""
+    try:
+        app()
+    except QuantkitError as error:
+        if "--json" in sys.argv:
+            failure = {"code": error.code, "message": error.message, "hint": error.hint}
+            sys.stdout.write(json.dumps({"error": failure}, indent=2) + "\n")
+        print_error(error.message, error.hint)
+        sys.exit(error.exit_code)
