@@ -78,10 +78,10 @@ def _multiply(
     """x [m, in] @ codes.T × scales, float32 [m, out]; sums of more than `columns` in float64."""
     result = x.new_empty(x.shape[0], packed.weight.shape[0])
     step = max(1, _EXPANDED // packed.weight.shape[1])
-    parts = x.split(columns, dim=1)
+    parts = torch.split(x, columns, dim=1)
     for start in range(0, result.shape[1], step):
         rows = slice(start, start + step)
-        weights = packed.weight[rows].float().split(columns, dim=1)
+        weights = torch.split(packed.weight[rows].float(), columns, dim=1)
         product = linear(parts[0], weights[0])
         if len(parts) > 1:
             total = product.double()
