@@ -61,7 +61,7 @@ def refused(run: Run, code: int, *telling: str) -> None:
 
 def inside(*args: str | Path) -> tuple[int, str, str]:
     """Run `quantkit ARGS` in this process: its exit code, and its error's code and message."""
-    from quantkit.cli.main import app
+    from quantkit.cli.app import app
 
     try:
         return app([*map(str, args)], standalone_mode=False) or 0, "", ""

@@ -13,7 +13,7 @@ import pytest
 import typer
 from transformers import LlamaConfig
 
-from quantkit.cli.main import app
+from quantkit.cli.app import app
 from quantkit.errors import QuantkitError, command
 from tests.asked import PLANS, Asked
 from tests.cli import inside
