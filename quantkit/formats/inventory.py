@@ -91,7 +91,7 @@ def widen_input(
 ) -> tuple[int, ...]:
     """The shape with its input dimension `factor` times as long (codes packed along it)."""
     wide = (*shape[:-1], shape[-1] * factor)
-    if len(shape) != 3 or not _input_first(name, wide, checkpoint):
+    if len(shape) != 3 or not _held_input_first(name, wide, checkpoint):
         return wide
     return (shape[0], shape[1] * factor, shape[2])
 
@@ -103,7 +103,7 @@ def layer_spec(
     if len(module.shape) == 2:
         return scheme((module.shape[0], module.shape[1]))
     experts, rows, columns = module.shape
-    transposed = _input_first(module.tensor, module.shape, checkpoint)
+    transposed = _held_input_first(module.tensor, module.shape, checkpoint)
     spec = scheme((columns, rows) if transposed else (rows, columns))
     return LayerSpec(spec.scheme, spec.packing, spec.shape, experts, transposed)
 
@@ -255,12 +255,12 @@ def sort_modules(
 
 def upright(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
     """The shape with output before input, also of a fused expert tensor stored the other way."""
-    if len(shape) == 3 and _input_first(name, shape, checkpoint):
+    if len(shape) == 3 and _held_input_first(name, shape, checkpoint):
         return (shape[0], shape[2], shape[1])
     return shape
 
 
-def _input_first(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> bool:
+def _held_input_first(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> bool:
     """Whether a fused tensor of this unpacked shape holds inputs first; where nothing tells, it is
     taken as it lies (`verify` warns of that)."""
     shapes = {other: info.shape for other, info in checkpoint.tensors.items()} | {name: shape}
