@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantkit.checkpoint import Checkpoint
 from quantkit.modules import text_config
 
 _UP = ("gate_up_proj", "up_proj", "gate_proj", "input_linear")
@@ -37,3 +38,10 @@ def input_first(
             # Experts read the hidden state, and their last layer writes it.
             return (shape[2] if leaf in _DOWN else shape[1]) == hidden
     return True if text_config(config).get("model_type") in _FAMILIES else None
+
+
+def held_input_first(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> bool:
+    """Whether a fused tensor of this unpacked shape holds inputs first; where nothing tells, it is
+    taken as it lies (`verify` warns of that)."""
+    shapes = {other: info.shape for other, info in checkpoint.tensors.items()} | {name: shape}
+    return bool(input_first(shapes, checkpoint.config, name))

@@ -6,7 +6,7 @@ Reads config and headers only, no weights; imports neither torch nor transformer
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
@@ -25,10 +25,10 @@ from quantkit.modules import (
     Module,
     expert_count,
     fused_groups,
-    is_tied,
     linear_modules,
     named_by,
 )
+from quantkit.plan_notes import notes_of
 from quantkit.recipe import Override, Recipe, adjusted, recipe_files
 from quantkit.registry import Backend, Method, backend_named, refusals
 from quantkit.schemes import SCHEMES, Scheme
@@ -146,8 +146,7 @@ def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: lis
         )
     _refuse_unused_entries(recipe, modules)
     _refuse_split_groups(recipe, modules, layers)
-    notes += _left_in_16_bit(checkpoint, layers)
-    notes += _head_notes(checkpoint)
+    notes += notes_of(checkpoint, layers)
     notes += checkpoint.notes
     return plan_of_layers(checkpoint, recipe, layers, kept, tuple(notes))
 
@@ -205,31 +204,6 @@ def _unlisted(checkpoint: Checkpoint, modules: list[Module]) -> dict[str, str]:
 def kept_layers(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     """The linear layers that stay in 16 bit, in alphabetical order."""
     return sorted(m.name for m in linear_modules(checkpoint.modules) if m.name in plan.kept)
-
-
-def _left_in_16_bit(checkpoint: Checkpoint, layers: Mapping[str, Scheme]) -> Iterator[str]:
-    modules = checkpoint.modules
-    replaced = {module.tensor for module in modules if module.name in layers}
-    left = sum(info.bytes for info in checkpoint.tensors.values() if info.name not in replaced)
-    if 2 * left > checkpoint.weight_bytes:
-        yield f"{100 * left // checkpoint.weight_bytes} % of the model's bytes stay in 16 bit"
-    experts = [m.name for m in modules if m.kind == "experts" or ".experts." in m.name]
-    count = expert_count(checkpoint.config)
-    if count and not experts:
-        yield f"config.json states {count} experts a layer, and no tensor is one by name"
-    elif experts and not layers.keys() & set(experts):
-        yield f"all experts stay in 16 bit ({experts[0]} is the first)"
-
-
-def _head_notes(checkpoint: Checkpoint) -> Iterator[str]:
-    """What to know of a causal language model that has no output head of its own."""
-    named = str(checkpoint.config.get("architectures") or "")
-    has_head = any(module.kind == "head" for module in checkpoint.modules)
-    if "ForCausalLM" in named and not has_head and not is_tied(checkpoint.config):
-        yield (
-            "no tensor is an output head, and config.json does not say that the embedding is one "
-            "(tie_word_embeddings): engines may start with a random head; state it, true or false"
-        )
 
 
 def _override(module: Module, recipe: Recipe) -> Override | None:

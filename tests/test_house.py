@@ -22,7 +22,7 @@ LAYERS: dict[str, int] = {
     "documents": 0,
     "worker": 0, "modules": 0, "headers": 1, "model_config": 1, "checkpoint": 1,
     "engines": 1, "derive": 2, "formats": 2, "registry": 3, "recipe": 3, "hub": 3, "scan": 3,
-    "statefile": 3, "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4,
+    "statefile": 3, "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4, "plan_notes": 4,
     "contradictions": 3, "fp8_blocks": 1, "experts": 1, "sources": 1,
     "seam": 4, "streaming": 4,
     "verify": 4, "process": 4, "card": 5, "origin": 5, "seal": 5, "demo": 5, "request": 5,

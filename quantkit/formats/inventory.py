@@ -9,7 +9,7 @@ from fnmatch import translate
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.engines.aliases import aliases_of
-from quantkit.experts import input_first
+from quantkit.experts import held_input_first
 from quantkit.formats.base import LayerSpec, TensorSpec, is_kv_cache_tensor
 from quantkit.modules import Module, classify, compiled, is_tied, linear_modules
 
@@ -91,7 +91,7 @@ def widen_input(
 ) -> tuple[int, ...]:
     """The shape with its input dimension `factor` times as long (codes packed along it)."""
     wide = (*shape[:-1], shape[-1] * factor)
-    if len(shape) != 3 or not _held_input_first(name, wide, checkpoint):
+    if len(shape) != 3 or not held_input_first(name, wide, checkpoint):
         return wide
     return (shape[0], shape[1] * factor, shape[2])
 
@@ -103,7 +103,7 @@ def layer_spec(
     if len(module.shape) == 2:
         return scheme((module.shape[0], module.shape[1]))
     experts, rows, columns = module.shape
-    transposed = _held_input_first(module.tensor, module.shape, checkpoint)
+    transposed = held_input_first(module.tensor, module.shape, checkpoint)
     spec = scheme((columns, rows) if transposed else (rows, columns))
     return LayerSpec(spec.scheme, spec.packing, spec.shape, experts, transposed)
 
@@ -255,16 +255,9 @@ def sort_modules(
 
 def upright(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
     """The shape with output before input, also of a fused expert tensor stored the other way."""
-    if len(shape) == 3 and _held_input_first(name, shape, checkpoint):
+    if len(shape) == 3 and held_input_first(name, shape, checkpoint):
         return (shape[0], shape[2], shape[1])
     return shape
-
-
-def _held_input_first(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> bool:
-    """Whether a fused tensor of this unpacked shape holds inputs first; where nothing tells, it is
-    taken as it lies (`verify` warns of that)."""
-    shapes = {other: info.shape for other, info in checkpoint.tensors.items()} | {name: shape}
-    return bool(input_first(shapes, checkpoint.config, name))
 
 
 def _split(name: str, dimensions: int, suffixes: frozenset[str]) -> tuple[str, str]:

@@ -1,0 +1,38 @@
+"""What a plan does as asked, and the user may not expect: said, not refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from quantkit.checkpoint import Checkpoint
+from quantkit.modules import expert_count, is_tied
+
+
+def notes_of(checkpoint: Checkpoint, layers: Collection[str]) -> list[str]:
+    """In words: most of the model left in 16 bit, experts that stay, a head that is nowhere."""
+    return [*_left_in_16_bit(checkpoint, layers), *_head_notes(checkpoint)]
+
+
+def _left_in_16_bit(checkpoint: Checkpoint, layers: Collection[str]) -> Iterator[str]:
+    modules = checkpoint.modules
+    replaced = {module.tensor for module in modules if module.name in layers}
+    left = sum(info.bytes for info in checkpoint.tensors.values() if info.name not in replaced)
+    if 2 * left > checkpoint.weight_bytes:
+        yield f"{100 * left // checkpoint.weight_bytes} % of the model's bytes stay in 16 bit"
+    experts = [m.name for m in modules if m.kind == "experts" or ".experts." in m.name]
+    count = expert_count(checkpoint.config)
+    if count and not experts:
+        yield f"config.json states {count} experts a layer, and no tensor is one by name"
+    elif experts and not set(layers) & set(experts):
+        yield f"all experts stay in 16 bit ({experts[0]} is the first)"
+
+
+def _head_notes(checkpoint: Checkpoint) -> Iterator[str]:
+    """What to know of a causal language model that has no output head of its own."""
+    named = str(checkpoint.config.get("architectures") or "")
+    has_head = any(module.kind == "head" for module in checkpoint.modules)
+    if "ForCausalLM" in named and not has_head and not is_tied(checkpoint.config):
+        yield (
+            "no tensor is an output head, and config.json does not say that the embedding is one "
+            "(tie_word_embeddings): engines may start with a random head; state it, true or false"
+        )
