@@ -5,13 +5,20 @@ BIN := $(VENV)/bin
 export QUANTKIT_CACHE ?= $(CURDIR)/.cache
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-avx2 lint types env clean
+.PHONY: demo check soak test test-avx2 lint types env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/quantkit demo
 
+# Minutes, for every change: lint, types, and the tests that start no library and no engine.
+check: lint types
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not library and not engine and not slow and not gpu"
+
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
+
+soak: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or gpu"
 
 # The products of a CPU without AVX-512, on any CPU (saturating int8 sums are forced in the tests).
 test-avx2: $(VENV)/.ready

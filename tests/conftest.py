@@ -19,6 +19,19 @@ os.environ.setdefault("QUANTKIT_CACHE", str(Path(__file__).parent.parent / ".cac
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background: children inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+LIBRARY_FIXTURES = {"outputs", "artifact"}
+ENGINE_FIXTURES = {"vllm_python"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that asks for what a library made, or for an engine, is marked as one."""
+    for item in items:
+        asked = set(getattr(item, "fixturenames", ()))
+        if asked & LIBRARY_FIXTURES:
+            item.add_marker(pytest.mark.library)
+        if asked & ENGINE_FIXTURES:
+            item.add_marker(pytest.mark.engine)
+
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:

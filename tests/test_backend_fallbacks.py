@@ -16,6 +16,8 @@ import torch
 from tests.cli import QUICK, Run, quantkit
 from tests.helpers import copy_checkpoint, edit_tensors
 
+pytestmark = pytest.mark.library
+
 NORM = "model.layers.2.post_attention_layernorm.weight"
 DOWN = tuple(f"model.layers.{index}.mlp.down_proj" for index in range(3))
 

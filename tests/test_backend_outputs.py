@@ -22,6 +22,8 @@ from tests.backends import LIBRARIES, VLLM_LOADS, engine_alarms, make
 from tests.cli import QUICK, Run, quantkit, refused
 from tests.helpers import cut_layers, edit_json
 
+pytestmark = pytest.mark.library
+
 NAMES = [(library, name) for library, methods in LIBRARIES.items() for name in methods]
 SIDECARS = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 

@@ -145,6 +145,7 @@ def test_every_method_says_what_it_needs() -> None:
     ("method", "stage"),
     [("llmcompressor_nvfp4", "calibrate"), ("gptqmodel_w8a16", "quantize")],
 )
+@pytest.mark.library
 def test_a_killed_backend_leaves_nothing(
     small_model: Path, tmp_path: Path, method: str, stage: str
 ) -> None:

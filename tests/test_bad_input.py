@@ -214,6 +214,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.library
 def test_a_disk_that_fills_up_loses_nothing(
     small_model: Path, small_disk: Path, method: str
 ) -> None:
@@ -242,6 +243,7 @@ def catches(pid: int, number: int) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("delay", [0.0, 0.3, 4.0])
+@pytest.mark.library
 def test_ctrl_c_at_any_moment_leaves_nothing(
     small_model: Path, tmp_path: Path, delay: float, method: str
 ) -> None:
@@ -319,6 +321,7 @@ def test_an_unusable_request_costs_no_torch_import(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.library
 def test_two_runs_into_one_output(small_model: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "out"
     arguments = command("quantize", small_model, "--method", method, "--out", out, *QUICK)

@@ -13,6 +13,8 @@ from quantkit.checkpoint import Checkpoint, open_checkpoint
 from tests.cli import METHODS, QUICK, quantkit
 from tests.helpers import edit_tensors
 
+pytestmark = pytest.mark.library
+
 
 def same_tensors(one: Checkpoint, other: Checkpoint) -> bool:
     return one.digests() == other.digests()

@@ -13,6 +13,8 @@ from quantkit.checkpoint import open_checkpoint
 from tests.cli import quantkit, refused
 from tests.helpers import copy_checkpoint, edit_tensors
 
+pytestmark = pytest.mark.library
+
 Outputs = dict[str, tuple[Path, Path]]
 
 

@@ -28,6 +28,8 @@ from quantkit.statefile import check_state, read_state_note, refuse_mismatch
 from tests.helpers import cut_layers
 from tests.test_worker_process import ADAPTERS, Recorder
 
+pytestmark = pytest.mark.library
+
 SAMPLES, LENGTH, PADDED = 6, 48, 7
 MODELOPT = "quantkit.backends.modelopt:run"
 NOTE = {"model": "base", "fingerprint": "f" * 64, "recipe": {"name": "modelopt_fp8"}}

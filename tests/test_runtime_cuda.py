@@ -107,6 +107,7 @@ def quantized_input(x: torch.Tensor, scheme: Scheme, scale: torch.Tensor | None)
     return values * codes.scale.double().repeat_interleave(number.group_size, dim=1)
 
 
+@pytest.mark.gpu
 @ON_GPU
 @pytest.mark.parametrize(("kernel", "name"), FITTING)
 def test_kernel_computes_the_scheme(
@@ -192,6 +193,7 @@ def random_decoder(**more: Any) -> Decoder:
     return Decoder(config, random(300, 256), [block(), block()], random(256), head)
 
 
+@pytest.mark.gpu
 @ON_GPU
 @torch.inference_mode()
 @pytest.mark.parametrize("width", [64, 128, 256])

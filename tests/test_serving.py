@@ -135,6 +135,7 @@ def transformers(small_model: Path) -> Iterator[Subject]:
     subject.close()
 
 
+@pytest.mark.engine
 def test_transformers_agrees_and_a_killed_engine_says_so(
     transformers: Subject, small_model: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_transformers_agrees_and_a_killed_engine_says_so(
     assert log.is_file()
 
 
+@pytest.mark.engine
 def test_an_engine_that_fails_says_its_own_last_error(small_model: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(small_model, tmp_path / "broken")
     edit_json(broken / "config.json", lambda config: config.update(model_type="no_such_model"))

@@ -16,6 +16,8 @@ from tests.helpers import copy_checkpoint
 from tests.streaming import sharded, stream
 from tests.test_streaming_run import spoil
 
+pytestmark = pytest.mark.engine
+
 ray = pytest.importorskip("ray")
 
 

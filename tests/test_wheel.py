@@ -13,6 +13,8 @@ import pytest
 
 from tests.cli import QUICK
 
+pytestmark = pytest.mark.library
+
 ROOT = Path(__file__).parent.parent
 
 
