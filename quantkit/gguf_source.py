@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.cache import cache_dir
 from quantkit.checkpoint import is_sidecar
 from quantkit.errors import InputError
 from quantkit.formats.gguf_file import GgufFile, open_gguf
+from quantkit.paths import cache_dir
 from quantkit.weightfiles import DEQUANTIZED
 
 _HEADER = b"GGUF"

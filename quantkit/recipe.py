@@ -27,8 +27,8 @@ from quantkit.engines import engines
 from quantkit.errors import InputError
 from quantkit.gates import parse_gate
 from quantkit.modules import PRESETS, pattern_fault
+from quantkit.paths import data_dir
 from quantkit.registry import backend_named
-from quantkit.resources import data_dir
 from quantkit.schemes import SCHEMES, KVCache, Scheme
 from quantkit.units import parse_bytes
 

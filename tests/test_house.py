@@ -17,20 +17,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "quantkit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-LAYERS: dict[str, int] = {
-    "errors": 0, "gates": 0, "units": 0, "schemes": 0, "job": 0, "cache": 0, "resources": 0,
-    "documents": 0,
-    "worker": 0, "modules": 0, "headers": 1, "model_config": 1, "checkpoint": 1,
-    "engines": 1, "derive": 2, "formats": 2, "registry": 3, "recipe": 3, "hub": 3, "scan": 3,
-    "statefile": 3, "publish": 3, "environments": 3, "device": 1, "calibration": 4, "plan": 4, "plan_notes": 4,
-    "contradictions": 3, "fp8_blocks": 1, "experts": 1, "sources": 1,
-    "seam": 4, "streaming": 4,
-    "verify": 4, "process": 4, "card": 5, "origin": 5, "seal": 5, "demo": 5, "request": 5,
-    "finish": 5, "runtime": 4, "serving": 5, "validate": 6, "streamed": 6, "pipeline": 6,
-    "measure": 7, "cli": 7,
-    "__main__": 8, "__init__": 0,
+GROUND = {"__init__", "errors", "paths"}
+ROOMS: tuple[tuple[str, ...], ...] = (
+)  # fmt: skip
+"""From the ground up. A room imports rooms of earlier rows, never one of its own row."""
+
+WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
 }  # fmt: skip
-"""Every part of the package with its level: imports point to the same level or a lower one."""
+"""The same inside the large rooms: a folder (or a file) imports what stands in earlier rows."""
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -43,37 +37,59 @@ def imports(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def part(module: str) -> str:
-    """`quantkit.formats.base` → `formats`."""
-    return [*module.split("."), "__init__"][1]
+def places(file: Path) -> set[tuple[str, ...]]:
+    """What a file imports of the package, as the path of each module (`formats`, `base`)."""
+    found = set()
+    for name in imports(file):
+        top, *parts = name.split(".")
+        path = PACKAGE.joinpath(*parts)
+        if top == "quantkit" and (path.is_dir() or path.with_suffix(".py").is_file()):
+            found.add(tuple(parts))
+    return found
 
 
-def own_part(file: Path) -> str:
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def below(rows: tuple[tuple[str, ...], ...], name: str) -> set[str]:
+    """The names of the rows before that of `name`, and `name` itself."""
+    (at,) = (index for index, row in enumerate(rows) if name in row)
+    return {name}.union(*rows[:at])
+
+
+def own_place(file: Path) -> tuple[str, ...]:
+    """The room and what is inside: `formats`, `base`."""
+    return file.relative_to(PACKAGE).with_suffix("").parts
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_imports_point_one_way(file: Path) -> None:
-    if own_part(file) == "backends":
+    room, *inside = own_place(file)
+    found = {place for place in places(file) if place}
+    if file.parent.name == "backends":
         allowed = ("quantkit.job", "quantkit.backends")
-        ours = [name for name in imports(file) if name.startswith("quantkit.")]
+        ours = [".".join(("quantkit", *place)) for place in found]
         assert all(name.startswith(allowed) for name in ours), ours
-        return
     if file.parent.name == "drivers":
-        ours = [name for name in imports(file) if name.startswith("quantkit.")]
+        ours = [".".join(("quantkit", *place)) for place in found]
         assert all(name.startswith("quantkit.serving.drivers") for name in ours), ours
-        return
-    level = LAYERS[own_part(file)]
-    for name in imports(file):
-        target = part(name) if name.startswith("quantkit") else None
-        if target in LAYERS:
-            assert LAYERS[target] <= level, f"{file.name} (level {level}) imports {name}"
+    if room in GROUND:
+        assert {place[0] for place in found} <= GROUND
+    elif any(room in row for row in ROOMS):
+        above = {place[0] for place in found} - below(ROOMS, room) - GROUND
+        assert not above, f"{file.name} ({room}) imports {above}"
+    if room in WITHIN and inside[0] != "__init__":
+        own = {place[1] for place in found if place[0] == room and len(place) > 1}
+        assert own <= below(WITHIN[room], inside[0]), f"{file.name} imports {own}"
 
 
 STANDARD_LIBRARY_ONLY = (
-    "__init__.py", "worker.py", "job.py", "backends/__init__.py", "serving/__init__.py",
-    "serving/worker.py", "serving/drivers/__init__.py", "serving/drivers/base.py",
-)  # fmt: skip
+    "__init__.py",
+    "worker.py",
+    "job.py",
+    "backends/__init__.py",
+    "serving/__init__.py",
+    "serving/worker.py",
+    "serving/drivers/__init__.py",
+    "serving/drivers/base.py",
+)
 
 
 @pytest.mark.parametrize("name", STANDARD_LIBRARY_ONLY)

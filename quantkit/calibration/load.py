@@ -20,7 +20,7 @@ from quantkit.calibration.config import (
 from quantkit.calibration.rows import guess_field
 from quantkit.documents import parse_yaml
 from quantkit.errors import InputError
-from quantkit.resources import data_dir
+from quantkit.paths import data_dir
 
 EXAMPLE = "quantkit calibration show default  # every key with its value"
 YAML_SUFFIXES = (".yaml", ".yml")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
-from quantkit.cache import cache_dir
 from quantkit.calibration.chat import Render, TemplateRefusalError, compile_template
 from quantkit.calibration.config import CalibrationConfig, Source
 from quantkit.calibration.documents import Corpus, Document, Dropped, shuffled
@@ -27,6 +26,7 @@ from quantkit.calibration.tokenizer import (
     read_tokenizer_info,
 )
 from quantkit.errors import InputError
+from quantkit.paths import cache_dir
 
 if TYPE_CHECKING:
     import numpy as np

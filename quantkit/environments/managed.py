@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.cache import cache_dir
 from quantkit.device import has_nvidia_gpu
 from quantkit.errors import BackendError, InputError
+from quantkit.paths import cache_dir
 
 CHECK_SECONDS = 300
 _CHECK = """

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quantkit.cache import cache_dir
 from quantkit.errors import BackendError
+from quantkit.paths import cache_dir
 from quantkit.process import child_environment, oom_kills
 from quantkit.serving import worker
 from quantkit.serving.drivers.base import Order

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from quantkit.cache import cache_dir
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.heldout import HELD_OUT_FROM, held_out_texts, seen_share
 from quantkit.calibration.rows import guess_field, read_rows
 from quantkit.calibration.tokenfile import TokenFile, read_token_file
 from quantkit.calibration.tokenizer import Tokenizer
 from quantkit.errors import InputError
+from quantkit.paths import cache_dir
 from quantkit.recipe import Recipe
 
 WINDOW = 512

@@ -1,10 +1,11 @@
-"""Where quantkit keeps what it can make again: the demo model, token files, environments."""
+"""Where things lie: what quantkit can make again (its cache), and the bundled YAML files."""
 
 from __future__ import annotations
 
 import os
 import secrets
 from pathlib import Path
+from typing import Literal
 
 
 def cache_dir() -> Path:
@@ -22,3 +23,11 @@ def write_whole(file: Path, content: bytes) -> None:
         staged.replace(file)
     except OSError:
         staged.unlink(missing_ok=True)
+
+
+def data_dir(kind: Literal["recipes", "calibration"]) -> Path:
+    """The directory of the bundled YAML files of one kind: beside the package in a source tree,
+    inside it in a wheel."""
+    package = Path(__file__).parent
+    packed = package / f"_{kind}"
+    return packed if packed.is_dir() else package.parent / kind
