@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
-from quantkit.demo import demo_model
+from quantkit.checkpoint.demo import demo_model
 from quantkit.errors import QuantkitError
 from quantkit.runtime import load
 from quantkit.validate.builtin import Builtin

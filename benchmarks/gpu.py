@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from gpu_llama import GPU, build, largest_inputs, quantized
 
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.runtime.kernels.base import Kernel
 from quantkit.runtime.kernels.select import KERNELS
 from quantkit.runtime.layer import describe
 from quantkit.runtime.model import Runtime
-from quantkit.schemes import SCHEMES
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 OPERATORS = (

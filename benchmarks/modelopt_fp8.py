@@ -20,8 +20,8 @@ from statistics import median
 from typing import Any
 
 from quantkit.calibration import build_tokens, load_calibration
-from quantkit.checkpoint import open_checkpoint
-from quantkit.demo import demo_model
+from quantkit.checkpoint.demo import demo_model
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.recipe import load_recipe
 
 STAGES = ("load", "calibrate", "export")

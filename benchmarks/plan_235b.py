@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from quantkit.derive.names import derived_names
-from quantkit.derive.sizes import sizes
+from quantkit.checkpoint.network.sizes import sizes
+from quantkit.checkpoint.network.tensor_names import derived_names
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 4096,

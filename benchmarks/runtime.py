@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from random_llama import make
 
-from quantkit.demo import demo_model
+from quantkit.checkpoint.demo import demo_model
 from quantkit.environments.managed import ready
 from quantkit.runtime import Runtime, load
 

@@ -20,7 +20,7 @@ from statistics import median
 
 from random_llama import make
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.streaming.memory import tree_memory
 
 PLAIN = Path(__file__).with_name("plain_model_free_ptq.py")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from random_llama import SIZES, make
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 
 
 def command(source: Path, out: Path, method: str, *more: str) -> list[str]:

@@ -19,9 +19,9 @@ TARGETS = {"fp8_dynamic": 1.0, "fp8_block": 1.0, "w4a16": 0.5, "nvfp4a16": 0.25,
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from quantkit.checkpoint import open_checkpoint
-from quantkit.modules import classify
-from quantkit.schemes import SCHEMES
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.network.modules import classify
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.streaming.job import StreamOptions
 from quantkit.streaming.run import stream_quantize
 source, out, scheme, jobs, device = sys.argv[1:]

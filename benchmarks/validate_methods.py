@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit.checkpoint import read_json
+from quantkit.checkpoint.directory import read_json
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.cli.output import Output
 from quantkit.formats import gptq
 from quantkit.formats.base import LayerSpec, QuantWeight
-from quantkit.schemes import SCHEMES
 from quantkit.streaming.rtn import quantize_rows
 from quantkit.validate.markdown import number, table
 from quantkit.validate.plots import layers_figure, scatter_figure

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from quantkit import __version__
-from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint.directory import Checkpoint
 from quantkit.engines import SILENT_GARBAGE, Support
 from quantkit.gates import outcome
 from quantkit.plan import Plan

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.card import hub_name, model_card
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
+from quantkit.checkpoint.gguf import GgufFile, gguf_in, open_gguf
+from quantkit.checkpoint.provenance import PROVENANCE
+from quantkit.checkpoint.sources import remember_source
 from quantkit.errors import CheckError
-from quantkit.formats.gguf_file import GgufFile, gguf_in, open_gguf
 from quantkit.job import Reporter, Result
 from quantkit.plan import Plan
-from quantkit.publish import PROVENANCE
 from quantkit.request import Outcome, Request
 from quantkit.seal import CARD, provenance, seal, write_json
-from quantkit.sources import remember_source
 from quantkit.verify import EngineRequest, PlannedLayers, VerifyReport, Written, verify
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
+from quantkit.checkpoint.network.modules import classify, linear_modules
 from quantkit.errors import BackendError, InputError
 from quantkit.formats.registry import detect
-from quantkit.modules import classify, linear_modules
 from quantkit.plan import Plan, plan_of_layers
 from quantkit.recipe import Recipe
 from quantkit.registry import Backend

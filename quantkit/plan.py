@@ -12,26 +12,26 @@ from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
-from quantkit.checkpoint import DTYPE_BITS, Checkpoint
-from quantkit.contradictions import refuse_contradictions
-from quantkit.derive import left_out
-from quantkit.engines import Support, support
-from quantkit.errors import InputError, command
-from quantkit.formats.registry import is_quantized
-from quantkit.formats.settings import refuse_conflict, refuse_stale
-from quantkit.fp8_blocks import INVERSE_SCALE, states_blocks
-from quantkit.modules import (
+from quantkit.checkpoint.consistency import refuse_contradictions
+from quantkit.checkpoint.directory import DTYPE_BITS, Checkpoint
+from quantkit.checkpoint.network.config import expert_count
+from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, states_blocks
+from quantkit.checkpoint.network.modules import (
     FUSED_EXPERTS,
     Module,
-    expert_count,
     fused_groups,
     linear_modules,
     named_by,
 )
+from quantkit.checkpoint.network.tensor_names import left_out
+from quantkit.checkpoint.schemes import SCHEMES, Scheme
+from quantkit.engines import Support, support
+from quantkit.errors import InputError, command
+from quantkit.formats.registry import is_quantized
+from quantkit.formats.settings import refuse_conflict, refuse_stale
 from quantkit.plan_notes import notes_of
 from quantkit.recipe import Override, Recipe, adjusted, recipe_files
 from quantkit.registry import Backend, Method, backend_named, refusals
-from quantkit.schemes import SCHEMES, Scheme
 
 GROUP_SIZES = (256, 128, 64, 32, 16)
 METHODS_HINT = "quantkit methods  # what each method writes and needs"

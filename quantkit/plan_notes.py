@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from quantkit.checkpoint import Checkpoint
-from quantkit.modules import expert_count, is_tied
+from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.network.config import expert_count, is_tied
 
 
 def notes_of(checkpoint: Checkpoint, layers: Collection[str]) -> list[str]:

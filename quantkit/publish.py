@@ -10,11 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from quantkit.checkpoint.provenance import PROVENANCE
 from quantkit.errors import InputError
-
-PROVENANCE = "quantkit.json"
-RESUME_FOLDER = ".stream"
-"""In `DIR.partial`: what a run that can be resumed remembers, until the output is complete."""
 
 
 @contextmanager

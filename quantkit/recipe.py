@@ -22,14 +22,15 @@ from pydantic import (
     field_validator,
 )
 
+from quantkit.checkpoint.network.modules import PRESETS
+from quantkit.checkpoint.network.patterns import pattern_fault
+from quantkit.checkpoint.schemes import SCHEMES, KVCache, Scheme
 from quantkit.documents import TooDeepError, parse_yaml
 from quantkit.engines import engines
 from quantkit.errors import InputError
 from quantkit.gates import parse_gate
-from quantkit.modules import PRESETS, pattern_fault
 from quantkit.paths import data_dir
 from quantkit.registry import backend_named
-from quantkit.schemes import SCHEMES, KVCache, Scheme
 from quantkit.units import parse_bytes
 
 

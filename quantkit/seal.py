@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import __version__
-from quantkit.checkpoint import INDEX_SUFFIX, Checkpoint, read_json
+from quantkit.checkpoint.directory import INDEX_SUFFIX, Checkpoint, read_json
+from quantkit.checkpoint.gguf import gguf_in
+from quantkit.checkpoint.provenance import PROVENANCE, RESUME_FOLDER
 from quantkit.engines.complete import completed
 from quantkit.errors import BackendError
-from quantkit.formats.gguf_file import gguf_in
 from quantkit.job import Result
 from quantkit.plan import Plan
-from quantkit.publish import PROVENANCE, RESUME_FOLDER
 
 SCHEMA_VERSION = 1
 CARD = "README.md"

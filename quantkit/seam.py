@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.network.experts import upright
+from quantkit.checkpoint.network.modules import Module, layer_index, linear_modules
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.engines import Candidate, Part, Verdict, engines, gpu_named, judge
 from quantkit.engines.aliases import expanded
 from quantkit.errors import InputError
 from quantkit.formats.base import LayerSpec
-from quantkit.formats.inventory import upright
 from quantkit.formats.registry import packing, writer_named
-from quantkit.modules import Module, layer_index, linear_modules
-from quantkit.schemes import Scheme
 
 if TYPE_CHECKING:
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
     from quantkit.plan import Plan
 
 _WRITERS = ("compressed-tensors", "gptq", "awq")

@@ -8,13 +8,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 from quantkit import __version__
-from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.provenance import PROVENANCE
 from quantkit.finish import finish
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.registry import packing, writer_named
 from quantkit.job import Reporter, Result
 from quantkit.plan import Plan
-from quantkit.publish import PROVENANCE, check_space, staged
+from quantkit.publish import check_space, staged
 from quantkit.request import Outcome, Request
 from quantkit.seal import CARD, write_json
 from quantkit.seam import ignore_list

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """SmolLM2-135M in BF16, 30 layers (converted once, then cached)."""
-    from quantkit.demo import demo_model as build
+    from quantkit.checkpoint.demo import demo_model as build
 
     return build()
 
@@ -105,7 +105,7 @@ def artifact(small_model: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def checkpoints(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """8 and 4 bits, symmetric and with zero points."""
-    from quantkit.schemes import SCHEMES
+    from quantkit.checkpoint.schemes import SCHEMES
     from tests.rtn import rtn
 
     root = tmp_path_factory.mktemp("checkpoints")

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint import read_header
-from quantkit.verify.reading import read_tensor
+from quantkit.checkpoint.directory import read_header
+from quantkit.checkpoint.tensors import read_tensor
 from tests.helpers import edit_json, edit_tensors
 
 Tensors = dict[str, torch.Tensor]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import transformers as hf
 
+from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.engines.complete import completed
-from quantkit.schemes import SCHEMES, Scheme
 from tests.helpers import edit_json, edit_tensors
 from tests.rtn import ascend_w4a8, rtn
 
@@ -137,10 +137,10 @@ def auto_round(source: Path, out: Path, others: set[str]) -> Path:
 
 def mixed(source: Path, out: Path, others: dict[str, Scheme], layout: Any) -> Path:
     """Int4 in groups of 128, but for `others`."""
-    from quantkit.checkpoint import open_checkpoint
+    from quantkit.checkpoint.directory import open_checkpoint
+    from quantkit.checkpoint.network.modules import linear_modules
     from quantkit.formats.base import LayerSpec
     from quantkit.formats.registry import packing, writer_named
-    from quantkit.modules import linear_modules
     from quantkit.streaming.job import StreamOptions
     from quantkit.streaming.run import clear_state, stream_quantize
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit.checkpoint import is_sidecar
-from quantkit.modules import layer_index
+from quantkit.checkpoint.directory import is_sidecar
+from quantkit.checkpoint.network.modules import layer_index
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.environments.managed import ready
 from quantkit.formats import ascend
 from quantkit.formats.dequantize import dequantize
@@ -127,7 +127,7 @@ def test_what_the_library_did_otherwise_is_in_the_notes(
 def test_the_gguf_file_has_the_tokenizer_of_its_source(
     made: Callable[[str, str], Path], two_layers: Path
 ) -> None:
-    from quantkit.formats.gguf_file import open_gguf
+    from quantkit.checkpoint.gguf import open_gguf
 
     held = open_gguf(made("autoround", "autoround_gguf_q4_k_m"))
     assert held.metadata["tokenizer.ggml.model"] == "gpt2"
@@ -310,7 +310,7 @@ def test_a_lost_ignore_list_is_told(
 def test_a_damaged_gguf_file_does_not_verify(
     made: Callable[[str, str], Path], two_layers: Path, tmp_path: Path
 ) -> None:
-    from quantkit.formats.gguf_file import open_gguf
+    from quantkit.checkpoint.gguf import open_gguf
 
     good = made("autoround", "autoround_gguf_q4_k_m")
     held = open_gguf(good)
@@ -336,8 +336,8 @@ def test_the_runtime_computes_a_gguf_file_as_transformers_does(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from quantkit.checkpoint.gguf import open_gguf
     from quantkit.errors import InputError
-    from quantkit.formats.gguf_file import open_gguf
     from quantkit.runtime import load
 
     path = made("autoround", "autoround_gguf_q4_k_m")

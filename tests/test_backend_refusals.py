@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.plan import make_plan
 from quantkit.recipe import load_recipe

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.pipeline import preflight
 from quantkit.plan import make_plan

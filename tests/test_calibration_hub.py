@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.checkpoint.hub import resolve_model
 from quantkit.errors import InputError
-from quantkit.hub import resolve_model
 from tests.hubserver import COMMIT, serve
 
 NOWHERE = "http://127.0.0.1:9"
@@ -37,7 +37,8 @@ def run(home: Path, endpoint: str, *code: str, **more: str) -> subprocess.Comple
 
 def resolve(home: Path, endpoint: str, call: str, **more: str) -> subprocess.CompletedProcess[str]:
     code = (
-        "from quantkit.hub import resolve_model\nfrom quantkit.errors import InputError\n"
+        "from quantkit.checkpoint.hub import resolve_model\n"
+        "from quantkit.errors import InputError\n"
         f"try:\n    print(*sorted(p.name for p in resolve_model({call}).iterdir()))\n"
         "except InputError as error:\n    print(error.code, error.message, error.hint)"
     )

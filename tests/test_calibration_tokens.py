@@ -23,7 +23,7 @@ from quantkit.calibration import (
     read_token_file,
 )
 from quantkit.calibration.tokens import histogram, shares
-from quantkit.checkpoint import is_sidecar
+from quantkit.checkpoint.directory import is_sidecar
 from quantkit.errors import InputError
 from quantkit.job import token_digest
 from tests.helpers import edit_json

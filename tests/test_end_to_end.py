@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from tests.cli import METHODS, QUICK, quantkit
 from tests.helpers import edit_tensors
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.engines import engines, gpu_named, support
 from quantkit.engines.capability import capabilities, gemm_order
 from quantkit.engines.data import Engine
 from quantkit.errors import InputError
-from quantkit.schemes import SCHEMES
 
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen2_5_vl", "qwen3", "qwen3_moe", "qwen3_vl", "gemma2",

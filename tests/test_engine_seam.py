@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from quantkit.checkpoint.schemes import SCHEMES
+from quantkit.checkpoint.without_weights import open_headers
 from quantkit.cli.plan import chosen_recipe
-from quantkit.derive import open_headers
 from quantkit.engines import Candidate, Part, Verdict, judge
 from quantkit.engines.complete import completed
 from quantkit.plan import make_plan
-from quantkit.schemes import SCHEMES
 from quantkit.seam import verdicts
 from quantkit.verify import EngineRequest, VerifyReport, verify
 from tests.asked import DENSE, PLANS, Asked

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.checkpoint.directory import Checkpoint, TensorInfo
+from quantkit.checkpoint.network.config import expert_count
+from quantkit.checkpoint.network.experts import input_first
+from quantkit.checkpoint.network.modules import classify
 from quantkit.errors import InputError
-from quantkit.experts import input_first
-from quantkit.modules import classify, expert_count
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import load_recipe
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 from tests.cli import quantkit, refused
 from tests.helpers import copy_checkpoint, edit_tensors
 

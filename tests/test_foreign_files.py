@@ -15,10 +15,10 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
+from quantkit.checkpoint.hub import open_for_plan, resolve_model
 from quantkit.errors import InputError
 from quantkit.formats.registry import detect
-from quantkit.hub import open_for_plan, resolve_model
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import load_recipe
 from quantkit.verify.sidecars import check_alone

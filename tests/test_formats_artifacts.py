@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.formats import inventory, registry
 from quantkit.formats.base import Declaration, Format, QuantWeight, is_kv_cache_tensor
 from quantkit.formats.dequantize import dequantize

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats import ascend
 from quantkit.formats.dequantize import dequantize

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats import compressed_tensors, gptq, inventory, modelopt
 from quantkit.formats.base import Declaration

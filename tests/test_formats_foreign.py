@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats.dequantize import dequantize
 from quantkit.formats.inventory import expert

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import (
     E2M1_VALUES,
@@ -22,7 +23,6 @@ from quantkit.formats.packing import (
     unpack_padded_words,
     unpack_words,
 )
-from quantkit.schemes import NumberFormat
 
 
 def codes(rows: int, columns: int, bits: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats import registry
 from quantkit.formats.registry import detect, is_quantized

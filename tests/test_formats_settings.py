@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats.base import Declaration
 from quantkit.formats.registry import detect

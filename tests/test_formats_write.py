@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.formats import awq, compressed_tensors, gptq
 from quantkit.formats.base import LayerSpec, QuantWeight, WritableFormat
 from quantkit.formats.compressed_tensors_config import packing_of
 from quantkit.formats.dequantize import dequantize
-from quantkit.schemes import SCHEMES, Scheme
 from tests.test_formats_artifacts import opened, read_layer
 
 Artifact = Callable[[str], Path]

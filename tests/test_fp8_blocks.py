@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from quantkit.checkpoint.network.fp8_blocks import states_blocks, weight_block
 from quantkit.errors import InputError
-from quantkit.fp8_blocks import states_blocks, weight_block
 
 
 def stating(block: Any) -> dict[str, Any]:

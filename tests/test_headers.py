@@ -13,10 +13,10 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from quantkit.checkpoint import open_checkpoint, read_header
-from quantkit.derive import open_headers
+from quantkit.checkpoint.directory import open_checkpoint, read_header
+from quantkit.checkpoint.hub import open_for_plan
+from quantkit.checkpoint.without_weights import open_headers
 from quantkit.errors import InputError
-from quantkit.hub import open_for_plan
 from quantkit.verify import verify
 from tests.cli import quantkit, refused
 from tests.helpers import copy_checkpoint, edit_json

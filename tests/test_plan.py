@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import load_recipe

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.checkpoint import open_checkpoint
-from quantkit.contradictions import refuse_contradictions
-from quantkit.derive import open_headers
+from quantkit.checkpoint.consistency import refuse_contradictions
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.without_weights import open_headers
 from quantkit.errors import InputError
 from quantkit.plan import make_plan
 from quantkit.recipe import load_recipe

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from quantkit.checkpoint import open_checkpoint
-from quantkit.derive import open_headers
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.network.config import text_size
+from quantkit.checkpoint.without_weights import open_headers
 from quantkit.errors import InputError
-from quantkit.modules import text_size
 from tests.cli import Run, quantkit, refused
 from tests.families import CONFIGS, model
 from tests.helpers import edit_json

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from quantkit.checkpoint.schemes import SCHEMES, NumberFormat, Scheme
 from quantkit.formats.dequantize import dequantize
 from quantkit.runtime.activations import quantize_codes, round_groups
 from quantkit.runtime.decoder import Decoder
@@ -21,7 +22,6 @@ from quantkit.runtime.graph import DecodeGraph, unsupported
 from quantkit.runtime.kernels.base import GPU_ONLY, Kernel
 from quantkit.runtime.kernels.select import KERNELS, choose
 from quantkit.runtime.layer import Layer, centred, describe
-from quantkit.schemes import SCHEMES, NumberFormat, Scheme
 from tests.test_runtime_kernels import CPU, random_weight
 
 GPU = torch.device("cuda")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quantkit.checkpoint.schemes import SCHEMES, NumberFormat, Scheme
 from quantkit.errors import InputError
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
@@ -17,7 +18,6 @@ from quantkit.runtime.kernels.select import KERNELS, choose, names
 from quantkit.runtime.layer import Layer, centred, contiguous_groups, describe
 from quantkit.runtime.linear import PlainLinear
 from quantkit.runtime.norm import rms_norm
-from quantkit.schemes import SCHEMES, NumberFormat, Scheme
 
 CPU = torch.device("cpu")
 ROWS = (1, 3, 300)

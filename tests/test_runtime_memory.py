@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.formats import compressed_tensors
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.compressed_tensors_config import packing_of
-from quantkit.schemes import SCHEMES
 from tests.streaming import plain_layers, tensors_of, write_model
 from tests.test_runtime_kernels import random_weight
 

@@ -12,11 +12,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
 from quantkit.runtime import load
 from quantkit.runtime.attention import attend
-from quantkit.schemes import SCHEMES
 from quantkit.validate.builtin import Builtin
 from quantkit.validate.canary import answer, answer_tokens
 from quantkit.validate.choices import choice_logprobs, facts

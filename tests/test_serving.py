@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
+from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.device import has_nvidia_gpu
 from quantkit.environments.managed import create, spec_named
 from quantkit.errors import BackendError, InputError
 from quantkit.runtime import load
-from quantkit.schemes import SCHEMES, Scheme
 from quantkit.serving.drivers.base import Order
 from quantkit.serving.drivers.sglang import prompt_logprobs
 from quantkit.serving.engines import ENGINES, Engine

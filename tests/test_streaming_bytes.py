@@ -19,7 +19,7 @@ from compressed_tensors.quantization.utils import (
     maybe_pad_tensor_for_block_quant,
 )
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.streaming.encode import declared, encoder
 from quantkit.streaming.rtn import (
     E4M3_UNIT,

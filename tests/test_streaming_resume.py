@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import BackendError, InputError
 from quantkit.job import Unit
 from quantkit.pipeline import quantize

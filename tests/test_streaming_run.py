@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quantkit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from quantkit.checkpoint.directory import Checkpoint, TensorInfo, open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats import awq, compressed_tensors, compressed_tensors_config, gptq
 from quantkit.formats.base import LayerSpec

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from quantkit.schemes import SCHEMES
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.validate.html import as_html
 from quantkit.validate.plots import scatter_figure, svg
 from tests.rtn import rtn

@@ -14,11 +14,11 @@ import transformers as hf
 
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
+from quantkit.checkpoint.gguf import GgufFile, GgufTensor
+from quantkit.checkpoint.schemes import SCHEMES
+from quantkit.checkpoint.sources import remember_source, source_of
 from quantkit.errors import BackendError, InputError
-from quantkit.formats.gguf_file import GgufFile, GgufTensor
 from quantkit.recipe import load_recipe
-from quantkit.schemes import SCHEMES
-from quantkit.sources import remember_source, source_of
 from quantkit.validate import memory, preflight
 from quantkit.validate.builtin import BATCH_TOKENS
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
-from quantkit.schemes import SCHEMES
 from quantkit.validate.bootstrap import Measured, missing
 from quantkit.validate.earlier import read_report
 from quantkit.validate.regression import compare, no_longer_measured, refuse_incomparable

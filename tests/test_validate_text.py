@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
-from quantkit.schemes import SCHEMES
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.validate.builtin import Builtin, open_builtin
 from quantkit.validate.canary import canary_prompts, problem, repetition
 from quantkit.validate.choices import continuation_logprobs, facts, right

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.schemes import SCHEMES
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.verify import verify
 from tests.broken import DAMAGES, Damage
 from tests.helpers import edit_json

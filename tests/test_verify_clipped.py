@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quantkit.checkpoint.schemes import SCHEMES, NumberFormat
 from quantkit.formats.base import QuantWeight
-from quantkit.schemes import SCHEMES, NumberFormat
 from quantkit.verify.fidelity import compare
 from quantkit.verify.judge import faults
 

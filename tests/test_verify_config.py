@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quantkit.schemes import SCHEMES, Scheme
+from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.streaming.job import Layout
 from quantkit.verify import verify
 from tests.rtn import rtn, tiny_moe

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from quantkit.schemes import SCHEMES
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.verify import verify
 from tests.damage import L1, patch
 from tests.rtn import rtn

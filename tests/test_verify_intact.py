@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
-from quantkit.schemes import SCHEMES
 from quantkit.verify import VerifyReport, verify
 from tests.damage import DOWN, patch
 from tests.helpers import edit_json, edit_tensors

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.checkpoint import open_checkpoint
-from quantkit.schemes import SCHEMES, Scheme
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.seal import file_digests
 from quantkit.verify import PlannedLayers, VerifyReport, verify
 from tests.damage import patch

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.schemes import SCHEMES
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.verify import verify
 from quantkit.verify.findings import MOST_DB, decibels
 from tests.cli import quantkit

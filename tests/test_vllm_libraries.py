@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
 from quantkit.runtime import vllm_cuda_operators, vllm_library
 from quantkit.runtime.kernels import base, marlin_vllm
 from quantkit.runtime.layer import Layer, centred, describe
-from quantkit.schemes import SCHEMES
 from quantkit.validate.builtin import has_vllm_operators
 from tests.test_runtime_kernels import random_weight
 

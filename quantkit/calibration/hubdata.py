@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from quantkit.calibration.config import HubSource
 from quantkit.calibration.documents import Corpus, Document, Dropped, from_row
 from quantkit.calibration.rows import INSTALL, check_field
+from quantkit.checkpoint.hub import hub_error
 from quantkit.errors import InputError
-from quantkit.hub import hub_error
 
 OFFLINE = (
     "without a network use --calibration default, or a file (--calibration FILE.jsonl) that was "

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import is_sidecar, read_json
+from quantkit.checkpoint.directory import is_sidecar, read_json
 from quantkit.errors import InputError
 
 NOT_TOKENIZER = ("generation_config.json", "processor_config.json", "preprocessor_config.json")

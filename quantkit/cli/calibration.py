@@ -68,7 +68,7 @@ def build_command(
 ) -> None:
     """Make the token file of a calibration for a model, and say what is in it."""
     from quantkit.calibration import build_tokens, load_calibration
-    from quantkit.hub import resolve_model
+    from quantkit.checkpoint.hub import resolve_model
 
     out = Output(as_json=as_json)
     config = load_calibration(name, _overrides(sets))

@@ -18,9 +18,9 @@ def demo_command(
     as_json: options.Json = False,
 ) -> None:
     """Fetch SmolLM2-135M, quantize it, verify it, show the result."""
+    from quantkit.checkpoint.demo import demo_model
     from quantkit.cli.plan import chosen_recipe
     from quantkit.cli.quantize import show_outcome
-    from quantkit.demo import demo_model
     from quantkit.pipeline import quantize
     from quantkit.request import Request
 

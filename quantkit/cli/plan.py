@@ -13,7 +13,7 @@ from quantkit.cli.output import Output, print_error
 from quantkit.errors import EXIT_INPUT, InputError
 
 if TYPE_CHECKING:
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
     from quantkit.engines import Verdict
     from quantkit.plan import Plan
     from quantkit.recipe import Recipe, Serve
@@ -84,7 +84,7 @@ def show_plan(
 ) -> bool:
     """The plan as a table, or as a document with every module in it; whether it will be served as
     the recipe asks."""
-    from quantkit.derive import left_out
+    from quantkit.checkpoint.network.tensor_names import left_out
     from quantkit.seam import engine_refusal, ignore_list, verdicts
 
     estimate = plan.estimate

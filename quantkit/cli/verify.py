@@ -27,7 +27,7 @@ def verify_command(
     as_json: options.Json = False,
 ) -> None:
     """Check a checkpoint's integrity; exit 4 when there is an error."""
-    from quantkit.hub import resolve_model
+    from quantkit.checkpoint.hub import resolve_model
     from quantkit.verify import verify
 
     ui = Output(as_json=as_json)

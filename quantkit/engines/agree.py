@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.engines.belief import Belief, Reader
 from quantkit.engines.candidate import Candidate, Part
 from quantkit.engines.data import Engine, Family
 from quantkit.engines.names import Layer
 from quantkit.engines.readers import reader
 from quantkit.engines.reasons import Reason
-from quantkit.schemes import Scheme
 
 
 def check_names(

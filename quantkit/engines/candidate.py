@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.checkpoint.network.modules import Kind
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.engines.data import model_types
-from quantkit.modules import Kind
-from quantkit.schemes import Scheme
 
 BY_ALGORITHM = ("modelopt", "ascend")
 """Layouts whose rules go by the library's own name of the algorithm."""

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from quantkit.checkpoint.network.modules import layer_index
 from quantkit.engines.candidate import Part
 from quantkit.engines.data import Engine, Family, Merges, Renaming
-from quantkit.modules import layer_index
 
 Split = Literal["rows", "columns", "whole"]
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import gcd
 from typing import Any
 
+from quantkit.checkpoint.network.config import text_size
+from quantkit.checkpoint.schemes import BITS
 from quantkit.engines.candidate import Candidate, Part
 from quantkit.engines.data import Engine, Family, SchemeRule
 from quantkit.engines.names import Layer
 from quantkit.engines.reasons import Reason
-from quantkit.modules import text_size
-from quantkit.schemes import BITS
 
 TILES = ((64, 128), (128, 64))
 KEEP = "keep this layer in 16 bit"

@@ -11,18 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.network.modules import Module
+from quantkit.checkpoint.schemes import SCHEMES, NumberFormat, Scheme
 from quantkit.errors import InputError
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, LayerSpec, Problem, QuantWeight, TensorSpec
 from quantkit.formats.inventory import Parts
 from quantkit.formats.packing import unpack_nibbles
-from quantkit.modules import Module
-from quantkit.schemes import SCHEMES, NumberFormat, Scheme
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
 
 NAME = "ascend"
 SIDE_FILE = "quant_model_description.json"

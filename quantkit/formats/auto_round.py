@@ -12,18 +12,19 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
+from quantkit.checkpoint.network.modules import Module
+from quantkit.checkpoint.network.patterns import compiled
+from quantkit.checkpoint.schemes import NumberFormat, scheme_for
 from quantkit.engines.aliases import aliases_of
 from quantkit.errors import InputError
 from quantkit.formats import awq, compressed_tensors, gptq, inventory
 from quantkit.formats.base import Declaration, Format, LayerSpec, Problem, QuantWeight, TensorSpec
 from quantkit.formats.inventory import Parts
-from quantkit.modules import Module, compiled
-from quantkit.schemes import NumberFormat, scheme_for
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
 
 NAME = "auto-round"
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.network.modules import Module
+from quantkit.checkpoint.schemes import scheme_for
 from quantkit.engines.aliases import aliases_of
 from quantkit.errors import InputError
 from quantkit.formats import gptq, inventory
 from quantkit.formats.base import Declaration, LayerSpec, QuantWeight, TensorSpec
 from quantkit.formats.inventory import Parts
 from quantkit.formats.packing import pack_awq, unpack_awq
-from quantkit.modules import Module
-from quantkit.schemes import scheme_for
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
 
 NAME = "awq"
 SIDE_FILE = "quant_config.json"

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from quantkit.schemes import NumberFormat, Scheme
+from quantkit.checkpoint.schemes import NumberFormat, Scheme
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
 
 Role = Literal[
     "weight",  # codes, packed or not

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from quantkit.checkpoint.network.modules import Module
 from quantkit.errors import InputError
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, LayerSpec, Problem, QuantWeight, TensorSpec
@@ -31,12 +32,11 @@ from quantkit.formats.packing import (
     unpack_words,
     words_for,
 )
-from quantkit.modules import Module
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
 
 __all__ = [
     "NAME", "declare", "expected", "quant_suffixes", "quantization_config", "read", "recognises",

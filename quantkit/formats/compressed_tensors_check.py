@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint.directory import Checkpoint
 from quantkit.errors import InputError
 
 _STORED = (None, "compressed", "frozen")

@@ -9,10 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.checkpoint.schemes import (
+    Element,
+    Granularity,
+    NumberFormat,
+    ScaleFormat,
+    Scheme,
+    scheme_for,
+)
 from quantkit.engines.aliases import merged_aliases
 from quantkit.errors import InputError
 from quantkit.formats.base import LayerSpec
-from quantkit.schemes import Element, Granularity, NumberFormat, ScaleFormat, Scheme, scheme_for
 
 NAME = "compressed-tensors"
 VERSION = "0.19.0"

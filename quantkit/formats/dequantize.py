@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.formats.base import QuantWeight
-from quantkit.schemes import NumberFormat
 
 if TYPE_CHECKING:
     import torch

@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.network.modules import Module
+from quantkit.checkpoint.schemes import NumberFormat, Scheme, scheme_for
 from quantkit.errors import InputError
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, LayerSpec, QuantWeight, TensorSpec
 from quantkit.formats.inventory import Matcher, Parts, not_converted
-from quantkit.modules import Module
-from quantkit.schemes import NumberFormat, Scheme, scheme_for
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
 
 NAME = "fp8"
 

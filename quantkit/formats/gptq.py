@@ -12,19 +12,20 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.network.modules import Module, layer_index
+from quantkit.checkpoint.network.patterns import compiled
+from quantkit.checkpoint.schemes import Element, NumberFormat, Scheme, scheme_for
 from quantkit.engines.aliases import aliases_of, merged_aliases
 from quantkit.errors import InputError
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, LayerSpec, Problem, QuantWeight, TensorSpec
 from quantkit.formats.inventory import Parts
 from quantkit.formats.packing import pack_words, unpack_words, words_for
-from quantkit.modules import Module, compiled, layer_index
-from quantkit.schemes import Element, NumberFormat, Scheme, scheme_for
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
 
 NAME = "gptq"
 SIDE_FILE = "quantize_config.json"

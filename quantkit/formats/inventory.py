@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from fnmatch import translate
 from typing import TYPE_CHECKING, Any, Literal
 
+from quantkit.checkpoint.network.config import is_tied
+from quantkit.checkpoint.network.experts import held_input_first
+from quantkit.checkpoint.network.modules import Module, classify, linear_modules
+from quantkit.checkpoint.network.patterns import compiled
 from quantkit.engines.aliases import aliases_of
-from quantkit.experts import held_input_first
 from quantkit.formats.base import LayerSpec, TensorSpec, is_kv_cache_tensor
-from quantkit.modules import Module, classify, compiled, is_tied, linear_modules
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint import Checkpoint, TensorInfo
+    from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 
 FUSED_LEAVES = ("gate_up_proj", "down_proj", "gate_proj", "up_proj")
 WEIGHT_SUFFIXES = ("weight", "weight_packed", "qweight")
@@ -251,13 +253,6 @@ def sort_modules(
         else:
             undeclared.append(module.name)
     return layers, ignored, tuple(undeclared)
-
-
-def upright(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The shape with output before input, also of a fused expert tensor stored the other way."""
-    if len(shape) == 3 and held_input_first(name, shape, checkpoint):
-        return (shape[0], shape[2], shape[1])
-    return shape
 
 
 def _split(name: str, dimensions: int, suffixes: frozenset[str]) -> tuple[str, str]:

@@ -12,19 +12,19 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.network.modules import Module
+from quantkit.checkpoint.schemes import SCHEMES, NumberFormat, Scheme
 from quantkit.errors import InputError
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, LayerSpec, Problem, QuantWeight, Role, TensorSpec
 from quantkit.formats.dequantize import decode_e8m0
 from quantkit.formats.inventory import Matcher, Parts, glob_pattern
 from quantkit.formats.packing import unpack_nibbles
-from quantkit.modules import Module
-from quantkit.schemes import SCHEMES, NumberFormat, Scheme
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
 
 NAME = "modelopt"
 SIDE_FILE = "hf_quant_config.json"

@@ -11,18 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from quantkit.checkpoint.network.modules import Module
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, LayerSpec, QuantWeight, TensorSpec
 from quantkit.formats.dequantize import decode_e8m0
 from quantkit.formats.inventory import Matcher, Parts, not_converted
 from quantkit.formats.packing import unpack_nibbles
-from quantkit.modules import Module
-from quantkit.schemes import SCHEMES
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
 
 NAME = "mxfp4"
 PACKING = "blocks"

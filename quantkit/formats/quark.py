@@ -13,19 +13,19 @@ from collections.abc import Mapping
 from fnmatch import translate
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.network.modules import Module
+from quantkit.checkpoint.schemes import NumberFormat, Scheme, scheme_for
 from quantkit.errors import InputError
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, LayerSpec, QuantWeight, TensorSpec
 from quantkit.formats.dequantize import decode_e8m0
 from quantkit.formats.inventory import Matcher, Parts, Pattern
 from quantkit.formats.packing import unpack_awq, unpack_nibbles, unpack_words
-from quantkit.modules import Module
-from quantkit.schemes import NumberFormat, Scheme, scheme_for
 
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
 
 NAME = "quark"
 

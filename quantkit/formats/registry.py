@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
 from quantkit.formats import (
     ascend,
@@ -19,10 +20,9 @@ from quantkit.formats import (
 from quantkit.formats.base import Format, WritableFormat
 from quantkit.formats.compressed_tensors_config import packing_of
 from quantkit.formats.settings import quantized_tensor, refuse_conflict, refuse_stale
-from quantkit.schemes import Scheme
 
 if TYPE_CHECKING:
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
 
 FORMATS: tuple[Format, ...] = (
     modelopt, compressed_tensors, gptq, awq, auto_round, ascend, fp8, mxfp4, quark

@@ -11,7 +11,7 @@ from quantkit.errors import InputError
 from quantkit.formats.inventory import FUSED_LEAVES
 
 if TYPE_CHECKING:
-    from quantkit.checkpoint import Checkpoint
+    from quantkit.checkpoint.directory import Checkpoint
 
 SIDE_METHODS: dict[str, tuple[str, ...]] = {
     "hf_quant_config.json": ("modelopt", "modelopt_fp4", "modelopt_fp8", "modelopt_mixed"),

@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
 from quantkit.registry.autoround import AUTOROUND
 from quantkit.registry.backend import Backend, Folding, Method, Options
@@ -19,7 +20,6 @@ from quantkit.registry.llmcompressor import LLMCOMPRESSOR
 from quantkit.registry.modelopt import MODELOPT
 from quantkit.registry.msmodelslim import MSMODELSLIM
 from quantkit.registry.rtn import RTN
-from quantkit.schemes import Scheme
 
 if TYPE_CHECKING:
     from quantkit.recipe import Recipe

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from quantkit.schemes import NumberFormat
+from quantkit.checkpoint.schemes import NumberFormat
 
 FP8_MAX = 448.0
 FP4_MAX = 6.0

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.checkpoint.network.config import is_tied
 from quantkit.errors import InputError
-from quantkit.modules import is_tied
 from quantkit.runtime.decoder import Block, CacheScales, Decoder, Shape
 from quantkit.runtime.layers import LayerMaker
 from quantkit.runtime.linear import PlainLinear

@@ -15,9 +15,9 @@ from typing import Literal
 
 import torch
 
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
 from quantkit.formats.base import QuantWeight
-from quantkit.schemes import Scheme
 
 Fuse = Literal["engine", "none"]
 

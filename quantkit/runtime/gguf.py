@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.gguf import GgufFile, open_gguf
 from quantkit.errors import InputError, command
-from quantkit.formats.gguf_file import GgufFile, open_gguf
 from quantkit.runtime.source import Source, check_finite, wrong_shape
 from quantkit.verify.gguf import Pair, source_values
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.checkpoint.network.config import is_tied
+from quantkit.checkpoint.network.modules import fused_groups
 from quantkit.errors import InputError
-from quantkit.modules import fused_groups, is_tied
 from quantkit.runtime.build import Progress
 from quantkit.runtime.layers import LayerMaker
 from quantkit.runtime.linear import PlainLinear

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
 from quantkit.formats.base import QuantWeight
-from quantkit.schemes import Scheme
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime.fuse import Fuse, harmonize, join
 from quantkit.runtime.kernels.select import Choice, choose
@@ -16,7 +17,6 @@ from quantkit.runtime.layer import centred, contiguous_groups, describe
 from quantkit.runtime.linear import JoinedLinear, PlainLinear, QuantLinear
 from quantkit.runtime.memory import release
 from quantkit.runtime.source import Source
-from quantkit.schemes import Scheme
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint import open_checkpoint, read_json
+from quantkit.checkpoint.directory import open_checkpoint, read_json
+from quantkit.checkpoint.gguf import gguf_in
 from quantkit.errors import InputError
-from quantkit.formats.gguf_file import gguf_in
 from quantkit.runtime.build import Progress, build_decoder
 from quantkit.runtime.decoder import unsupported
 from quantkit.runtime.fuse import Fuse

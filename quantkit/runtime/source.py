@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.tensors import read_tensor
 from quantkit.errors import InputError, command
 from quantkit.formats.base import LayerSpec, QuantWeight, is_kv_cache_tensor
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.verify.completeness import check_completeness
 from quantkit.verify.declared import check_declared
 from quantkit.verify.findings import Finding
-from quantkit.verify.reading import read_tensor
 from quantkit.verify.subject import Subject, examine
 from quantkit.verify.values import check_tensors, check_weight
 

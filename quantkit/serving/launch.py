@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from quantkit.checkpoint import Checkpoint, open_checkpoint
-from quantkit.customcode import brought_code
+from quantkit.checkpoint.custom_code import brought_code
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
+from quantkit.checkpoint.gguf import gguf_in
+from quantkit.checkpoint.network.modules import classify
 from quantkit.engines import NAMES, Candidate, Verdict, engine_named, judge
 from quantkit.engines.gpus import platforms
 from quantkit.errors import InputError
 from quantkit.formats.base import Declaration
-from quantkit.formats.gguf_file import gguf_in
 from quantkit.formats.registry import detect, is_quantized
-from quantkit.modules import classify
 from quantkit.verify.engines import candidate
 from quantkit.verify.subject import examine
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quantkit.schemes import NumberFormat
+from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.streaming.job import Layout, Slice, Work, entry_bytes
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18}

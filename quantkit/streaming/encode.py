@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from quantkit.schemes import Scheme
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.streaming.job import Layout, Outputs
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from threading import Event, Thread
 
-from quantkit.checkpoint import TensorInfo
+from quantkit.checkpoint.directory import TensorInfo
 
 PIECE = 1 << 20
 

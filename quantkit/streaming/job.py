@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from quantkit.checkpoint import DTYPE_BITS, TensorInfo
-from quantkit.schemes import Scheme
+from quantkit.checkpoint.directory import DTYPE_BITS, TensorInfo
+from quantkit.checkpoint.schemes import Scheme
 
 Layout = Literal["compressed-tensors", "gptq", "awq"]
 Outputs = Mapping[str, tuple[str, tuple[int, ...]]]

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from quantkit.schemes import NumberFormat
+from quantkit.checkpoint.schemes import NumberFormat
 
 Clip = Literal["none", "mse"]
 

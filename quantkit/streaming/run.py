@@ -12,10 +12,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-from quantkit.checkpoint import INDEX_SUFFIX, Checkpoint, TensorInfo
+from quantkit.checkpoint.directory import INDEX_SUFFIX, Checkpoint, TensorInfo
+from quantkit.checkpoint.network.modules import expert_groups, fused_groups
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
-from quantkit.modules import expert_groups, fused_groups
-from quantkit.schemes import Scheme
 from quantkit.streaming.crew import Crew, hands
 from quantkit.streaming.execute import run_tasks
 from quantkit.streaming.hashing import HashAhead

@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-from quantkit.checkpoint import TensorInfo
+from quantkit.checkpoint.directory import TensorInfo
 from quantkit.errors import InputError
 from quantkit.streaming.hashing import tensor_hash
 from quantkit.streaming.job import Slice

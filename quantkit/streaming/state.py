@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import __version__
-from quantkit.checkpoint import Checkpoint, read_header
+from quantkit.checkpoint.directory import Checkpoint, read_header
+from quantkit.checkpoint.provenance import RESUME_FOLDER
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError, QuantkitError
-from quantkit.publish import RESUME_FOLDER
-from quantkit.schemes import Scheme
 from quantkit.streaming.job import LayerError, ShardRecord, ShardTask, StreamOptions, WorkRecord
 
 STATE_VERSION = 1

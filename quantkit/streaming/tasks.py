@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.checkpoint.directory import Checkpoint, TensorInfo
+from quantkit.checkpoint.network.experts import stored_transposed, unknown_experts
+from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, weight_block
+from quantkit.checkpoint.network.modules import fused_groups
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
-from quantkit.experts import input_first
-from quantkit.fp8_blocks import INVERSE_SCALE, weight_block
-from quantkit.modules import fused_groups, text_config
-from quantkit.schemes import Scheme
 from quantkit.streaming.encode import declared, refusal
 from quantkit.streaming.job import Layout, Outputs, Piece, ShardTask, Slice, Work, entry_bytes
 
@@ -70,7 +70,7 @@ def _slices(checkpoint: Checkpoint, module: str) -> dict[str, Slice]:
         block = weight_block(checkpoint.config)
         return {module: Slice(tensor, 0, rows, columns, scale=scale, block=block)}
     if f"{tensor.name}_bias" in checkpoint.tensors:
-        raise _unknown_experts(tensor, "comes with a bias, as experts with interleaved rows do")
+        raise unknown_experts(tensor, "comes with a bias, as experts with interleaved rows do")
     return dict(_expert_slices(tensor, module, checkpoint))
 
 
@@ -87,26 +87,6 @@ def _expert_slices(
         for index, name in enumerate(leaves):
             part = Slice(tensor, index * rows, rows, inputs, expert, transposed)
             yield f"{parent}.{expert}.{name}", part
-
-
-def stored_transposed(tensor: TensorInfo, checkpoint: Checkpoint) -> bool:
-    """Whether a fused expert tensor holds experts as [in, out]; InputError when nothing tells."""
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    found = input_first(shapes, checkpoint.config, tensor.name)
-    if found is None:
-        hidden = text_config(checkpoint.config).get("hidden_size")
-        what = f"does not show which dimension is the input (the hidden size is {hidden})"
-        raise _unknown_experts(tensor, what)
-    return found
-
-
-def _unknown_experts(tensor: TensorInfo, what: str) -> InputError:
-    block = ".".join(tensor.name.removesuffix(".weight").split(".")[-3:-1])
-    return InputError(
-        f"{tensor.name} {list(tensor.shape)} {what}.",
-        hint=f"keep the experts in 16 bit: --set 'ignore+=re:.*{block}.*'",
-        code="stream.expert_layout",
-    )
 
 
 def _shared_slices(

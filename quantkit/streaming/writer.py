@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 from secrets import token_hex
 
-from quantkit.checkpoint import DTYPE_BITS
+from quantkit.checkpoint.directory import DTYPE_BITS
 from quantkit.streaming.hashing import tensor_hash
 from quantkit.streaming.job import WRITING, ShardTask, entry_bytes
 

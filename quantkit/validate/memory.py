@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.gguf import GgufFile
+from quantkit.checkpoint.network.config import text_config
 from quantkit.errors import BackendError, InputError
-from quantkit.formats.gguf_file import GgufFile
-from quantkit.modules import text_config
 from quantkit.validate.builtin import BATCH_TOKENS
 
 MEMINFO = Path("/proc/meminfo")

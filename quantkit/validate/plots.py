@@ -11,7 +11,7 @@ from io import StringIO
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from quantkit.modules import layer_index
+from quantkit.checkpoint.network.modules import layer_index
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.calibration.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_info
-from quantkit.checkpoint import Checkpoint, open_checkpoint, read_json
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint, read_json
+from quantkit.checkpoint.gguf import GgufFile, gguf_in, open_gguf
+from quantkit.checkpoint.hub import resolve_model
+from quantkit.checkpoint.network.config import text_config, text_size
+from quantkit.checkpoint.scan import Scan, scan
+from quantkit.checkpoint.sources import source_of
 from quantkit.errors import InputError, command
-from quantkit.formats.gguf_file import GgufFile, gguf_in, open_gguf
 from quantkit.formats.registry import is_quantized
-from quantkit.hub import resolve_model
 from quantkit.job import Reporter
-from quantkit.modules import text_config, text_size
-from quantkit.scan import Scan, scan
-from quantkit.sources import source_of
 from quantkit.verify import VerifyReport, verify
 from quantkit.verify.run import Progress
 

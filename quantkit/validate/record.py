@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.card import with_measured
-from quantkit.checkpoint import read_json
-from quantkit.publish import PROVENANCE
+from quantkit.checkpoint.directory import read_json
+from quantkit.checkpoint.provenance import PROVENANCE
 from quantkit.seal import CARD
 
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from quantkit import __version__
 from quantkit.calibration.tokenizer import read_tokenizer_info
-from quantkit.checkpoint import Checkpoint, read_json
+from quantkit.checkpoint.directory import Checkpoint, read_json
+from quantkit.checkpoint.network.config import positions
+from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.device import resolve_device
 from quantkit.gates import Gate, parse_gate
 from quantkit.job import Reporter
-from quantkit.modules import positions
-from quantkit.scan import Scan, refuse_bad_weights, scan
 from quantkit.validate.bootstrap import missing
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.canary import canary_prompts, judge

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.checkpoint import Checkpoint, open_checkpoint, read_json
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint, read_json
+from quantkit.checkpoint.network.config import positions, text_config
 from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
 from quantkit.formats.registry import detect, is_quantized
-from quantkit.modules import positions, text_config
 from quantkit.serving.drivers.base import Order
 from quantkit.serving.engines import ENGINES, Engine, find_interpreter
 from quantkit.serving.process import EngineProcess

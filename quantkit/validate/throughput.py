@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from quantkit.modules import positions
+from quantkit.checkpoint.network.config import positions
 from quantkit.validate.subject import Progress, Spread, Throughput, ThroughputRow
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.gates import TASK_PREFIX, Gate, GateSource, parse_gate
-from quantkit.schemes import SCHEMES
 from quantkit.validate.bootstrap import FEWEST, Measured
 
 Verdict = Literal["pass", "fail", "undecided"]

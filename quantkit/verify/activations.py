@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from math import inf, isclose, isfinite
 from statistics import median
 
-from quantkit.checkpoint import TensorInfo
+from quantkit.checkpoint.directory import TensorInfo
+from quantkit.checkpoint.network.modules import fused_groups, layer_index
+from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats.base import is_kv_cache_tensor
-from quantkit.modules import fused_groups, layer_index
 from quantkit.verify.findings import Finding, error, warning
-from quantkit.verify.reading import read_tensor
 from quantkit.verify.subject import FLOAT_DTYPES, Subject
 
 _ROLES = ("input_scale", "input_global_scale", "input_global_scale_inverse")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint.directory import Checkpoint
 from quantkit.formats.base import LayerSpec, QuantWeight
 from quantkit.formats.gptq import SIDE_FILE
 from quantkit.verify.findings import Finding, error

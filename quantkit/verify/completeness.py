@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantkit.checkpoint import Checkpoint
-from quantkit.modules import is_tied, layer_index, text_config
+from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.network.config import is_tied, text_config
+from quantkit.checkpoint.network.modules import layer_index
+from quantkit.checkpoint.tensors import same_bytes
 from quantkit.verify.findings import Finding, error
-from quantkit.verify.reading import same_bytes
 from quantkit.verify.subject import Subject, as_subject
 
 _COPY_AGAIN = "export the checkpoint again, and verify it with --source MODEL"

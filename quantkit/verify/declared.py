@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quantkit.schemes import Scheme
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.verify.findings import Finding, error, warning
 from quantkit.verify.subject import FLOAT_DTYPES, Subject
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from quantkit.checkpoint.network.experts import upright
+from quantkit.checkpoint.network.modules import linear_modules
 from quantkit.engines import Candidate, Engine, Part, Verdict, engines, gpu_named, judge
 from quantkit.formats import ascend, awq, gptq, modelopt
 from quantkit.formats.base import kv_cache_scales
-from quantkit.formats.inventory import upright
-from quantkit.modules import linear_modules
 from quantkit.verify.findings import EngineRequest, Finding, error, info, warning
 from quantkit.verify.subject import Subject
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import read_json
+from quantkit.checkpoint.directory import read_json
 from quantkit.errors import InputError
 from quantkit.verify.findings import Finding, warning
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
+from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize, effective_scale
-from quantkit.schemes import NumberFormat
 from quantkit.verify.findings import MOST_DB, decibels
 
 if TYPE_CHECKING:

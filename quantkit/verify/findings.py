@@ -9,9 +9,9 @@ from math import inf, log10
 from pathlib import Path
 from typing import Any, Literal
 
-from quantkit.checkpoint import TensorInfo
+from quantkit.checkpoint.directory import TensorInfo
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import QuantkitError
-from quantkit.schemes import Scheme
 
 SCHEMA_VERSION = 1
 MOST_DB = 200.0

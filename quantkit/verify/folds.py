@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.checkpoint import TensorInfo
-from quantkit.modules import Module, layer_index, text_config
-from quantkit.verify.reading import read_tensor
+from quantkit.checkpoint.directory import TensorInfo
+from quantkit.checkpoint.network.config import text_config
+from quantkit.checkpoint.network.modules import Module, layer_index
+from quantkit.checkpoint.tensors import read_tensor
 from quantkit.verify.subject import Subject
 
 if TYPE_CHECKING:

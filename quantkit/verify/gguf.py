@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
+from quantkit.checkpoint.gguf import GgufFile, GgufTensor, open_gguf
+from quantkit.checkpoint.network.config import is_tied, text_config
 from quantkit.errors import InputError
-from quantkit.formats.gguf_file import GgufFile, GgufTensor, open_gguf
-from quantkit.modules import is_tied, text_config
 from quantkit.verify.findings import (
     Finding,
     LayerFidelity,

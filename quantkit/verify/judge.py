@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-from quantkit.schemes import Scheme
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.verify.fidelity import Sums
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from quantkit.checkpoint import TensorInfo
+from quantkit.checkpoint.directory import TensorInfo
+from quantkit.checkpoint.tensors import count_nonfinite, read_tensor
 from quantkit.verify.findings import Finding, error
 from quantkit.verify.folds import MIN_FOLDED_CHANNELS, NormFold
 from quantkit.verify.ledger import Ledger, row_blocks
-from quantkit.verify.reading import count_nonfinite, read_tensor
 from quantkit.verify.subject import FLOAT_DTYPES, Subject
 from quantkit.verify.weights import LayerCheck
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from quantkit.checkpoint import TensorInfo
+from quantkit.checkpoint.directory import TensorInfo
+from quantkit.checkpoint.network.config import is_tied
+from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE
+from quantkit.checkpoint.tensors import PIECE, read_tensor, same_bytes
 from quantkit.formats.base import is_kv_cache_tensor
-from quantkit.fp8_blocks import INVERSE_SCALE
-from quantkit.modules import is_tied
 from quantkit.verify.findings import Finding, error, info, warning
-from quantkit.verify.reading import PIECE, read_tensor, same_bytes
 from quantkit.verify.source import Part, Source, short_name
 from quantkit.verify.subject import FLOAT_DTYPES, Subject
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quantkit.schemes import SCHEMES, NumberFormat, Scheme
+from quantkit.checkpoint.schemes import SCHEMES, NumberFormat, Scheme
 from quantkit.verify.findings import Finding, PlannedLayers, error
 from quantkit.verify.subject import FLOAT_DTYPES, Subject
 

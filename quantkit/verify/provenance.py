@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from quantkit.checkpoint import read_json
+from quantkit.checkpoint.directory import read_json
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
-from quantkit.schemes import SCHEMES
 from quantkit.verify.findings import Finding, PlannedLayers, error, warning
 
 FILE = "quantkit.json"

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantkit.checkpoint import TensorInfo
+from quantkit.checkpoint.directory import TensorInfo
+from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
 from quantkit.verify.fidelity import Sums
 from quantkit.verify.folds import head_dim
 from quantkit.verify.ledger import row_blocks
-from quantkit.verify.reading import read_tensor
 from quantkit.verify.subject import Subject
 from quantkit.verify.weights import Weights
 

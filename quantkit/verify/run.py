@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
+from quantkit.checkpoint.gguf import gguf_in
 from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
-from quantkit.formats.gguf_file import gguf_in
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.verify.engines import check_engines, check_gguf
 from quantkit.verify.findings import (
@@ -190,7 +190,7 @@ def _check_weights(
 
 def _as_source(base: Checkpoint) -> Source:
     """The source; InputError when it is quantized in a way that cannot be compared with."""
-    from quantkit.fp8_blocks import INVERSE_SCALE
+    from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE
     from quantkit.verify.source import Source
 
     found = is_quantized(base)

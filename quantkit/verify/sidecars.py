@@ -9,13 +9,13 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import Checkpoint, read_json
+from quantkit.checkpoint.directory import Checkpoint, read_json
+from quantkit.checkpoint.network.config import is_tied
+from quantkit.checkpoint.weight_files import newer_tokenizer
 from quantkit.errors import InputError
-from quantkit.modules import is_tied
 from quantkit.verify.added import judge_config, judge_generation
 from quantkit.verify.extras import check_extras
 from quantkit.verify.findings import Finding, error, info, warning
-from quantkit.weightfiles import newer_tokenizer
 
 FREE_CONFIG_KEYS = frozenset(
     {

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from quantkit.checkpoint import Checkpoint, TensorInfo
-from quantkit.experts import input_first
+from quantkit.checkpoint.directory import Checkpoint, TensorInfo
+from quantkit.checkpoint.network.experts import input_first
+from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, weight_block
+from quantkit.checkpoint.schemes import NumberFormat
+from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
-from quantkit.fp8_blocks import INVERSE_SCALE, weight_block
-from quantkit.schemes import NumberFormat
-from quantkit.verify.reading import read_tensor
 
 if TYPE_CHECKING:
     import torch

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from quantkit.modules import expert_groups, fused_groups
-from quantkit.schemes import Scheme
+from quantkit.checkpoint.network.modules import expert_groups, fused_groups
+from quantkit.checkpoint.schemes import Scheme
+from quantkit.checkpoint.tensors import read_tensor, same_bytes
 from quantkit.verify.findings import Finding, error, info, warning
-from quantkit.verify.reading import read_tensor, same_bytes
 from quantkit.verify.subject import Subject
 
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.checkpoint.directory import Checkpoint, TensorInfo
+from quantkit.checkpoint.network.config import is_tied
+from quantkit.checkpoint.network.modules import Module, classify
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, Format, TensorSpec
 from quantkit.formats.inventory import Parts
-from quantkit.modules import Module, classify, is_tied
 
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats import inventory
 from quantkit.formats.base import QuantWeight
 from quantkit.verify.claims import check_claims
@@ -17,7 +18,6 @@ from quantkit.verify.findings import Finding, LayerFidelity, error
 from quantkit.verify.folds import head_dim, row_pairs, to_columns
 from quantkit.verify.judge import MOST_SHIFT, faults, floor_db, garbled, overall_gain
 from quantkit.verify.ledger import Ledger
-from quantkit.verify.reading import read_tensor
 from quantkit.verify.source import Source
 from quantkit.verify.subject import Subject
 from quantkit.verify.values import check_tensors, check_weight

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from quantkit.checkpoint.network.patterns import compiled
 from quantkit.engines.belief import (
     MIXED,
     NOT,
@@ -23,7 +24,6 @@ from quantkit.engines.belief import (
 from quantkit.engines.candidate import Candidate
 from quantkit.engines.data import Family
 from quantkit.engines.names import Layer
-from quantkit.modules import compiled
 
 
 class Entries:

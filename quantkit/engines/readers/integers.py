@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from quantkit.checkpoint.network.patterns import compiled
 from quantkit.engines.belief import (
     MIXED,
     NOT,
@@ -20,7 +21,6 @@ from quantkit.engines.belief import (
 from quantkit.engines.candidate import Candidate
 from quantkit.engines.data import Family
 from quantkit.engines.names import Layer
-from quantkit.modules import compiled
 
 
 def gptq(family: Family, candidate: Candidate, *, stored: bool) -> Reader:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import translate
 from typing import Any
 
+from quantkit.checkpoint.network.patterns import compiled
 from quantkit.engines.belief import (
     ALWAYS_SPLIT,
     NOT,
@@ -24,7 +25,6 @@ from quantkit.engines.belief import (
 from quantkit.engines.candidate import Candidate
 from quantkit.engines.data import Family
 from quantkit.engines.names import Layer
-from quantkit.modules import compiled
 
 
 def fp8(family: Family, candidate: Candidate, *, path: bool) -> Reader:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime.activations import quantize_codes
 from quantkit.runtime.layer import Layer
-from quantkit.schemes import NumberFormat
 
 NAME = "int8_cpu"
 BLOCK_ROWS = 256

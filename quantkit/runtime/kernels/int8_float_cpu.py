@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
+from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime.activations import quantize_codes
 from quantkit.runtime.kernels import int8_cpu, int8_weight_cpu
 from quantkit.runtime.layer import Layer
-from quantkit.schemes import NumberFormat
 
 NAME = "int8_float_cpu"
 EXACT_COLUMNS = 2**24 // (128 * 128)

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from quantkit.backends.float32_products import linear
+from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime.activations import quantize_codes, round_groups
 from quantkit.runtime.compact import CompactWeight, compact, fp8_values
 from quantkit.runtime.layer import Layer
-from quantkit.schemes import NumberFormat
 
 NAME = "reference"
 

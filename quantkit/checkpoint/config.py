@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.headers import read_json
 from quantkit.errors import InputError
-from quantkit.headers import read_json
 
 MAX_COUNT = 100_000
 """More layers, or experts in all layers together, than any network has."""

@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import is_sidecar
+from quantkit.checkpoint.directory import is_sidecar
+from quantkit.checkpoint.gguf import GgufFile, open_gguf
+from quantkit.checkpoint.weight_files import DEQUANTIZED
 from quantkit.errors import InputError
-from quantkit.formats.gguf_file import GgufFile, open_gguf
 from quantkit.paths import cache_dir
-from quantkit.weightfiles import DEQUANTIZED
 
 _HEADER = b"GGUF"
 
@@ -115,7 +115,14 @@ def _digest(files: list[Path]) -> str:
 
 def _convert_in_child(held: GgufFile, target: Path) -> None:
     file = held.file.name
-    command = [sys.executable, "-m", "quantkit.gguf_source", str(held.path), file, str(target)]
+    command = [
+        sys.executable,
+        "-m",
+        "quantkit.checkpoint.gguf_source",
+        str(held.path),
+        file,
+        str(target),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import (
+from quantkit.checkpoint.directory import (
     DTYPE_BITS,
     Checkpoint,
     TensorInfo,
@@ -19,13 +19,13 @@ from quantkit.checkpoint import (
     read_weight_map,
     with_inverse_scales,
 )
-from quantkit.derive.names import derived_names, is_known
-from quantkit.derive.shapes import derived_shape
-from quantkit.derive.sizes import sizes
+from quantkit.checkpoint.network.config import text_config
+from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, weight_block
+from quantkit.checkpoint.network.sizes import sizes
+from quantkit.checkpoint.network.tensor_names import derived_names, is_known
+from quantkit.checkpoint.network.tensor_shapes import derived_shape
+from quantkit.checkpoint.weight_files import refuse_adapter
 from quantkit.errors import InputError
-from quantkit.fp8_blocks import INVERSE_SCALE, weight_block
-from quantkit.modules import text_config
-from quantkit.weightfiles import refuse_adapter
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

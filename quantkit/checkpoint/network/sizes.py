@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.modules import expert_count, text_config, text_size
+from quantkit.checkpoint.network.config import expert_count, text_config, text_size
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from quantkit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint import TensorInfo
+    from quantkit.checkpoint.directory import TensorInfo
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -10,10 +10,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from quantkit.errors import InputError
+from quantkit.checkpoint.network.config import expert_count, text_size
+from quantkit.checkpoint.network.patterns import matches
 
 Kind = Literal[
     "linear", "experts", "head", "embedding", "router", "tower", "mtp", "norm", "other"
@@ -77,73 +77,6 @@ PRESETS: dict[str, Callable[[Module], bool]] = {
 """Names for parts of a network that a recipe's `targets` and `ignore` may use."""
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config: itself, or nested in a multi-modal one."""
-    for key in ("text_config", "llm_config", "language_config"):
-        nested = config.get(key)
-        if isinstance(nested, dict) and "hidden_size" in nested:
-            return nested
-    thinker = config.get("thinker_config")
-    if isinstance(thinker, dict):
-        return text_config(thinker)
-    return config
-
-
-_DEFAULTS: Mapping[str, Mapping[str, int]] = {
-    "gemma": {"head_dim": 256},
-    "gemma2": {"head_dim": 256},
-    "gemma3_text": {
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
-    },
-    "glm4": {"head_dim": 128},
-    "gpt_oss": {"head_dim": 64},
-    "qwen3": {"head_dim": 128},
-    "qwen3_vl_text": {"head_dim": 128},
-    "qwen3_vl_moe_text": {"head_dim": 128},
-}  # fmt: skip
-"""Sizes that a config.json may leave to Transformers' config class, by the language model's type;
-not those that follow from others (head_dim from the hidden size)."""
-
-
-def text_size(config: Mapping[str, Any], key: str) -> int:
-    """A size of the language model: as config.json states it, else its family's default, else 0."""
-    text = text_config(config)
-    kind = str(text.get("model_type") or f"{config.get('model_type')}_text")
-    return _integer(text[key]) if key in text else _DEFAULTS.get(kind, {}).get(key, 0)
-
-
-def positions(config: Mapping[str, Any]) -> int | None:
-    """The longest text that a network can be given, None where its config does not say."""
-    inner = text_config(config)
-    keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-    stated = [inner[key] for key in keys if isinstance(inner.get(key), int) and inner[key] > 0]
-    return stated[0] if stated else None
-
-
-def expert_count(config: Mapping[str, Any]) -> int:
-    """Routed experts a layer, 0 for a dense model (Doge says so by `is_moe`)."""
-    text = text_config(config)
-    if text.get("is_moe") is False:
-        return 0
-    for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-        value = text.get(key)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 0
-
-
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the output head shares the embedding's weight.
-
-    The outermost statement counts; Transformers' default is True for configs that are silent in
-    families that tie (Gemma), and False for the others.
-    """
-    for level in (config, text_config(config)):
-        if isinstance(level.get("tie_word_embeddings"), bool):
-            return bool(level["tie_word_embeddings"])
-    return str(text_config(config).get("model_type", "")).startswith("gemma")
-
-
 def classify(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[Module]:
     """Every module with a weight, in the checkpoint's order, with its kind.
 
@@ -169,45 +102,6 @@ def classify(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -
 def linear_modules(modules: Iterable[Module]) -> list[Module]:
     """The modules that a scheme could apply to: 2-D weights and fused experts, of any kind."""
     return [m for m in modules if len(m.shape) >= 2 and m.kind not in ("norm", "other")]
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether an ignore or override entry names a module.
-
-    `re:` entries are regular expressions matched from the start (compressed-tensors' rule); others
-    are exact names, or globs when they hold a wildcard.
-    """
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return name == pattern or (any(c in pattern for c in "*?[") and fnmatchcase(name, pattern))
-
-
-def pattern_fault(entry: str) -> str | None:
-    """Why a `re:` entry is no regular expression, None for one that is and for any other entry."""
-    if not entry.startswith("re:"):
-        return None
-    return regex_fault(entry.removeprefix("re:"))
-
-
-def regex_fault(text: str) -> str | None:
-    """Why a text is no regular expression, None for one that is."""
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        return str(error) or "it nests too deeply"
-    return None
-
-
-def compiled(text: str, entry: str) -> re.Pattern[str]:
-    """The regular expression that an entry of a checkpoint's configuration holds."""
-    if fault := regex_fault(text):
-        raise InputError(
-            f"The quantization configuration holds the pattern {entry!r}, which is no regular "
-            f"expression: {fault}.",
-            hint="correct the pattern in quantization_config, as in its ignore or targets",
-            code="format.pattern",
-        )
-    return re.compile(text)
 
 
 def named_by(module: Module, entries: Iterable[str]) -> str | None:
@@ -310,7 +204,3 @@ def _routes(parts: list[str]) -> bool:
         part in _ROUTERS or (part == "gate" and inside) or "router" in part.split("_")
         for part in parts
     )
-
-
-def _integer(value: object) -> int:
-    return value if isinstance(value, int) else 0

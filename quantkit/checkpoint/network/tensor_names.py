@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quantkit.derive.sizes import Sizes
+from quantkit.checkpoint.network.config import is_tied, text_config, text_size
+from quantkit.checkpoint.network.fp8_blocks import states_blocks, weight_block
+from quantkit.checkpoint.network.sizes import Sizes
 from quantkit.errors import InputError
-from quantkit.fp8_blocks import states_blocks, weight_block
-from quantkit.modules import is_tied, text_config, text_size
 
 _BIASED = ("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text")
 _NORMED = ("qwen3", "qwen3_moe", "gemma3_text", "qwen3_vl_text", "qwen3_vl_moe_text")

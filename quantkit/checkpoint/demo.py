@@ -14,8 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from quantkit.checkpoint.gguf_source import load, save
 from quantkit.errors import BackendError
-from quantkit.gguf_source import load, save
 from quantkit.paths import cache_dir
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -80,7 +80,7 @@ def _fetch(work: Path) -> Path:
 
 
 def _convert_in_child(source: Path, target: Path) -> None:
-    command = [sys.executable, "-m", "quantkit.demo", str(source), str(target)]
+    command = [sys.executable, "-m", "quantkit.checkpoint.demo", str(source), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BackendError(

@@ -6,12 +6,12 @@ import errno
 import shlex
 from pathlib import Path
 
-from quantkit.checkpoint import Checkpoint, TensorInfo
-from quantkit.derive import open_headers, remote_checkpoint
+from quantkit.checkpoint.directory import Checkpoint, TensorInfo
+from quantkit.checkpoint.gguf_source import dequantized, gguf_source
+from quantkit.checkpoint.headers import check_tiling, tensor_entry
+from quantkit.checkpoint.weight_files import refuse_adapter, snapshots
+from quantkit.checkpoint.without_weights import open_headers, remote_checkpoint
 from quantkit.errors import InputError
-from quantkit.gguf_source import dequantized, gguf_source
-from quantkit.headers import check_tiling, tensor_entry
-from quantkit.weightfiles import refuse_adapter, snapshots
 
 FILES = [
     "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.checkpoint import Checkpoint
-from quantkit.modules import text_config
+from quantkit.checkpoint.directory import Checkpoint, TensorInfo
+from quantkit.checkpoint.network.config import text_config
+from quantkit.errors import InputError
+
 
 _UP = ("gate_up_proj", "up_proj", "gate_proj", "input_linear")
 _DOWN = ("down_proj", "output_linear")
@@ -45,3 +47,31 @@ def held_input_first(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) 
     taken as it lies (`verify` warns of that)."""
     shapes = {other: info.shape for other, info in checkpoint.tensors.items()} | {name: shape}
     return bool(input_first(shapes, checkpoint.config, name))
+
+
+def stored_transposed(tensor: TensorInfo, checkpoint: Checkpoint) -> bool:
+    """Whether a fused expert tensor holds experts as [in, out]; InputError when nothing tells."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    found = input_first(shapes, checkpoint.config, tensor.name)
+    if found is None:
+        hidden = text_config(checkpoint.config).get("hidden_size")
+        what = f"does not show which dimension is the input (the hidden size is {hidden})"
+        raise unknown_experts(tensor, what)
+    return found
+
+
+def unknown_experts(tensor: TensorInfo, what: str) -> InputError:
+    """The refusal of fused experts that do not say how they are stored."""
+    block = ".".join(tensor.name.removesuffix(".weight").split(".")[-3:-1])
+    return InputError(
+        f"{tensor.name} {list(tensor.shape)} {what}.",
+        hint=f"keep the experts in 16 bit: --set 'ignore+=re:.*{block}.*'",
+        code="stream.expert_layout",
+    )
+
+
+def upright(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The shape with output before input, also of a fused expert tensor stored the other way."""
+    if len(shape) == 3 and held_input_first(name, shape, checkpoint):
+        return (shape[0], shape[2], shape[1])
+    return shape

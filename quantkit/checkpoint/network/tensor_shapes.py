@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.derive.sizes import Sizes
-from quantkit.experts import input_first
-from quantkit.modules import in_tower, text_config
+from quantkit.checkpoint.network.config import text_config
+from quantkit.checkpoint.network.experts import input_first
+from quantkit.checkpoint.network.modules import in_tower
+from quantkit.checkpoint.network.sizes import Sizes
 
 
 def derived_shape(name: str, config: Mapping[str, Any], size: Sizes) -> tuple[int, ...]:

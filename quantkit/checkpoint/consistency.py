@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
-from quantkit.checkpoint import Checkpoint
-from quantkit.derive.sizes import Sizes, sizes
+from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.network.config import expert_count, text_config
+from quantkit.checkpoint.network.modules import linear_modules
+from quantkit.checkpoint.network.sizes import Sizes, sizes
 from quantkit.errors import InputError
-from quantkit.modules import expert_count, linear_modules, text_config
 
 _ALIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 """Families of which every layer has the same seven linear layers, under the same names."""

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from quantkit.checkpoint.headers import broken, read_json
 from quantkit.errors import InputError
-from quantkit.headers import broken, read_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WEIGHTS = "model.safetensors"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 from quantkit.errors import InputError
 
 _EXPONENT: dict[str, tuple[str, int]] = {

@@ -16,11 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import InputError
-from quantkit.headers import DTYPE_BITS, TensorInfo, broken, read_header, read_json
-from quantkit.model_config import read_model_config
-from quantkit.modules import Module, classify
-from quantkit.weightfiles import (
+from quantkit.checkpoint.config import read_model_config
+from quantkit.checkpoint.headers import DTYPE_BITS, TensorInfo, broken, read_header, read_json
+from quantkit.checkpoint.network.modules import Module, classify
+from quantkit.checkpoint.weight_files import (
     INDEX_SUFFIX,
     index_of,
     reading_notes,
@@ -28,6 +27,7 @@ from quantkit.weightfiles import (
     snapshots,
     unindexed,
 )
+from quantkit.errors import InputError
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""What lies on disk: a checkpoint's directory, headers, tensors, config and network."""
