@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.checkpoint.network.experts import upright
 from quantkit.checkpoint.network.modules import Module, layer_index, linear_modules
 from quantkit.checkpoint.schemes import Scheme
-from quantkit.engines import Candidate, Part, Verdict, engines, gpu_named, judge
+from quantkit.engines import LayerPart, Loadable, Verdict, engines, gpu_named, judge
 from quantkit.engines.aliases import expanded
 from quantkit.errors import InputError
 from quantkit.formats.base import LayerSpec
@@ -33,7 +33,7 @@ def ignore_list(source: Checkpoint, kept: Mapping[str, str]) -> list[str]:
     return expanded(names if heads else [*names, "lm_head"], source.config)
 
 
-def planned(source: Checkpoint, plan: Plan) -> Candidate:
+def planned(source: Checkpoint, plan: Plan) -> Loadable:
     """The checkpoint that a plan will write, as far as an engine's rules look at it."""
     method = plan.method
     modules = linear_modules(source.modules)
@@ -41,7 +41,7 @@ def planned(source: Checkpoint, plan: Plan) -> Candidate:
     settings = _settings(source, plan, [m for m in modules if m.name in plan.layers])
     cache = plan.recipe.kv_cache
     scales = _kv_scales(method.layout, plan.layers) if cache != "none" else ()
-    return Candidate(source.config, method.layout, settings, parts, cache, scales)
+    return Loadable(source.config, method.layout, settings, parts, cache, scales)
 
 
 def verdicts(source: Checkpoint, plan: Plan) -> list[Verdict]:
@@ -92,10 +92,10 @@ def engine_refusal(source: Checkpoint, plan: Plan, found: Sequence[Verdict]) -> 
     )
 
 
-def _part(module: Module, scheme: Scheme | None, plan: Plan, source: Checkpoint) -> Part:
+def _part(module: Module, scheme: Scheme | None, plan: Plan, source: Checkpoint) -> LayerPart:
     variant = "" if scheme is None else _packing(scheme, plan)
     shape = upright(module.tensor, module.shape, source)
-    return Part(module.name, module.kind, shape, scheme, variant)
+    return LayerPart(module.name, module.kind, shape, scheme, variant)
 
 
 def _packing(scheme: Scheme, plan: Plan) -> str:

@@ -11,7 +11,7 @@ import pytest
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.engines import engines, gpu_named, support
 from quantkit.engines.capability import capabilities, gemm_order
-from quantkit.engines.data import Engine
+from quantkit.engines.rules import EngineRules
 from quantkit.errors import InputError
 
 FAMILIES = (
@@ -36,7 +36,7 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("engine", engines().values(), ids=lambda engine: str(engine.engine))
-def test_every_family_is_known(engine: Engine) -> None:
+def test_every_family_is_known(engine: EngineRules) -> None:
     for model_type in FAMILIES:
         assert engine.family({"model_type": model_type}).known, model_type
     assert not engine.family({"model_type": "no_such_model"}).known
@@ -45,7 +45,7 @@ def test_every_family_is_known(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("engine", engines().values(), ids=lambda engine: str(engine.engine))
-def test_what_is_told_is_part_of_what_is_merged(engine: Engine) -> None:
+def test_what_is_told_is_part_of_what_is_merged(engine: EngineRules) -> None:
     for family in engine.families:
         assert family.told.items() <= family.merges.items(), family.types
     types = [name for family in engine.families for name in family.types]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit.engines import Candidate, engines, gpu_named, judge
+from quantkit.engines import Loadable, engines, gpu_named, judge
 from tests.cli import quantkit
 from tests.helpers import edit_json
 from tests.test_formats_foreign import made
@@ -20,12 +20,12 @@ ATTENTION = "model.layers.0.self_attn"
 
 
 def candidate(family: str, *scales: str, layout: str = "modelopt", kv_cache: str = "fp8"
-              ) -> Candidate:  # fmt: skip
+              ) -> Loadable:  # fmt: skip
     settings = {"quant_method": layout, "quant_algo": "FP8"}
-    return Candidate({"model_type": family}, layout, settings, {}, kv_cache, scales)
+    return Loadable({"model_type": family}, layout, settings, {}, kv_cache, scales)
 
 
-def cautions(engine: str, this: Candidate) -> list[str]:
+def cautions(engine: str, this: Loadable) -> list[str]:
     return [caution.code for caution in judge(this, [engine], [1])[0].cautions]
 
 
@@ -135,7 +135,7 @@ def test_launch_trusts_code_that_the_checkpoint_brings(tmp_path: Path, engine: s
 
 
 def test_awq_on_ascend_is_not_for_vllm(tmp_path: Path) -> None:
-    this = Candidate({"model_type": "llama"}, "awq", {"quant_method": "awq"}, {})
+    this = Loadable({"model_type": "llama"}, "awq", {"quant_method": "awq"}, {})
     npu = gpu_named("ascend-a2")
     assert [r.code for r in judge(this, ["vllm"], [1], npu)[0].reasons] == ["engine.gpu"]
     assert judge(this, ["sglang"], [1], npu)[0].loads

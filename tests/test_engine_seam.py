@@ -14,7 +14,7 @@ import pytest
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.checkpoint.without_weights import open_headers
 from quantkit.cli.plan import chosen_recipe
-from quantkit.engines import Candidate, Part, Verdict, judge
+from quantkit.engines import LayerPart, Loadable, Verdict, judge
 from quantkit.engines.complete import completed
 from quantkit.plan import make_plan
 from quantkit.seam import verdicts
@@ -146,7 +146,7 @@ def test_a_plan_says_what_differs_where_the_engine_has_the_scheme(tmp_path: Path
     assert "no kernel" not in reason.message
 
 
-def modelopt_mixed(*algorithms: str) -> Candidate:
+def modelopt_mixed(*algorithms: str) -> Loadable:
     """q, k and v in the first, the output projection in the last algorithm."""
     kinds = [*[algorithms[0]] * 3, algorithms[-1]]
     names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
@@ -155,10 +155,10 @@ def modelopt_mixed(*algorithms: str) -> Candidate:
     listed["model.layers.0.self_attn.qkv_proj"] = {"quant_algo": algorithms[0]}
     settings = {"quant_algo": "MIXED_PRECISION", "quantized_layers": listed, "ignore": ["lm_head"]}
     parts = {
-        name: Part(name, "linear", (4096, 4096), schemes[kind], kind)
+        name: LayerPart(name, "linear", (4096, 4096), schemes[kind], kind)
         for name, kind in zip(names, kinds, strict=True)
     }
-    return Candidate(DENSE, "modelopt", settings, parts)
+    return Loadable(DENSE, "modelopt", settings, parts)
 
 
 def test_sglang_reads_mixed_precision_only_with_an_nvfp4_layer() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from quantkit.engines.data import Family, engines
 from quantkit.engines.names import renamed
+from quantkit.engines.rules import Family, engines
 
 
 def merged_aliases(names: Collection[str]) -> list[str]:

@@ -8,14 +8,14 @@ from typing import Any
 
 from quantkit.checkpoint.network.modules import Kind
 from quantkit.checkpoint.schemes import Scheme
-from quantkit.engines.data import model_types
+from quantkit.engines.rules import model_types
 
 BY_ALGORITHM = ("modelopt", "ascend")
 """Layouts whose rules go by the library's own name of the algorithm."""
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerPart:
     """One linear module of the checkpoint: `shape` is [out, in], or [experts, out, in].
 
     scheme: None for 16 bit. packing: the variant of the layout; for ModelOpt and Ascend the
@@ -43,13 +43,13 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Loadable:
     """`config` is config.json, `settings` the quantization settings as an engine reads them."""
 
     config: Mapping[str, Any]
     layout: str
     settings: Mapping[str, Any]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, LayerPart]
     kv_cache: str = "none"
     kv_scales: tuple[str, ...] = ()
     """Names of the KV cache's scales in the checkpoint."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quantkit.engines.candidate import BY_ALGORITHM
-from quantkit.engines.data import Engine, FormatRule, SchemeRule, engines
 from quantkit.engines.gpus import Gpu, generations, platforms
+from quantkit.engines.rules import EngineRules, FormatRule, SchemeRule, engines
 
 Runs = Literal["native", "yes", "weight-only", "no"]
 
@@ -66,7 +66,7 @@ def _devices(only: Gpu | None) -> Iterator[tuple[str, Gpu]]:
             yield generation, only or devices[0]
 
 
-def _rule(engine: Engine, layout: str, key: str) -> SchemeRule | None:
+def _rule(engine: EngineRules, layout: str, key: str) -> SchemeRule | None:
     found = engine.formats.get(layout)
     return found.schemes.get(key) if found else None
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from quantkit.engines.data import DATA
+from quantkit.engines.rules import DATA
 from quantkit.errors import InputError
 
 Vendor = Literal["nvidia", "amd", "ascend"]

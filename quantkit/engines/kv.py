@@ -9,15 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from quantkit.engines.candidate import Candidate
-from quantkit.engines.data import Engine
+from quantkit.engines.candidate import Loadable
 from quantkit.engines.gpus import Gpu
 from quantkit.engines.reasons import Reason
+from quantkit.engines.rules import EngineRules
 
 _NO_SCALES = "measure with the cache quantized (quantkit validate), or --set kv_cache=none"
 
 
-def check_gpu(engine: Engine, candidate: Candidate, gpu: Gpu | None) -> Iterator[Reason]:
+def check_gpu(engine: EngineRules, candidate: Loadable, gpu: Gpu | None) -> Iterator[Reason]:
     """Code `engine.kv_cache`: a format of the cache that the GPU has no kernels for."""
     able = engine.kv_cache.gpus.get(candidate.kv_cache)
     if gpu is None or able is None or (gpu.vendor == "nvidia" and gpu.capability in able):
@@ -30,7 +30,7 @@ def check_gpu(engine: Engine, candidate: Candidate, gpu: Gpu | None) -> Iterator
     )
 
 
-def cautions(engine: Engine, candidate: Candidate, gpu: Gpu | None) -> Iterator[Reason]:
+def cautions(engine: EngineRules, candidate: Loadable, gpu: Gpu | None) -> Iterator[Reason]:
     """What does not stop the load and changes what is served: codes `engine.kv_cache` (no GPU is
     named) and `engine.kv_scales`."""
     rule = engine.kv_cache
@@ -80,6 +80,6 @@ def _generations(able: tuple[int, ...]) -> str:
     return " and ".join(f"SM{capability}" for capability in able)
 
 
-def _later(engine: Engine, candidate: Candidate) -> str:
+def _later(engine: EngineRules, candidate: Loadable) -> str:
     added = engine.kv_cache.added.get(candidate.kv_cache)
     return f"; {added}" if added else ""

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.checkpoint.network.modules import layer_index
-from quantkit.engines.candidate import Part
-from quantkit.engines.data import Engine, Family, Merges, Renaming
+from quantkit.engines.candidate import LayerPart
+from quantkit.engines.rules import EngineRules, Family, Merges, Renaming
 
 Split = Literal["rows", "columns", "whole"]
 
 
 @dataclass(frozen=True)
-class Layer:
+class EngineLayer:
     """One layer of the engine.
 
     `parts` are its modules in the checkpoint, in the order they are stacked; all experts of a block
@@ -22,7 +22,7 @@ class Layer:
     """
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[LayerPart, ...]
     split: Split
     experts: bool = False
 
@@ -50,10 +50,10 @@ def renamed(name: str, rules: Renaming) -> str:
     return name
 
 
-def layers(engine: Engine, family: Family, parts: Iterable[Part]) -> list[Layer]:
+def layers(engine: EngineRules, family: Family, parts: Iterable[LayerPart]) -> list[EngineLayer]:
     """The layers an engine makes of these modules, without embeddings and draft (MTP) layers."""
-    single: dict[str, Part] = {}
-    experts: dict[str, list[Part]] = {}
+    single: dict[str, LayerPart] = {}
+    experts: dict[str, list[LayerPart]] = {}
     for part in parts:
         if part.kind in ("embedding", "mtp"):
             continue
@@ -65,7 +65,7 @@ def layers(engine: Engine, family: Family, parts: Iterable[Part]) -> list[Layer]
     return [
         *_dense(engine, family, single),
         *(
-            Layer(renamed(block, family.rename), tuple(members), "columns", experts=True)
+            EngineLayer(renamed(block, family.rename), tuple(members), "columns", experts=True)
             for block, members in experts.items()
         ),
     ]
@@ -86,7 +86,9 @@ def merged_names(names: Iterable[str], merges: Merges) -> dict[str, tuple[str, .
     return found
 
 
-def _dense(engine: Engine, family: Family, single: Mapping[str, Part]) -> Iterable[Layer]:
+def _dense(
+    engine: EngineRules, family: Family, single: Mapping[str, LayerPart]
+) -> Iterable[EngineLayer]:
     merged = merged_names((n for n, p in single.items() if p.kind != "head"), family.merges)
     inside = {member for members in merged.values() for member in members}
     for name, members in merged.items():
@@ -96,7 +98,9 @@ def _dense(engine: Engine, family: Family, single: Mapping[str, Part]) -> Iterab
             yield _layer(engine, family, name, (part,))
 
 
-def _layer(engine: Engine, family: Family, name: str, parts: tuple[Part, ...]) -> Layer:
+def _layer(
+    engine: EngineRules, family: Family, name: str, parts: tuple[LayerPart, ...]
+) -> EngineLayer:
     leaf = name.rpartition(".")[2]
     split: Split = "columns"
     if leaf in engine.whole or parts[0].kind == "router":
@@ -105,10 +109,10 @@ def _layer(engine: Engine, family: Family, name: str, parts: tuple[Part, ...]) -
         split = "rows"
     elif layer_index(name) is None and parts[0].kind != "head":
         split = "whole"
-    return Layer(renamed(name, family.rename), parts, split)
+    return EngineLayer(renamed(name, family.rename), parts, split)
 
 
-def _expert_block(part: Part) -> str | None:
+def _expert_block(part: LayerPart) -> str | None:
     """`x.experts.7.up_proj` and `x.experts.up_proj` → `x.experts`; None for other modules."""
     head, found, _ = part.name.rpartition(".experts.")
     return f"{head}.experts" if found and part.kind in ("linear", "experts") else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantkit.engines.candidate import BY_ALGORITHM
-from quantkit.engines.data import FormatRule, engines
+from quantkit.engines.rules import FormatRule, engines
 
 NAMES = {
     "vllm": "vLLM",

@@ -16,7 +16,7 @@ from quantkit.checkpoint.custom_code import brought_code
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in
 from quantkit.checkpoint.network.modules import classify
-from quantkit.engines import NAMES, Candidate, Verdict, engine_named, judge
+from quantkit.engines import NAMES, Loadable, Verdict, engine_named, judge
 from quantkit.engines.gpus import platforms
 from quantkit.errors import InputError
 from quantkit.formats.base import Declaration
@@ -120,12 +120,12 @@ def _command(
 
 
 def _gguf(file: Path, engine: str, tp: int) -> Launch:
-    _refuse(engine, Candidate({}, "gguf", {}, {}), tp, file)
+    _refuse(engine, Loadable({}, "gguf", {}, {}), tp, file)
     notes = ["the tokenizer is read from the file"] if engine == "sglang" else []
     return _command(engine, file, tp, {}, notes)
 
 
-def _refuse(engine: str, this: Candidate, tp: int, path: Path) -> Verdict:
+def _refuse(engine: str, this: Loadable, tp: int, path: Path) -> Verdict:
     verdict = judge(this, (engine,), (tp,))[0]
     if not verdict.loads:
         reason = verdict.reasons[0]

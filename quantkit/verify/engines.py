@@ -7,7 +7,7 @@ from typing import Any
 
 from quantkit.checkpoint.network.experts import upright
 from quantkit.checkpoint.network.modules import linear_modules
-from quantkit.engines import Candidate, Engine, Part, Verdict, engines, gpu_named, judge
+from quantkit.engines import EngineRules, LayerPart, Loadable, Verdict, engines, gpu_named, judge
 from quantkit.formats import ascend, awq, gptq, modelopt
 from quantkit.formats.base import kv_cache_scales
 from quantkit.verify.findings import EngineRequest, Finding, error, info, warning
@@ -21,7 +21,7 @@ _SIDE_FILES = {
 }
 
 
-def candidate(subject: Subject) -> Candidate:
+def candidate(subject: Subject) -> Loadable:
     """What the engines' rules look at: the settings, and what the tensors hold by their headers."""
     checkpoint, declared = subject.checkpoint, subject.declaration
     layout = declared.quant_method
@@ -34,7 +34,7 @@ def candidate(subject: Subject) -> Candidate:
         shape = upright(module.tensor, module.shape, checkpoint)
         if spec is not None:
             shape = (spec.experts, *spec.shape) if spec.experts else spec.shape
-        parts[module.name] = Part(
+        parts[module.name] = LayerPart(
             module.name,
             module.kind,
             shape,
@@ -42,12 +42,12 @@ def candidate(subject: Subject) -> Candidate:
             spec.packing if spec else "",
         )
     scales = kv_cache_scales(checkpoint.tensors) if declared.kv_cache != "none" else ()
-    return Candidate(checkpoint.config, layout, settings, parts, declared.kv_cache, scales)
+    return Loadable(checkpoint.config, layout, settings, parts, declared.kv_cache, scales)
 
 
 def check_gguf(asked: EngineRequest | None) -> Iterator[Finding]:
     """Errors for engines that were asked for and read no GGUF file."""
-    for verdict in judge(Candidate({}, "gguf", {}, {}), asked.engines, (1,)) if asked else ():
+    for verdict in judge(Loadable({}, "gguf", {}, {}), asked.engines, (1,)) if asked else ():
         yield from _findings(verdict, error)
 
 
@@ -87,7 +87,7 @@ def _findings(verdict: Verdict, severity: Any) -> Iterator[Finding]:
         )
 
 
-def _reads(engine: Engine, this: Candidate) -> bool:
+def _reads(engine: EngineRules, this: Loadable) -> bool:
     """Whether the engine has a rule for every scheme of the checkpoint."""
     rule = engine.formats.get(this.layout)
     return rule is not None and all(

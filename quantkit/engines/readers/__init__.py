@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from quantkit.engines.belief import Reader
-from quantkit.engines.candidate import Candidate
-from quantkit.engines.data import Engine, Family
+from quantkit.engines.candidate import Loadable
 from quantkit.engines.readers.ascend import ascend
+from quantkit.engines.readers.base import SettingsReader
 from quantkit.engines.readers.compressed_tensors import compressed_tensors
 from quantkit.engines.readers.integers import auto_round, awq, gptq
 from quantkit.engines.readers.listed import fp8, mxfp4, quark
 from quantkit.engines.readers.modelopt import modelopt
+from quantkit.engines.rules import EngineRules, Family
 
 
-def reader(engine: Engine, family: Family, candidate: Candidate) -> Reader | None:
+def reader(engine: EngineRules, family: Family, candidate: Loadable) -> SettingsReader | None:
     """The rule by which `engine` reads this candidate's settings; None for a layout it does not
     know. Layers that a family builds in 16 bit whatever the settings say are not asked for."""
     rule = engine.match.get(candidate.layout)
     return None if rule is None else READERS[rule](family, candidate)
 
 
-READERS: dict[str, Callable[[Family, Candidate], Reader]] = {
+READERS: dict[str, Callable[[Family, Loadable], SettingsReader]] = {
     "exact_or_regex": lambda f, c: compressed_tensors(f, c, suffix=False),
     "suffix_or_regex": lambda f, c: compressed_tensors(f, c, suffix=True),
     "path_or_glob_or_substring": lambda f, c: modelopt(f, c, substring=True),

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from quantkit.engines.belief import (
+from quantkit.engines.candidate import Loadable
+from quantkit.engines.names import EngineLayer
+from quantkit.engines.readers.base import (
     ALWAYS_SPLIT,
     MIXED,
     NOT,
-    Belief,
-    Reader,
+    Reading,
+    SettingsReader,
     expert_names,
 )
-from quantkit.engines.candidate import Candidate
-from quantkit.engines.names import Layer
 
 
-def ascend(candidate: Candidate) -> Reader:
+def ascend(candidate: Loadable) -> SettingsReader:
     """By type of a layer's weight, of all its members where it is merged; FLOAT is 16 bit."""
     types = candidate.settings
     every = {**ALWAYS_SPLIT, "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa")}
@@ -24,7 +24,7 @@ def ascend(candidate: Candidate) -> Reader:
         found = types.get(f"{name}.weight", types.get(f"{short}.weight"))
         return str(found or types.get(f"language_model.{name}.weight", ""))
 
-    def read(layer: Layer) -> Belief:
+    def read(layer: EngineLayer) -> Reading:
         if layer.head:
             return NOT
         names: tuple[str, ...] = (layer.name,)
@@ -37,6 +37,6 @@ def ascend(candidate: Candidate) -> Reader:
         if len(kinds) > 1:
             return MIXED
         only = kinds.pop()
-        return NOT if only in ("", "FLOAT") else Belief(True, only)
+        return NOT if only in ("", "FLOAT") else Reading(True, only)
 
     return read

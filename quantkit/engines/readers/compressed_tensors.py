@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from quantkit.checkpoint.network.patterns import compiled
-from quantkit.engines.belief import (
+from quantkit.engines.candidate import Loadable
+from quantkit.engines.names import EngineLayer
+from quantkit.engines.readers.base import (
     MIXED,
     NOT,
     YES,
-    Belief,
-    Reader,
+    Reading,
+    SettingsReader,
     each,
     expert_names,
     mapped,
     mapped_name,
     members,
 )
-from quantkit.engines.candidate import Candidate
-from quantkit.engines.data import Family
-from quantkit.engines.names import Layer
+from quantkit.engines.rules import Family
 
 
 class Entries:
@@ -48,7 +48,7 @@ class Entries:
         return next((e for e, pattern in self.patterns.items() if pattern.match(name)), None)
 
 
-def compressed_tensors(family: Family, candidate: Candidate, *, suffix: bool) -> Reader:
+def compressed_tensors(family: Family, candidate: Loadable, *, suffix: bool) -> SettingsReader:
     """The ignore list first, then the targets: by name, by class "Linear", by merged members.
 
     `suffix` is SGLang's way: a name also matches from any dot on, and the class comes before the
@@ -63,18 +63,18 @@ def compressed_tensors(family: Family, candidate: Candidate, *, suffix: bool) ->
     named = Entries(groups)
     by_class = groups.get("Linear")
 
-    def target(layer: Layer) -> Belief:
+    def target(layer: EngineLayer) -> Reading:
         direct = named.match(layer.name)
         if direct is not None:
-            return Belief(True, groups[direct])
+            return Reading(True, groups[direct])
         if suffix and by_class is not None and not layer.head:
-            return Belief(True, by_class)
+            return Reading(True, by_class)
         found = [named.match(name) for name in members(layer, family)]
         if len(layer.parts) > 1 and None not in found:
-            return Belief(True, groups[str(found[0])])
-        return Belief(True, by_class) if by_class is not None and not layer.head else NOT
+            return Reading(True, groups[str(found[0])])
+        return Reading(True, by_class) if by_class is not None and not layer.head else NOT
 
-    def read(layer: Layer) -> Belief:
+    def read(layer: EngineLayer) -> Reading:
         if layer.experts:
             kinds = [_expert(name, ignore, named, groups) for name in expert_names(layer)]
             # Each expert may be named by an entry of its own.
@@ -82,16 +82,16 @@ def compressed_tensors(family: Family, candidate: Candidate, *, suffix: bool) ->
             return kinds[0] if agreed else MIXED
         direct = ignore.match(layer.name)
         if direct is not None:
-            return Belief(quantized=False, entry=direct)
+            return Reading(quantized=False, entry=direct)
         ignored = each(members(layer, family), ignore.match)
         return target(layer) if ignored == YES else ignored
 
     return read
 
 
-def _expert(name: str, ignore: Entries, named: Entries, groups: Mapping[str, str]) -> Belief:
+def _expert(name: str, ignore: Entries, named: Entries, groups: Mapping[str, str]) -> Reading:
     entry = ignore.match(name)
     if entry is not None:
-        return Belief(quantized=False, entry=entry)
+        return Reading(quantized=False, entry=entry)
     target = named.match(name) or ("Linear" if "Linear" in groups else None)
-    return NOT if target is None else Belief(True, groups[target])
+    return NOT if target is None else Reading(True, groups[target])

@@ -7,23 +7,23 @@ from dataclasses import replace
 from typing import Any
 
 from quantkit.checkpoint.network.patterns import compiled
-from quantkit.engines.belief import (
+from quantkit.engines.candidate import Loadable
+from quantkit.engines.names import EngineLayer
+from quantkit.engines.readers.base import (
     MIXED,
     NOT,
     YES,
-    Belief,
-    Reader,
+    Reading,
+    SettingsReader,
     each,
     mapped,
     mapped_name,
     members,
 )
-from quantkit.engines.candidate import Candidate
-from quantkit.engines.data import Family
-from quantkit.engines.names import Layer
+from quantkit.engines.rules import Family
 
 
-def gptq(family: Family, candidate: Candidate, *, stored: bool) -> Reader:
+def gptq(family: Family, candidate: Loadable, *, stored: bool) -> SettingsReader:
     """`dynamic` rules on the engine's name of a layer, the first match first.
 
     `stored` is vLLM's way: which layers are quantized it reads from the tensors, and of a layer
@@ -35,7 +35,7 @@ def gptq(family: Family, candidate: Candidate, *, stored: bool) -> Reader:
     ]
     head = bool(candidate.settings.get("lm_head"))
 
-    def read(layer: Layer) -> Belief:
+    def read(layer: EngineLayer) -> Reading:
         if layer.head and not head:
             return NOT
         if stored and not layer.experts:  # vLLM reads which tensors are packed
@@ -50,9 +50,9 @@ def gptq(family: Family, candidate: Candidate, *, stored: bool) -> Reader:
         for rule, pattern, changes in rules:
             if pattern.match(layer.name):
                 if rule.startswith("-:"):
-                    return Belief(quantized=False, entry=rule)
-                return Belief(True, _gptq_settings(candidate.settings, changes))
-        return Belief(True, _gptq_settings(candidate.settings, {}))
+                    return Reading(quantized=False, entry=rule)
+                return Reading(True, _gptq_settings(candidate.settings, changes))
+        return Reading(True, _gptq_settings(candidate.settings, {}))
 
     return read
 
@@ -61,7 +61,7 @@ def _gptq_settings(base: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple
     return tuple({**base, **changes}.get(key) for key in ("bits", "group_size", "sym"))
 
 
-def awq(family: Family, candidate: Candidate, *, whole: bool) -> Reader:
+def awq(family: Family, candidate: Loadable, *, whole: bool) -> SettingsReader:
     """Entries match anywhere in a name; `whole` (SGLang) does not take merged layers apart."""
     entries = mapped(candidate.settings.get("modules_to_not_convert") or (), family)
     head = bool(candidate.settings.get("lm_head"))
@@ -69,21 +69,21 @@ def awq(family: Family, candidate: Candidate, *, whole: bool) -> Reader:
     def match(name: str) -> str | None:
         return next((entry for entry in entries if entry in name), None)
 
-    def read(layer: Layer) -> Belief:
+    def read(layer: EngineLayer) -> Reading:
         if layer.head and not head:
             return NOT
         if not entries and not whole:  # vLLM then reads which tensors are packed
             kinds = {part.scheme is not None for part in layer.parts}
-            return MIXED if len(kinds) > 1 else Belief(kinds.pop())
+            return MIXED if len(kinds) > 1 else Reading(kinds.pop())
         direct = match(layer.name)
         if direct is not None:
-            return Belief(quantized=False, entry=direct)
+            return Reading(quantized=False, entry=direct)
         return YES if whole else each(members(layer, family), match)
 
     return read
 
 
-def auto_round(family: Family, candidate: Candidate) -> Reader:
+def auto_round(family: Family, candidate: Loadable) -> SettingsReader:
     """Entries by name or regular expression over the settings of the blocks."""
     settings = candidate.settings
     extra = {
@@ -94,17 +94,17 @@ def auto_round(family: Family, candidate: Candidate) -> Reader:
     blocks = settings.get("block_name_to_quantize") or settings.get("to_quant_block_names") or ()
     starts = mapped(blocks.split(",") if isinstance(blocks, str) else _flat(blocks), family)
 
-    def of(name: str, quantized: bool) -> Belief:
+    def of(name: str, quantized: bool) -> Reading:
         entry = name if name in extra else None
         if entry is None:
             entry = next((n for n, pattern in patterns if pattern.search(name)), None)
         changes = extra[entry] if entry is not None else {}
         bits = int(changes.get("bits", settings.get("bits", 4) if quantized else 16))
         if bits >= 16:
-            return Belief(quantized=False, entry=entry)
-        return Belief(True, (bits, *_gptq_settings(settings, changes)[1:]))
+            return Reading(quantized=False, entry=entry)
+        return Reading(True, (bits, *_gptq_settings(settings, changes)[1:]))
 
-    def read(layer: Layer) -> Belief:
+    def read(layer: EngineLayer) -> Reading:
         if layer.name in extra:
             return of(layer.name, True)
         inside = not layer.head and (not starts or layer.name.startswith(tuple(starts)))

@@ -12,22 +12,22 @@ from fnmatch import translate
 from typing import Any
 
 from quantkit.checkpoint.network.patterns import compiled
-from quantkit.engines.belief import (
+from quantkit.engines.candidate import Loadable
+from quantkit.engines.names import EngineLayer
+from quantkit.engines.readers.base import (
     ALWAYS_SPLIT,
     NOT,
     YES,
-    Belief,
-    Reader,
+    Reading,
+    SettingsReader,
     each,
     mapped,
     members,
 )
-from quantkit.engines.candidate import Candidate
-from quantkit.engines.data import Family
-from quantkit.engines.names import Layer
+from quantkit.engines.rules import Family
 
 
-def fp8(family: Family, candidate: Candidate, *, path: bool) -> Reader:
+def fp8(family: Family, candidate: Loadable, *, path: bool) -> SettingsReader:
     """`path` is SGLang's way: a run of name parts, with and without "model." before it."""
     settings = candidate.settings
     keys = ("ignored_layers", "modules_to_not_convert")
@@ -42,7 +42,7 @@ def fp8(family: Family, candidate: Candidate, *, path: bool) -> Reader:
             return name if name in listed else None
         return next((e for e in listed if f".{e}." in f".{name}."), None)
 
-    def read(layer: Layer) -> Belief:
+    def read(layer: EngineLayer) -> Reading:
         if layer.head:
             return NOT
         shards = members(layer, family)
@@ -52,19 +52,19 @@ def fp8(family: Family, candidate: Candidate, *, path: bool) -> Reader:
         if layer.experts:
             held = next((e for e in listed if "experts" in e and layer.name in e), None)
             held = held or (match(layer.name) if path else None)
-            return Belief(quantized=False, entry=held) if held else YES
+            return Reading(quantized=False, entry=held) if held else YES
         direct = match(layer.name) if len(shards) > 1 else None
-        return Belief(quantized=False, entry=direct) if direct else each(shards, match)
+        return Reading(quantized=False, entry=direct) if direct else each(shards, match)
 
     return read
 
 
-def mxfp4(_: Family, __: Candidate) -> Reader:
+def mxfp4(_: Family, __: Loadable) -> SettingsReader:
     """Experts are quantized, all other layers are 16 bit whatever the settings say."""
     return lambda layer: YES if layer.experts else NOT
 
 
-def quark(family: Family, candidate: Candidate) -> Reader:
+def quark(family: Family, candidate: Loadable) -> SettingsReader:
     """`exclude` first; of the others each has the settings of its entry, or the global ones."""
     settings = candidate.settings
     match = _matcher(mapped(settings.get("exclude") or (), family))
@@ -76,18 +76,20 @@ def quark(family: Family, candidate: Candidate) -> Reader:
         found: Any = settings.get("global_quant_config") if entry is None else by_layer[entry]
         return repr({k: (found or {}).get(k) for k in ("weight", "input_tensors")})
 
-    def read(layer: Layer) -> Belief:
+    def read(layer: EngineLayer) -> Reading:
         if layer.head:
             return NOT
         if layer.experts:
             inside = [part.name for part in layer.parts]
             held = match(layer.name) or next(filter(None, map(match, inside)), None)
-            return Belief(quantized=False, entry=held) if held else Belief(True, of(inside[0]))
+            return Reading(quantized=False, entry=held) if held else Reading(True, of(inside[0]))
         direct = match(layer.name)
         found = (
-            Belief(quantized=False, entry=direct) if direct else each(members(layer, family), match)
+            Reading(quantized=False, entry=direct)
+            if direct
+            else each(members(layer, family), match)
         )
-        return Belief(True, of(members(layer, family)[0])) if found == YES else found
+        return Reading(True, of(members(layer, family)[0])) if found == YES else found
 
     return read
 

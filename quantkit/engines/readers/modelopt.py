@@ -10,24 +10,24 @@ from collections.abc import Iterable, Mapping
 from fnmatch import translate
 from typing import Any
 
-from quantkit.engines.belief import (
+from quantkit.engines.candidate import Loadable
+from quantkit.engines.names import EngineLayer
+from quantkit.engines.readers.base import (
     ALWAYS_SPLIT,
     MIXED,
     NOT,
     YES,
-    Belief,
-    Reader,
+    Reading,
+    SettingsReader,
     each,
     mapped,
     mapped_name,
     members,
 )
-from quantkit.engines.candidate import Candidate
-from quantkit.engines.data import Family
-from quantkit.engines.names import Layer
+from quantkit.engines.rules import Family
 
 
-def modelopt(family: Family, candidate: Candidate, *, substring: bool) -> Reader:
+def modelopt(family: Family, candidate: Loadable, *, substring: bool) -> SettingsReader:
     """Members of merged layers by name, then the whole name by globs; `substring` is vLLM's way."""
     listed = _modelopt_list(candidate.settings)
     if substring:  # vLLM splits "x*" in two before it renames
@@ -55,21 +55,21 @@ def modelopt(family: Family, candidate: Candidate, *, substring: bool) -> Reader
     def exact(name: str) -> str | None:
         return name if name in plain else None
 
-    def read(layer: Layer) -> Belief:
+    def read(layer: EngineLayer) -> Reading:
         shards = members(layer, family)
         if not substring and layer.leaf in ALWAYS_SPLIT and len(layer.parts) > 1:
             parent = layer.name[: -len(layer.leaf)]
             shards = tuple(f"{parent}{leaf}" for leaf in ALWAYS_SPLIT[layer.leaf])
         if layer.experts:  # vLLM: one excluded expert excludes them all
             held = next((e for e in entries if "experts" in e and layer.name in e), None)
-            belief = Belief(quantized=False, entry=held) if held and substring else YES
+            belief = Reading(quantized=False, entry=held) if held and substring else YES
         else:
             belief = each(shards, exact if substring else path)
         if belief != YES:
             return belief
         entry = anywhere(layer.name)
         if entry is not None:
-            return Belief(quantized=False, entry=entry)
+            return Reading(quantized=False, entry=entry)
         if substring and any(part in layer.name for part in ("vision_tower", "vision_model")):
             return NOT
         return layers(layer) if layers else YES
@@ -86,7 +86,7 @@ def _modelopt_list(settings: Mapping[str, Any]) -> list[str]:
     return list(section.get("exclude_modules") or section.get("ignore") or ())
 
 
-def _modelopt_layers(family: Family, settings: Mapping[str, Any]) -> Reader | None:
+def _modelopt_layers(family: Family, settings: Mapping[str, Any]) -> SettingsReader | None:
     """The per-layer algorithms of a MIXED_PRECISION checkpoint."""
     section = settings.get("quantization") or settings
     listed = section.get("quantized_layers")
@@ -101,14 +101,14 @@ def _modelopt_layers(family: Family, settings: Mapping[str, Any]) -> Reader | No
         for end in range(name.count("."), 0, -1):
             parents.setdefault(".".join(name.split(".")[:end]), kind)
 
-    def read(layer: Layer) -> Belief:
+    def read(layer: EngineLayer) -> Reading:
         if layer.name in algorithm:
-            return Belief(True, algorithm[layer.name])
+            return Reading(True, algorithm[layer.name])
         found = {algorithm[n] for n in members(layer, family) if n in algorithm}
         if len(found) > 1:
             return MIXED
         kind = found.pop() if found else parents.get(layer.name)
-        return NOT if kind is None else Belief(True, kind)
+        return NOT if kind is None else Reading(True, kind)
 
     return read
 

@@ -2,7 +2,7 @@
 
 Engines build a model before they see a tensor. Whether a layer is quantized, and how, they decide
 by comparing *their* name of it with the lists of the settings, every engine and layout by rules of
-its own. `readers/` replays these rules, `data/*.yaml` says which engine uses which.
+its own. `readers/` replays these rules, `versions/*.yaml` says which engine uses which.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from quantkit.engines.data import Family
-from quantkit.engines.names import Layer, renamed
+from quantkit.engines.names import EngineLayer, renamed
+from quantkit.engines.rules import Family
 
 
 @dataclass(frozen=True)
-class Belief:
+class Reading:
     """`settings` is what tells one kind of quantization from another in the layout (None where it
     has one kind only). `mixed` are the members that differ when the engine stops at them; `entry`
     the entry that made a layer 16 bit, `because` what did where that is no entry."""
@@ -27,11 +27,11 @@ class Belief:
     because: str = ""
 
 
-Reader = Callable[[Layer], Belief]
+SettingsReader = Callable[[EngineLayer], Reading]
 
-NOT = Belief(quantized=False)
-YES = Belief(quantized=True)
-MIXED = Belief(quantized=False, mixed=True)
+NOT = Reading(quantized=False)
+YES = Reading(quantized=True)
+MIXED = Reading(quantized=False, mixed=True)
 
 ALWAYS_SPLIT = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj"),
@@ -39,7 +39,7 @@ ALWAYS_SPLIT = {
 """What some readers take apart even where a family is not told of its merges."""
 
 
-def members(layer: Layer, family: Family) -> tuple[str, ...]:
+def members(layer: EngineLayer, family: Family) -> tuple[str, ...]:
     """The engine's names of what it knows a layer to be merged from, else its own name."""
     told = family.told.get(layer.leaf)
     if told is None or len(layer.parts) == 1:
@@ -48,7 +48,7 @@ def members(layer: Layer, family: Family) -> tuple[str, ...]:
     return tuple(f"{parent}{leaf}" for leaf in told)
 
 
-def expert_names(layer: Layer) -> list[str]:
+def expert_names(layer: EngineLayer) -> list[str]:
     """The names by which compressed-tensors configurations are asked about a block of experts."""
     leaves = dict.fromkeys(part.name.rpartition(".")[2] for part in layer.parts)
     if "gate_up_proj" in leaves:
@@ -56,12 +56,12 @@ def expert_names(layer: Layer) -> list[str]:
     return [f"{layer.name}.0.{leaf}" for leaf in leaves]
 
 
-def each(names: Sequence[str], match: Callable[[str], str | None]) -> Belief:
+def each(names: Sequence[str], match: Callable[[str], str | None]) -> Reading:
     """16 bit when all members match, quantized when none does."""
     found = [match(name) for name in names]
     if all(entry is None for entry in found):
         return YES
-    return MIXED if None in found else Belief(quantized=False, entry=found[0])
+    return MIXED if None in found else Reading(quantized=False, entry=found[0])
 
 
 def mapped(entries: Iterable[str], family: Family) -> list[str]:

@@ -12,17 +12,17 @@ from typing import Any
 
 from quantkit.checkpoint.network.config import text_size
 from quantkit.checkpoint.schemes import BITS
-from quantkit.engines.candidate import Candidate, Part
-from quantkit.engines.data import Engine, Family, SchemeRule
-from quantkit.engines.names import Layer
+from quantkit.engines.candidate import LayerPart, Loadable
+from quantkit.engines.names import EngineLayer
 from quantkit.engines.reasons import Reason
+from quantkit.engines.rules import EngineRules, Family, SchemeRule
 
 TILES = ((64, 128), (128, 64))
 KEEP = "keep this layer in 16 bit"
 SMALLER_CUT = f"a smaller tensor-parallel size, or {KEEP}"
 
 
-def check_heads(engine: Engine, config: Mapping[str, Any], tp: int) -> Iterator[Reason]:
+def check_heads(engine: EngineRules, config: Mapping[str, Any], tp: int) -> Iterator[Reason]:
     """Reasons of code `engine.tp_heads`: attention heads that tensor parallelism cannot share out.
 
     Key/value heads are replicated where there are fewer of them than ranks.
@@ -50,7 +50,7 @@ def check_heads(engine: Engine, config: Mapping[str, Any], tp: int) -> Iterator[
 
 
 def check_shapes(
-    engine: Engine, family: Family, candidate: Candidate, layers: Sequence[Layer], tp: int
+    engine: EngineRules, family: Family, candidate: Loadable, layers: Sequence[EngineLayer], tp: int
 ) -> Iterator[Reason]:
     """Reasons of codes `engine.tp_split`, `engine.tp_group`, `engine.block_shape`, `engine.tile`
     and `engine.multiple_of`, a layer each."""
@@ -62,10 +62,10 @@ def check_shapes(
 
 
 def group_fits(
-    engine: Engine,
+    engine: EngineRules,
     family: Family,
-    candidate: Candidate,
-    layers: Sequence[Layer],
+    candidate: Loadable,
+    layers: Sequence[EngineLayer],
     tp: int,
     size: int,
 ) -> bool:
@@ -80,7 +80,7 @@ def group_fits(
 
 
 def _shard(
-    engine: Engine, family: Family, candidate: Candidate, layer: Layer, tp: int
+    engine: EngineRules, family: Family, candidate: Loadable, layer: EngineLayer, tp: int
 ) -> _Shard | None:
     """One rank's part of a layer; None where it is not quantized, has no rule or cannot be cut."""
     part, rules = layer.parts[0], engine.formats.get(candidate.layout)
@@ -90,7 +90,7 @@ def _shard(
     return None if rule is None else _Shard(family, candidate, layer, rule, tp)
 
 
-def _check_split(engine: Engine, layer: Layer, tp: int) -> Iterator[Reason]:
+def _check_split(engine: EngineRules, layer: EngineLayer, tp: int) -> Iterator[Reason]:
     if layer.split == "whole" or layer.head or tp == 1:
         return
     for part in layer.parts[:3] if layer.experts else layer.parts:
@@ -110,7 +110,7 @@ def _check_split(engine: Engine, layer: Layer, tp: int) -> Iterator[Reason]:
             return
 
 
-def _is_shared_kv(layer: Layer, part: Part) -> bool:
+def _is_shared_kv(layer: EngineLayer, part: LayerPart) -> bool:
     """Key and value heads may be fewer than ranks; `check_heads` judges them."""
     return layer.leaf == "qkv_proj" and part is not layer.parts[0]
 
@@ -119,7 +119,7 @@ class _Shard:
     """One rank's part of a quantized layer: input × output parts."""
 
     def __init__(
-        self, family: Family, candidate: Candidate, layer: Layer, rule: SchemeRule, tp: int
+        self, family: Family, candidate: Loadable, layer: EngineLayer, rule: SchemeRule, tp: int
     ) -> None:
         self.layer, self.rule, self.tp = layer, rule, tp
         part = layer.parts[0]
@@ -223,7 +223,7 @@ class _Shard:
             )
 
 
-def _outputs(layer: Layer, family: Family, config: Mapping[str, Any]) -> list[int]:
+def _outputs(layer: EngineLayer, family: Family, config: Mapping[str, Any]) -> list[int]:
     """The stacked output sizes of a layer, also of one that is stored merged."""
     if len(layer.parts) > 1:
         return [part.rows for part in layer.parts]
@@ -237,12 +237,12 @@ def _outputs(layer: Layer, family: Family, config: Mapping[str, Any]) -> list[in
     return [rows // 2, rows // 2] if kind == "pair" and rows % 2 == 0 else [rows]
 
 
-def _replicated(rows: int, candidate: Candidate, tp: int) -> int:
+def _replicated(rows: int, candidate: Loadable, tp: int) -> int:
     shared = text_size(candidate.config, "num_key_value_heads")
     return rows // min(tp, shared) if shared else rows // tp
 
 
-def _expert_sizes(layer: Layer) -> tuple[int, int]:
+def _expert_sizes(layer: EngineLayer) -> tuple[int, int]:
     """Hidden and inner size of a block of experts."""
     for part in layer.parts:
         leaf = part.name.rpartition(".")[2]

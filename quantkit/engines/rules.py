@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "versions"
 
 Merges = Mapping[str, tuple[str, ...]]
 """Last part of a merged layer's name → those of its members, in the order they are stacked."""
@@ -115,7 +115,7 @@ class KVCacheRule:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineRules:
     """One engine in one range of versions; `read` is the version whose sources were read."""
 
     engine: str
@@ -152,9 +152,9 @@ def model_types(config: Mapping[str, Any]) -> list[str]:
 
 
 @cache
-def engines() -> dict[str, Engine]:
+def engines() -> dict[str, EngineRules]:
     """Every engine whose rules are known, by name: the newest file of each."""
-    found: dict[str, Engine] = {}
+    found: dict[str, EngineRules] = {}
     for file in sorted(DATA.glob("*-*.yaml"), key=lambda f: _numbers(f.stem.rpartition("-")[2])):
         engine = _engine(yaml.load(file.read_text(encoding="utf-8"), _LOADER))  # noqa: S506
         found[engine.engine] = engine
@@ -164,13 +164,13 @@ def engines() -> dict[str, Engine]:
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def _engine(raw: dict[str, Any]) -> Engine:
+def _engine(raw: dict[str, Any]) -> EngineRules:
     merges = {
         name: {fused: tuple(members) for fused, members in group.items()}
         for name, group in raw.pop("merges").items()
     }
     layers = raw.pop("layers")
-    return Engine(
+    return EngineRules(
         families=tuple(_family(entry, merges) for entry in raw.pop("families")),
         otherwise=_family({"types": [], "known": False, **raw.pop("otherwise")}, merges),
         rows=frozenset(layers["rows"]),

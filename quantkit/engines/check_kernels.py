@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from quantkit.engines.candidate import Candidate, Part
-from quantkit.engines.data import Engine, Family, FormatRule, SchemeRule
+from quantkit.engines.candidate import LayerPart, Loadable
 from quantkit.engines.gpus import Gpu
-from quantkit.engines.names import Layer
+from quantkit.engines.names import EngineLayer
 from quantkit.engines.order import columns_out_of_order
 from quantkit.engines.reasons import Reason
+from quantkit.engines.rules import EngineRules, Family, FormatRule, SchemeRule
 
 
-def check_format(engine: Engine, candidate: Candidate, gpu: Gpu | None) -> Iterator[Reason]:
+def check_format(engine: EngineRules, candidate: Loadable, gpu: Gpu | None) -> Iterator[Reason]:
     """Reasons of codes `engine.layout`, `engine.kv_cache`, `engine.act_order`, `engine.scheme` and
     `engine.gpu`, against the checkpoint as a whole."""
     rule = engine.formats.get(candidate.layout)
@@ -39,7 +39,7 @@ def check_format(engine: Engine, candidate: Candidate, gpu: Gpu | None) -> Itera
     yield from _check_mixed(engine, candidate, rule)
 
 
-def _check_mixed(engine: Engine, candidate: Candidate, rule: FormatRule) -> Iterator[Reason]:
+def _check_mixed(engine: EngineRules, candidate: Loadable, rule: FormatRule) -> Iterator[Reason]:
     """Against a ModelOpt checkpoint with an algorithm a layer."""
     section = candidate.settings.get("quantization") or candidate.settings
     if candidate.layout != "modelopt" or section.get("quant_algo") != "MIXED_PRECISION":
@@ -58,7 +58,11 @@ def _check_mixed(engine: Engine, candidate: Candidate, rule: FormatRule) -> Iter
 
 
 def check_schemes(
-    engine: Engine, family: Family, candidate: Candidate, layers: Sequence[Layer], gpu: Gpu | None
+    engine: EngineRules,
+    family: Family,
+    candidate: Loadable,
+    layers: Sequence[EngineLayer],
+    gpu: Gpu | None,
 ) -> Iterator[Reason]:
     """Reasons of codes `engine.scheme`, `engine.moe_scheme`, `engine.group_size`,
     `engine.asymmetric`, `engine.packing` and `engine.gpu`, a layer each."""
@@ -72,7 +76,9 @@ def check_schemes(
             yield from _check_misread(engine, family, candidate.layout, layer)
 
 
-def _check_misread(engine: Engine, family: Family, layout: str, layer: Layer) -> Iterator[Reason]:
+def _check_misread(
+    engine: EngineRules, family: Family, layout: str, layer: EngineLayer
+) -> Iterator[Reason]:
     packing = layer.parts[0].packing
     unknown = family.misread.get(layer.leaf, ())
     if layout in unknown or packing in unknown:
@@ -88,7 +94,12 @@ def _check_misread(engine: Engine, family: Family, layout: str, layer: Layer) ->
 
 
 def _check_layer(
-    engine: Engine, layout: str, rule: FormatRule, layer: Layer, part: Part, gpu: Gpu | None
+    engine: EngineRules,
+    layout: str,
+    rule: FormatRule,
+    layer: EngineLayer,
+    part: LayerPart,
+    gpu: Gpu | None,
 ) -> Iterator[Reason]:
     assert part.scheme is not None
     name, weight = part.rule_name(layout), part.scheme.weight
@@ -148,7 +159,7 @@ def _check_gpu(
 
 
 def _check_vendor(
-    engine: Engine, candidate: Candidate, rule: FormatRule, gpu: Gpu | None
+    engine: EngineRules, candidate: Loadable, rule: FormatRule, gpu: Gpu | None
 ) -> Iterator[Reason]:
     if gpu is None:
         return
@@ -163,7 +174,7 @@ def _check_vendor(
 
 
 def scale_names_caution(
-    engine: Engine, family: Family, candidate: Candidate, layers: Sequence[Layer]
+    engine: EngineRules, family: Family, candidate: Loadable, layers: Sequence[EngineLayer]
 ) -> Iterator[Reason]:
     """Code `engine.scale_names`: FP8 scales, one a tensor, under names that the engine knows for
     some families only."""
@@ -188,7 +199,7 @@ def scale_names_caution(
 
 
 def weight_only_note(
-    engine: Engine, candidate: Candidate, layers: Sequence[Layer], gpu: Gpu | None
+    engine: EngineRules, candidate: Loadable, layers: Sequence[EngineLayer], gpu: Gpu | None
 ) -> str | None:
     """What to know where the kernels of a GPU leave activations in 16 bit, or None."""
     rule = engine.formats.get(candidate.layout)

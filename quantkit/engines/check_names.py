@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quantkit.checkpoint.schemes import Scheme
-from quantkit.engines.belief import Belief, Reader
-from quantkit.engines.candidate import Candidate, Part
-from quantkit.engines.data import Engine, Family
-from quantkit.engines.names import Layer
+from quantkit.engines.candidate import LayerPart, Loadable
+from quantkit.engines.names import EngineLayer
 from quantkit.engines.readers import reader
+from quantkit.engines.readers.base import Reading, SettingsReader
 from quantkit.engines.reasons import Reason
+from quantkit.engines.rules import EngineRules, Family
 
 
 def check_names(
-    engine: Engine, family: Family, candidate: Candidate, layers: Sequence[Layer]
+    engine: EngineRules, family: Family, candidate: Loadable, layers: Sequence[EngineLayer]
 ) -> Iterator[Reason]:
     """Reasons of codes `engine.mixed_group`, `engine.ignore_unmatched`, `engine.ignore_overreach`,
     `engine.target_mismatch` and `engine.quantized_router`."""
@@ -49,7 +49,7 @@ _NAMED_IN = {
 
 
 def _compare(
-    engine: Engine, layout: str, layer: Layer, held: bool, read: Reader
+    engine: EngineRules, layout: str, layer: EngineLayer, held: bool, read: SettingsReader
 ) -> Iterator[Reason]:
     belief = read(layer)
     if belief.mixed:
@@ -78,7 +78,9 @@ def _compare(
             layer.name,
         )
     elif held and len(layer.parts) > 1 and not layer.experts:
-        alone = [read(Layer(part.name, (part,), layer.split)).settings for part in layer.parts]
+        alone = [
+            read(EngineLayer(part.name, (part,), layer.split)).settings for part in layer.parts
+        ]
         if belief.settings not in alone and None not in alone:
             yield Reason(
                 "engine.target_mismatch",
@@ -89,7 +91,7 @@ def _compare(
             )
 
 
-def _why_plain(layout: str, layer: Layer, belief: Belief) -> tuple[str, str]:
+def _why_plain(layout: str, layer: EngineLayer, belief: Reading) -> tuple[str, str]:
     """What made a quantized layer 16 bit for the engine, and the fix."""
     if belief.entry:
         fix = "write the entry as the whole name of the module that it means"
@@ -99,16 +101,16 @@ def _why_plain(layout: str, layer: Layer, belief: Belief) -> tuple[str, str]:
     return "no target names it", f"add {layer.name!r} to {_NAMED_IN.get(layout, 'the targets')}"
 
 
-def _built_plain(family: Family, layer: Layer) -> bool:
+def _built_plain(family: Family, layer: EngineLayer) -> bool:
     tower = family.plain_towers and layer.parts[0].kind == "tower"
     return layer.leaf in family.plain or tower
 
 
-def _kinds(layer: Layer) -> set[Scheme | None]:
+def _kinds(layer: EngineLayer) -> set[Scheme | None]:
     return {part.scheme for part in layer.parts}
 
 
-def _mixed(engine: Engine, layer: Layer) -> Reason:
+def _mixed(engine: EngineRules, layer: EngineLayer) -> Reason:
     if layer.experts:
         shown: Mapping[Any, str] = {part.scheme: part.name for part in layer.parts}
         listed = ", ".join(f"{name} {_name(scheme)}" for scheme, name in shown.items())
@@ -128,11 +130,11 @@ def _mixed(engine: Engine, layer: Layer) -> Reason:
     )
 
 
-def _leaf(part: Part) -> str:
+def _leaf(part: LayerPart) -> str:
     return part.name.rpartition(".")[2]
 
 
-def _leaves(layer: Layer) -> str:
+def _leaves(layer: EngineLayer) -> str:
     return ", ".join(_leaf(part) for part in layer.parts)
 
 

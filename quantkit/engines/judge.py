@@ -6,20 +6,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quantkit.engines.agree import check_names
-from quantkit.engines.candidate import Candidate
-from quantkit.engines.data import Engine, engines
-from quantkit.engines.gpus import Gpu
-from quantkit.engines.kernels import (
+from quantkit.engines.candidate import Loadable
+from quantkit.engines.check_kernels import (
     check_format,
     check_schemes,
     scale_names_caution,
     weight_only_note,
 )
+from quantkit.engines.check_names import check_names
+from quantkit.engines.check_shapes import check_heads, check_shapes, group_fits
+from quantkit.engines.gpus import Gpu
 from quantkit.engines.kv import cautions, check_gpu
 from quantkit.engines.names import layers
 from quantkit.engines.reasons import Reason, condensed
-from quantkit.engines.shapes import check_heads, check_shapes, group_fits
+from quantkit.engines.rules import EngineRules, engines
 from quantkit.engines.support import NAMES
 from quantkit.errors import InputError
 
@@ -68,7 +68,7 @@ class Verdict:
 
 
 def judge(
-    candidate: Candidate, names: Sequence[str], sizes: Sequence[int], gpu: Gpu | None = None
+    candidate: Loadable, names: Sequence[str], sizes: Sequence[int], gpu: Gpu | None = None
 ) -> list[Verdict]:
     """A verdict for every engine × tensor-parallel size; the work on names is done once an engine.
 
@@ -88,7 +88,7 @@ _GROUPS = (256, 128, 64, 32, 16)
 
 
 def _common_group(
-    known: Sequence[Engine], candidate: Candidate, sizes: Sequence[int]
+    known: Sequence[EngineRules], candidate: Loadable, sizes: Sequence[int]
 ) -> int | None:
     """The largest group size that suits every layer, engine and tensor-parallel size; None where
     there is none, or the scheme has a fixed one."""
@@ -118,7 +118,7 @@ def _advising(verdict: Verdict, size: int) -> Verdict:
     return replace(verdict, reasons=tuple(reasons))
 
 
-def engine_named(name: str) -> Engine:
+def engine_named(name: str) -> EngineRules:
     """The rules of that engine; InputError with the known ones otherwise."""
     known = engines()
     if name not in known:
@@ -131,7 +131,7 @@ def engine_named(name: str) -> Engine:
 
 
 def _judge(
-    engine: Engine, candidate: Candidate, sizes: Iterable[int], gpu: Gpu | None
+    engine: EngineRules, candidate: Loadable, sizes: Iterable[int], gpu: Gpu | None
 ) -> list[Verdict]:
     family = engine.family(candidate.config)
     built = layers(engine, family, candidate.parts.values())
