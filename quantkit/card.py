@@ -12,8 +12,8 @@ import yaml
 from quantkit import __version__
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.engines import SILENT_GARBAGE, Support
-from quantkit.gates import outcome
 from quantkit.plan import Plan
+from quantkit.recipe.gates import outcome
 
 _MEASURED = "## Measured"
 _MADE = "## How it was made"

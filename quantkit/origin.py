@@ -12,7 +12,7 @@ from quantkit.checkpoint.network.modules import classify, linear_modules
 from quantkit.errors import BackendError, InputError
 from quantkit.formats.registry import detect
 from quantkit.plan import Plan, plan_of_layers
-from quantkit.recipe import Recipe
+from quantkit.recipe.model import Recipe
 from quantkit.registry import Backend
 
 

@@ -23,7 +23,7 @@ from quantkit.origin import plan_of_export, state_calibration, stored_recipe
 from quantkit.plan import Plan, kept_layers, make_plan, refuse_beyond_dense
 from quantkit.process import run_worker
 from quantkit.publish import check_apart, check_space, check_target, staged
-from quantkit.recipe import Recipe
+from quantkit.recipe.model import Recipe
 from quantkit.registry import MODELOPT
 from quantkit.request import ExportRequest, Outcome, Request
 from quantkit.seam import check_engines

@@ -30,7 +30,8 @@ from quantkit.errors import InputError, command
 from quantkit.formats.registry import is_quantized
 from quantkit.formats.settings import refuse_conflict, refuse_stale
 from quantkit.plan_notes import notes_of
-from quantkit.recipe import Override, Recipe, adjusted, recipe_files
+from quantkit.recipe.load import recipe_files
+from quantkit.recipe.model import Override, Recipe, adjusted
 from quantkit.registry import Backend, Method, backend_named, refusals
 
 GROUP_SIZES = (256, 128, 64, 32, 16)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantkit.plan import Plan
-from quantkit.recipe import Recipe
+from quantkit.recipe.model import Recipe
 from quantkit.verify import VerifyReport
 
 

@@ -13,8 +13,7 @@ import pytest
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.plan import make_plan
-from quantkit.recipe import load_recipe
-from quantkit.registry import backends
+from quantkit.registry import backends, load_recipe
 from tests.cli import QUICK, command, quantkit, refused
 from tests.helpers import alone
 

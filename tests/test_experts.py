@@ -15,7 +15,7 @@ from quantkit.checkpoint.network.experts import input_first
 from quantkit.checkpoint.network.modules import classify
 from quantkit.errors import InputError
 from quantkit.plan import Plan, make_plan
-from quantkit.recipe import load_recipe
+from quantkit.registry import load_recipe
 
 PARENT = "model.layers.0.mlp.experts."
 CONFIG = {"hidden_size": 64}

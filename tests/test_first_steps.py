@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.cli.output import Output
-from quantkit.units import duration
+from quantkit.recipe.units import duration
 from tests.cli import quantkit
 from tests.families import model
 

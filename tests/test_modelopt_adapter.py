@@ -23,7 +23,7 @@ from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
 from quantkit.job import Job, Result, token_digest
 from quantkit.process import run_worker
-from quantkit.recipe import adjusted
+from quantkit.recipe.model import adjusted
 from quantkit.statefile import check_state, read_state_note, refuse_mismatch
 from tests.helpers import cut_layers
 from tests.test_worker_process import ADAPTERS, Recorder

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.plan import Plan, make_plan
-from quantkit.recipe import load_recipe
+from quantkit.registry import load_recipe
 from quantkit.seam import check_engines
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors
 

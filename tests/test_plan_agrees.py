@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 
-from quantkit.recipe import recipe_files
+from quantkit.recipe.load import recipe_files
 from tests.cli import inside, quantkit, refused
 from tests.families import CONFIGS, NO_DIM, SMALL, model
 from tests.helpers import edit_json

@@ -15,7 +15,7 @@ from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.without_weights import open_headers
 from quantkit.errors import InputError
 from quantkit.plan import make_plan
-from quantkit.recipe import load_recipe
+from quantkit.registry import load_recipe
 from tests.cli import quantkit, refused
 from tests.families import CONFIGS, model
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import InputError
-from quantkit.recipe import load_recipe, recipe_files
+from quantkit.recipe.load import recipe_files
+from quantkit.registry import load_recipe
 
 
 @pytest.mark.parametrize("name", sorted(recipe_files()))

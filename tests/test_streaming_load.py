@@ -12,7 +12,7 @@ import torch
 
 from quantkit.job import Unit
 from quantkit.pipeline import quantize
-from quantkit.recipe import load_recipe
+from quantkit.registry import load_recipe
 from quantkit.request import Request
 from quantkit.verify import verify
 from tests.streaming import write_model

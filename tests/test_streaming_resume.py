@@ -21,7 +21,7 @@ from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import BackendError, InputError
 from quantkit.job import Unit
 from quantkit.pipeline import quantize
-from quantkit.recipe import load_recipe
+from quantkit.registry import load_recipe
 from quantkit.request import Request
 from quantkit.streaming.run import clear_state
 from tests.helpers import edit_json

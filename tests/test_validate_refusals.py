@@ -18,7 +18,7 @@ from quantkit.checkpoint.gguf import GgufFile, GgufTensor
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.checkpoint.sources import remember_source, source_of
 from quantkit.errors import BackendError, InputError
-from quantkit.recipe import load_recipe
+from quantkit.registry import load_recipe
 from quantkit.validate import memory, preflight
 from quantkit.validate.builtin import BATCH_TOKENS
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration

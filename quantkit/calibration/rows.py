@@ -19,8 +19,8 @@ from quantkit.calibration.shapes import (
     read_messages,
     resembles_conversation,
 )
-from quantkit.documents import parse_json
 from quantkit.errors import InputError
+from quantkit.recipe.documents import parse_json
 
 INSTALL = "pip install 'quantkit[datasets]'"
 MAX_CSV_FIELD = 1 << 30

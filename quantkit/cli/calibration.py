@@ -119,7 +119,7 @@ def show_command(
 def _overrides(sets: list[str]) -> dict[str, object]:
     import yaml
 
-    from quantkit.documents import parse_yaml
+    from quantkit.recipe.documents import parse_yaml
 
     changes: dict[str, object] = {}
     for change in sets:

@@ -37,8 +37,8 @@ def method_rows() -> list[dict[str, Any]]:
     from quantkit.device import resolve_device
     from quantkit.engines import support
     from quantkit.environments import missing_reason
-    from quantkit.recipe import load_recipe, recipe_files
-    from quantkit.registry import backend_named
+    from quantkit.recipe.load import recipe_files
+    from quantkit.registry import backend_named, load_recipe
 
     device = resolve_device("auto")
     rows = []

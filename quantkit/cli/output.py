@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from quantkit.units import duration
+from quantkit.recipe.units import duration
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from quantkit.checkpoint.directory import Checkpoint
     from quantkit.engines import Verdict
     from quantkit.plan import Plan
-    from quantkit.recipe import Recipe, Serve
+    from quantkit.recipe.model import Recipe, Serve
 
 
 def plan_command(
@@ -60,7 +60,7 @@ def plan_command(
 
 def chosen_recipe(method: str, recipe: str, calibration: str, sets: list[str]) -> Recipe:
     """The recipe that the flags name; exactly one of method and recipe."""
-    from quantkit.recipe import load_recipe
+    from quantkit.registry import load_recipe
 
     if bool(method) == bool(recipe):
         raise InputError(

@@ -73,8 +73,8 @@ def platform_rows(method: str, gpu: Gpu | None) -> list[dict[str, Any]]:
     """One row a method and engine; `runs` by generation."""
     from quantkit.engines import NAMES, engines
     from quantkit.engines.capability import capabilities, sglang_notes
-    from quantkit.recipe import load_recipe, recipe_files
-    from quantkit.registry import backend_named
+    from quantkit.recipe.load import recipe_files
+    from quantkit.registry import backend_named, load_recipe
 
     names = [method] if method else sorted({file.stem for file in recipe_files().values()})
     rows = []

@@ -10,7 +10,7 @@ import typer
 from quantkit.cli import options
 from quantkit.cli.output import Output
 from quantkit.errors import InputError, command
-from quantkit.units import parse_bytes
+from quantkit.recipe.units import parse_bytes
 
 if TYPE_CHECKING:
     from quantkit.request import Outcome

@@ -10,7 +10,7 @@ import typer
 from quantkit.cli import options
 from quantkit.cli.output import Output
 from quantkit.errors import EXIT_CHECK
-from quantkit.gates import outcome
+from quantkit.recipe.gates import outcome
 
 if TYPE_CHECKING:
     from quantkit.validate.report import Report

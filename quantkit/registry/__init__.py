@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
 
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
+from quantkit.recipe.load import explain, read_recipe
+from quantkit.recipe.model import Recipe
 from quantkit.registry.autoround import AUTOROUND
 from quantkit.registry.backend import Backend, Folding, Method, Options
 from quantkit.registry.gptqmodel import GPTQMODEL
@@ -21,11 +24,9 @@ from quantkit.registry.modelopt import MODELOPT
 from quantkit.registry.msmodelslim import MSMODELSLIM
 from quantkit.registry.rtn import RTN
 
-if TYPE_CHECKING:
-    from quantkit.recipe import Recipe
-
 __all__ = [
-    "MODELOPT", "Backend", "Folding", "Method", "Options", "backend_named", "backends", "refusals",
+    "MODELOPT", "Backend", "Folding", "Method", "Options", "backend_named", "backends", "checked",
+    "load_recipe", "refusals",
 ]  # fmt: skip
 
 _BUILT_IN = (MODELOPT, LLMCOMPRESSOR, GPTQMODEL, AUTOROUND, MSMODELSLIM, RTN)
@@ -83,3 +84,21 @@ def refusals(backend: Backend, recipe: Recipe, scheme: Scheme, device: str) -> l
             "device is cpu"
         )
     return reasons
+
+
+def load_recipe(name_or_path: str, sets: tuple[str, ...] = ()) -> Recipe:
+    """The recipe of a method name or a YAML file, `--set` applied, its options checked.
+
+    Raises InputError that names the file, the key path, the value and what is allowed.
+    """
+    return checked(*read_recipe(name_or_path, sets))
+
+
+def checked(recipe: Recipe, origin: str) -> Recipe:
+    """The recipe with the options that its backend knows; InputError names `origin`."""
+    backend = backend_named(recipe.backend)
+    try:
+        options = backend.options.model_validate(recipe.options)
+    except ValidationError as error:
+        raise explain(error, origin, backend.options, prefix="options") from error
+    return recipe.model_copy(update={"options": options.model_dump(exclude_none=True)})

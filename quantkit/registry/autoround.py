@@ -10,7 +10,7 @@ from pydantic import Field
 from quantkit.registry.backend import Backend, Method, Options
 
 if TYPE_CHECKING:
-    from quantkit.recipe import Recipe
+    from quantkit.recipe.model import Recipe
 
 LAYOUTS = {
     "auto_round": "auto-round",

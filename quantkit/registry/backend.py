@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from quantkit.recipe import Recipe
+    from quantkit.recipe.model import Recipe
 
 Folding = Literal["none", "multiplier", "norms"]
 """Whether a method rewrites weights that it keeps: not, only through an input multiplier that is

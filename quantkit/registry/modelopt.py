@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from quantkit.registry.backend import Backend, Folding, Method, Options
 
 if TYPE_CHECKING:
-    from quantkit.recipe import Recipe
+    from quantkit.recipe.model import Recipe
 
 
 class ModelOptOptions(Options):

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from quantkit.registry.backend import Backend, Method, Options
 
 if TYPE_CHECKING:
-    from quantkit.recipe import Recipe
+    from quantkit.recipe.model import Recipe
 
 
 class MsModelSlimOptions(Options):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from quantkit.registry.backend import Backend, Method, Options
 
 if TYPE_CHECKING:
-    from quantkit.recipe import Recipe
+    from quantkit.recipe.model import Recipe
 
 
 class StreamingOptions(Options):

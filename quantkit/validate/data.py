@@ -20,7 +20,7 @@ from quantkit.calibration.tokenfile import TokenFile, read_token_file
 from quantkit.calibration.tokenizer import Tokenizer
 from quantkit.errors import InputError
 from quantkit.paths import cache_dir
-from quantkit.recipe import Recipe
+from quantkit.recipe.model import Recipe
 
 WINDOW = 512
 HELD_OUT = f"State of the Union addresses of {HELD_OUT_FROM} and later"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quantkit.documents import parse_json
 from quantkit.errors import InputError
+from quantkit.recipe.documents import parse_json
 from quantkit.validate.report import KIND, SCHEMA_VERSION
 
 _PARTS = ("checkpoint", "baseline", "text", "engine", "metrics", "windows", "right")

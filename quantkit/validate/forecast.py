@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
-from quantkit.units import duration
+from quantkit.recipe.units import duration
 from quantkit.validate import text
 from quantkit.validate.canary import answer_tokens
 from quantkit.validate.measure import Questions

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from quantkit.errors import InputError
-from quantkit.gates import outcome
+from quantkit.recipe.gates import outcome
 from quantkit.validate.markdown import gate_row, kernels, measured, number
 
 Document = Mapping[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from quantkit.gates import outcome
+from quantkit.recipe.gates import outcome
 
 WORST_LAYERS = 5
 

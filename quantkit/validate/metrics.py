@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.gates import TASK_PREFIX
+from quantkit.recipe.gates import TASK_PREFIX
 from quantkit.validate.bootstrap import Measured, exact, missing, percentiles, resamples, sampled
 from quantkit.validate.canary import Answer
 from quantkit.validate.paired import lost

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.errors import InputError
-from quantkit.gates import direction_of
+from quantkit.recipe.gates import direction_of
 from quantkit.validate.bootstrap import FEWEST, Measured, sampled
 from quantkit.validate.paired import lost
 

@@ -17,8 +17,8 @@ from quantkit.checkpoint.directory import Checkpoint, read_json
 from quantkit.checkpoint.network.config import positions
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.device import resolve_device
-from quantkit.gates import Gate, parse_gate
 from quantkit.job import Reporter
+from quantkit.recipe.gates import Gate, parse_gate
 from quantkit.validate.bootstrap import missing
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.canary import canary_prompts, judge

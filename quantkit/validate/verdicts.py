@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from quantkit.checkpoint.schemes import SCHEMES
-from quantkit.gates import TASK_PREFIX, Gate, GateSource, parse_gate
+from quantkit.recipe.gates import TASK_PREFIX, Gate, GateSource, parse_gate
 from quantkit.validate.bootstrap import FEWEST, Measured
 
 Verdict = Literal["pass", "fail", "undecided"]

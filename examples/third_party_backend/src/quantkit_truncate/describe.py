@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from quantkit.recipe import Recipe
+from quantkit.recipe.model import Recipe
 from quantkit.registry import Backend, Method, Options
 
 

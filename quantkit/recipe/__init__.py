@@ -1,0 +1,1 @@
+"""The YAML boundary: what a recipe may say, its units, gates and documents."""

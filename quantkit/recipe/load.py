@@ -1,0 +1,178 @@
+"""The YAML boundary: a recipe says what to do, completely; everything after it is derived.
+
+A recipe is read from `recipes/NAME.yaml` or a file, changed by `--set key.path=value`, checked by
+pydantic with unknown keys refused, and stored as resolved in the checkpoint's `quantkit.json`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from quantkit.checkpoint.schemes import SCHEMES
+from quantkit.errors import InputError
+from quantkit.paths import data_dir
+from quantkit.recipe.documents import TooDeepError, parse_yaml
+from quantkit.recipe.model import CalibrationChoice, Override, Recipe
+
+
+@cache
+def recipe_files() -> dict[str, Path]:
+    """Every bundled method name, aliases included, with its file."""
+    found: dict[str, Path] = {}
+    for file in sorted(data_dir("recipes").glob("*.yaml")):
+        found[file.stem] = file
+        for alias in _read_yaml(file).get("aliases", []):
+            found[str(alias)] = file
+    return found
+
+
+def read_recipe(name_or_path: str, sets: tuple[str, ...] = ()) -> tuple[Recipe, str]:
+    """The recipe of a method name or a YAML file with `--set` changes applied, and the words for
+    where it is from. Its options are still to be checked, by its backend.
+
+    Raises InputError that names the file, the key path, the value and what is allowed.
+    """
+    file = _find(name_or_path)
+    data = _read_yaml(file)
+    data.setdefault("name", file.stem)
+    for change in sets:
+        _apply(data, change)
+    origin = f"{file.name} with --set {' '.join(sets)}" if sets else str(file)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise explain(error, origin, Recipe) from error
+    scheme = SCHEMES[recipe.scheme]
+    if recipe.group_size is not None and scheme.weight.granularity != "group":
+        raise InputError(
+            f"{origin}: group_size={recipe.group_size}, but the scheme {scheme.name} has one scale "
+            f"a {scheme.weight.granularity}.",
+            hint="remove group_size",
+            code="recipe.invalid",
+        )
+    return recipe, origin
+
+
+def _find(name_or_path: str) -> Path:
+    files = recipe_files()
+    if name_or_path in files:
+        return files[name_or_path]
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        found = "is a directory" if path.is_dir() else "does not exist"
+        raise InputError(
+            f"The recipe file {path} {found}.",
+            hint="quantkit recipes list",
+            code="recipe.missing",
+        )
+    close = difflib.get_close_matches(name_or_path, files, n=3, cutoff=0.5)
+    raise InputError(
+        f"There is no method {name_or_path!r}."
+        + (f" Did you mean {' or '.join(close)}?" if close else ""),
+        hint="quantkit methods",
+        code="recipe.unknown_method",
+    )
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        data = parse_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise InputError(
+            f"The recipe {file} cannot be read: {' '.join(str(error).split())}",
+            hint="quantkit recipes show modelopt_fp8  # a recipe that works",
+            code="recipe.unreadable",
+        ) from error
+    if not isinstance(data, dict):
+        raise InputError(
+            f"The recipe {file} holds a {type(data).__name__}, not keys and values.",
+            hint="quantkit recipes show modelopt_fp8  # a recipe that works",
+            code="recipe.unreadable",
+        )
+    return data
+
+
+def _apply(data: dict[str, Any], change: str) -> None:
+    path, sign, text = change.partition("=")
+    append = path.endswith("+")
+    keys = path.removesuffix("+").split(".")
+    if not sign or not all(keys):
+        raise InputError(
+            f"--set {change!r} is not KEY=VALUE.",
+            hint="for example --set kv_cache=fp8, or --set ignore+='re:.*o_proj'",
+            code="recipe.bad_set",
+        )
+    try:
+        value = parse_yaml(text)
+    except TooDeepError as error:
+        raise InputError(
+            f"--set {path}: the value cannot be read: {error}.",
+            hint="for example --set kv_cache=fp8, or --set ignore+='re:.*o_proj'",
+            code="recipe.bad_set",
+        ) from error
+    except (yaml.YAMLError, ValueError):  # a preset or a glob: @ and * begin no plain YAML text
+        value = text
+    place = data
+    for key in keys[:-1]:
+        if place.get(key) is None:
+            place[key] = {}
+        inner = place[key]
+        if not isinstance(inner, dict):
+            raise InputError(
+                f"--set {change!r}: {key} holds {inner!r}, which has no keys of its own.",
+                hint=f"set {key} itself",
+                code="recipe.bad_set",
+            )
+        place = inner
+    if append:
+        default = Recipe.model_fields[keys[-1]].default if keys[-1] in Recipe.model_fields else []
+        old = place.get(keys[-1], default)
+        added = value if isinstance(value, list) else [value]
+        value = [*(old if isinstance(old, list) else [old]), *added]
+    place[keys[-1]] = value
+
+
+def explain(
+    error: ValidationError, origin: str, model: type[BaseModel], prefix: str = ""
+) -> InputError:
+    """The first fault that pydantic found, with its key path and what is allowed there."""
+    first = error.errors()[0]
+    parts = [str(part) for part in first["loc"]]
+    path = ".".join([prefix, *parts] if prefix else parts)
+    if first["type"] == "extra_forbidden":
+        allowed = sorted(_fields(model, parts[:-1]))
+        close = difflib.get_close_matches(parts[-1], allowed, n=1)
+        meant = f" Did you mean {close[0]}?" if close else ""
+        message = (
+            f"{origin}: unknown key {path} = {first['input']!r}.{meant} "
+            f"Allowed here: {', '.join(allowed) or 'nothing'}."
+        )
+    elif first["type"] == "missing":
+        message = f"{origin}: the key {path} is missing."
+    else:
+        reason = first["msg"].removeprefix("Value error, ")
+        message = f"{origin}: {path} = {first['input']!r}: {reason}."
+    more = len(error.errors()) - 1
+    return InputError(
+        message + (f" ({more} more)" if more else ""),
+        hint="quantkit recipes show modelopt_fp8  # every key with its value",
+        code="recipe.invalid",
+    )
+
+
+def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
+    known: dict[str, type[BaseModel]] = {"calibration": CalibrationChoice, "overrides": Override}
+    for part in path:
+        model = known.get(part, model)
+    return list(model.model_fields)
