@@ -8,9 +8,9 @@ from quantkit.calibration.heldout import held_out_texts
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import GgufFile, gguf_in, open_gguf
 from quantkit.formats.dequantize import dequantize
+from quantkit.formats.quantized import examine
 from quantkit.formats.registry import detect
 from quantkit.verify.gguf import source_pairs, source_values
-from quantkit.verify.subject import examine
 
 WINDOWS, WINDOW = 8, 512
 

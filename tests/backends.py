@@ -7,9 +7,9 @@ from pathlib import Path
 
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.engines import judge
+from quantkit.formats.candidate import candidate
+from quantkit.formats.quantized import examine
 from quantkit.formats.registry import detect
-from quantkit.verify.engines import candidate
-from quantkit.verify.subject import examine
 from tests.cli import QUICK, Run, quantkit
 
 G64 = ("--set", "group_size=64")

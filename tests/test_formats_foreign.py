@@ -15,10 +15,10 @@ from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats.dequantize import dequantize
 from quantkit.formats.inventory import expert
+from quantkit.formats.quantized import examine
 from quantkit.formats.registry import detect
 from quantkit.runtime.load import load
 from quantkit.verify import verify
-from quantkit.verify.subject import examine
 from tests.cli import quantkit, refused
 from tests.helpers import edit_json
 

@@ -21,7 +21,7 @@ GROUND = {"__init__", "errors", "paths"}
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("engines",),
-    ("recipe",),
+    ("recipe", "formats"),
 )  # fmt: skip
 """From the ground up. A room imports rooms of earlier rows, never one of its own row."""
 

@@ -15,11 +15,11 @@ from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.errors import InputError, command
 from quantkit.formats.base import LayerSpec, QuantWeight, is_kv_cache_tensor
+from quantkit.formats.quantized import QuantizedCheckpoint, examine
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.verify.completeness import check_completeness
 from quantkit.verify.declared import check_declared
 from quantkit.verify.findings import Finding
-from quantkit.verify.subject import Subject, examine
 from quantkit.verify.values import check_tensors, check_weight
 
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
@@ -30,7 +30,7 @@ class Source:
     """A checkpoint being loaded; `subject` is None for a 16-bit one. `used` grows as it is read."""
 
     checkpoint: Checkpoint
-    subject: Subject | None
+    subject: QuantizedCheckpoint | None
     used: set[str] = field(default_factory=set)
 
     @property

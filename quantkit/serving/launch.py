@@ -20,9 +20,9 @@ from quantkit.engines import NAMES, Loadable, Verdict, engine_named, judge
 from quantkit.engines.gpus import platforms
 from quantkit.errors import InputError
 from quantkit.formats.base import Declaration
+from quantkit.formats.candidate import candidate
+from quantkit.formats.quantized import examine
 from quantkit.formats.registry import detect, is_quantized
-from quantkit.verify.engines import candidate
-from quantkit.verify.subject import examine
 
 SERVERS = ("vllm", "sglang")
 _MODELOPT_FLAGS = {

@@ -84,8 +84,8 @@ def explained(what: str, needed: int) -> Iterator[None]:
 
 
 def _bytes_at_16_bit(held: Checkpoint) -> int:
+    from quantkit.formats.quantized import examine
     from quantkit.formats.registry import detect, is_quantized
-    from quantkit.verify.subject import examine
 
     if is_quantized(held) is None:
         return held.weight_bytes

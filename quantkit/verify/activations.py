@@ -11,8 +11,8 @@ from quantkit.checkpoint.directory import TensorInfo
 from quantkit.checkpoint.network.modules import fused_groups, layer_index
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats.base import is_kv_cache_tensor
+from quantkit.formats.quantized import FLOAT_DTYPES, QuantizedCheckpoint
 from quantkit.verify.findings import Finding, error, warning
-from quantkit.verify.subject import FLOAT_DTYPES, Subject
 
 _ROLES = ("input_scale", "input_global_scale", "input_global_scale_inverse")
 _MIN_LAYERS = 3
@@ -32,7 +32,7 @@ _KV_FORMATS = frozenset(
 _CALIBRATE = "calibrate again on real text, and measure the result (quantkit validate)"
 
 
-def check_input_scales(subject: Subject, broken: set[str]) -> Iterator[Finding]:
+def check_input_scales(subject: QuantizedCheckpoint, broken: set[str]) -> Iterator[Finding]:
     """Static activation scales that are all one value: no calibration gives that.
 
     A SmoothQuant export of ModelOpt is the exception: the multiplier normalises every input to
@@ -98,7 +98,7 @@ def _check_outliers(scales: Mapping[str, list[float]]) -> Iterator[Finding]:
                 )
 
 
-def check_kv_cache(subject: Subject) -> Iterator[Finding]:
+def check_kv_cache(subject: QuantizedCheckpoint) -> Iterator[Finding]:
     """KV-cache scales are there if and only if declared, in every layer, and not left at 1.0."""
     kind = subject.declaration.kv_cache
     infos = [i for name, i in subject.checkpoint.tensors.items() if is_kv_cache_tensor(name)]
@@ -168,7 +168,7 @@ def _check_shapes(scales: list[TensorInfo]) -> Iterator[Finding]:
                 )
 
 
-def _check_every_layer(subject: Subject, scales: list[str]) -> Iterator[Finding]:
+def _check_every_layer(subject: QuantizedCheckpoint, scales: list[str]) -> Iterator[Finding]:
     """The kinds of scales that any layer has, in every layer with attention."""
     have = {(layer_index(name), _kind(name)) for name in scales}
     attention = {

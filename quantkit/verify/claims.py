@@ -8,12 +8,12 @@ from typing import Any
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.formats.base import LayerSpec, QuantWeight
 from quantkit.formats.gptq import SIDE_FILE
+from quantkit.formats.quantized import QuantizedCheckpoint
 from quantkit.verify.findings import Finding, error
-from quantkit.verify.subject import Subject
 
 
 def check_claims(
-    subject: Subject, module: str, weight: QuantWeight, spec: LayerSpec
+    subject: QuantizedCheckpoint, module: str, weight: QuantWeight, spec: LayerSpec
 ) -> list[Finding]:
     """GPTQ's `desc_act` and AWQ's `zero_point`, where they are false, against the tensors."""
     method = subject.declaration.quant_method

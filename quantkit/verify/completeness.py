@@ -11,8 +11,8 @@ from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import is_tied, text_config
 from quantkit.checkpoint.network.modules import layer_index
 from quantkit.checkpoint.tensors import same_bytes
+from quantkit.formats.quantized import QuantizedCheckpoint, as_subject
 from quantkit.verify.findings import Finding, error
-from quantkit.verify.subject import Subject, as_subject
 
 _COPY_AGAIN = "export the checkpoint again, and verify it with --source MODEL"
 _INPUT_IS_HIDDEN = {
@@ -23,7 +23,7 @@ _OUTPUT_IS_HIDDEN = {"o_proj", "down_proj", "w2"}
 _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_layers")
 
 
-def check_completeness(subject: Subject, source: Checkpoint | None) -> list[Finding]:
+def check_completeness(subject: QuantizedCheckpoint, source: Checkpoint | None) -> list[Finding]:
     """Findings on missing layers, modules, embeddings and heads, and on impossible shapes.
 
     What a known source lacks too (its promised multi-token-prediction layers, parts that were
@@ -36,7 +36,7 @@ def check_completeness(subject: Subject, source: Checkpoint | None) -> list[Find
     return [replace(f, severity="warning") if (f.code, f.where) in before else f for f in found]
 
 
-def _check(subject: Subject) -> list[Finding]:
+def _check(subject: QuantizedCheckpoint) -> list[Finding]:
     text = text_config(subject.checkpoint.config)
     layers = _by_layer(subject, text)
     return [
@@ -48,7 +48,7 @@ def _check(subject: Subject) -> list[Finding]:
     ]
 
 
-def _by_layer(subject: Subject, text: Mapping[str, Any]) -> dict[int, frozenset[str]]:
+def _by_layer(subject: QuantizedCheckpoint, text: Mapping[str, Any]) -> dict[int, frozenset[str]]:
     """Layer of the decoder → the modules in it, named from the layer on.
 
     The decoder is the stack with the most modules (an encoder or a tower is another one); layers
@@ -130,7 +130,7 @@ def _check_peers(
             )
 
 
-def _check_ends(subject: Subject, text: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_ends(subject: QuantizedCheckpoint, text: Mapping[str, Any]) -> Iterator[Finding]:
     kinds: dict[str, list[str]] = defaultdict(list)
     for name, module in subject.modules.items():
         kinds[module.kind].append(name)
@@ -158,7 +158,7 @@ def _check_ends(subject: Subject, text: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _check_tied_head(
-    subject: Subject, heads: list[str], embeddings: list[str]
+    subject: QuantizedCheckpoint, heads: list[str], embeddings: list[str]
 ) -> Iterator[Finding]:
     """A tied head that is written out must be the embedding."""
     for head in heads:
@@ -177,7 +177,7 @@ def _check_tied_head(
             )
 
 
-def _check_mtp(subject: Subject, text: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_mtp(subject: QuantizedCheckpoint, text: Mapping[str, Any]) -> Iterator[Finding]:
     promised = next((text[k] for k in _MTP_COUNTS if isinstance(text.get(k), int)), 0)
     found = [m for m in subject.modules.values() if m.kind == "mtp"]
     if promised and not found:
@@ -189,7 +189,7 @@ def _check_mtp(subject: Subject, text: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _check_shapes(subject: Subject, text: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_shapes(subject: QuantizedCheckpoint, text: Mapping[str, Any]) -> Iterator[Finding]:
     hidden, vocabulary = text.get("hidden_size"), text.get("vocab_size")
     if not isinstance(hidden, int):
         return

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantkit.checkpoint.schemes import Scheme
+from quantkit.formats.quantized import FLOAT_DTYPES, QuantizedCheckpoint
 from quantkit.verify.findings import Finding, error, warning
-from quantkit.verify.subject import FLOAT_DTYPES, Subject
 
 _EXPORT_AGAIN = "export the checkpoint again; do not edit its config by hand"
 
 
-def check_declared(subject: Subject) -> tuple[list[Finding], set[str]]:
+def check_declared(subject: QuantizedCheckpoint) -> tuple[list[Finding], set[str]]:
     """Findings, and the declared layers whose tensors are too broken to read."""
     findings = [
         Finding(p.code, p.severity, p.message, p.hint) for p in subject.declaration.problems
@@ -29,7 +29,7 @@ def check_declared(subject: Subject) -> tuple[list[Finding], set[str]]:
     return findings, broken
 
 
-def _check_pairs(subject: Subject) -> Iterator[Finding]:
+def _check_pairs(subject: QuantizedCheckpoint) -> Iterator[Finding]:
     """Activations that no kernel multiplies with the declared weights: an edited config.
 
     FP4 weights with two-level scales go with such activations or 16 bit; MX weights with MX or
@@ -61,7 +61,7 @@ def _check_pairs(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def _check_layer(subject: Subject, module: str) -> Iterator[Finding]:
+def _check_layer(subject: QuantizedCheckpoint, module: str) -> Iterator[Finding]:
     spec = subject.declaration.layers[module]
     parts, roles = subject.parts.get(module, {}), subject.expected[module]
     if subject.is_float(module):
@@ -108,7 +108,7 @@ def _check_layer(subject: Subject, module: str) -> Iterator[Finding]:
         )
 
 
-def _check_kept(subject: Subject, module: str) -> Iterator[Finding]:
+def _check_kept(subject: QuantizedCheckpoint, module: str) -> Iterator[Finding]:
     parts = subject.parts[module]
     entry = subject.declaration.ignored.get(module)
     why = f"kept in 16 bit by the ignore entry {entry!r}" if entry else "not declared quantized"
@@ -130,7 +130,9 @@ def _check_kept(subject: Subject, module: str) -> Iterator[Finding]:
         )
 
 
-def _check_ignore_entries(subject: Subject, findings: list[Finding]) -> Iterator[Finding]:
+def _check_ignore_entries(
+    subject: QuantizedCheckpoint, findings: list[Finding]
+) -> Iterator[Finding]:
     """An entry that names nothing is idle, unless a 16-bit layer shows what it was meant for."""
     entries = subject.declaration.unmatched
     stranded = [f.where for f in findings if f.code == "declared.not_quantized"]

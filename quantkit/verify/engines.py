@@ -5,44 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from quantkit.checkpoint.network.experts import upright
-from quantkit.checkpoint.network.modules import linear_modules
-from quantkit.engines import EngineRules, LayerPart, Loadable, Verdict, engines, gpu_named, judge
-from quantkit.formats import ascend, awq, gptq, modelopt
-from quantkit.formats.base import kv_cache_scales
+from quantkit.engines import EngineRules, Loadable, Verdict, engines, gpu_named, judge
+from quantkit.formats.candidate import candidate
+from quantkit.formats.quantized import QuantizedCheckpoint
 from quantkit.verify.findings import EngineRequest, Finding, error, info, warning
-from quantkit.verify.subject import Subject
-
-_SIDE_FILES = {
-    "modelopt": modelopt.SIDE_FILE,
-    "gptq": gptq.SIDE_FILE,
-    "awq": awq.SIDE_FILE,
-    "ascend": ascend.SIDE_FILE,
-}
-
-
-def candidate(subject: Subject) -> Loadable:
-    """What the engines' rules look at: the settings, and what the tensors hold by their headers."""
-    checkpoint, declared = subject.checkpoint, subject.declaration
-    layout = declared.quant_method
-    settings: dict[str, Any] = checkpoint.quantization_config or {}
-    if layout == "ascend" or not settings:
-        settings = checkpoint.documents.get(_SIDE_FILES.get(layout, ""), {})
-    parts = {}
-    for module in linear_modules(subject.modules.values()):
-        spec = None if subject.is_float(module.name) else declared.layers.get(module.name)
-        shape = upright(module.tensor, module.shape, checkpoint)
-        if spec is not None:
-            shape = (spec.experts, *spec.shape) if spec.experts else spec.shape
-        parts[module.name] = LayerPart(
-            module.name,
-            module.kind,
-            shape,
-            spec.scheme if spec else None,
-            spec.packing if spec else "",
-        )
-    scales = kv_cache_scales(checkpoint.tensors) if declared.kv_cache != "none" else ()
-    return Loadable(checkpoint.config, layout, settings, parts, declared.kv_cache, scales)
 
 
 def check_gguf(asked: EngineRequest | None) -> Iterator[Finding]:
@@ -51,7 +17,7 @@ def check_gguf(asked: EngineRequest | None) -> Iterator[Finding]:
         yield from _findings(verdict, error)
 
 
-def check_engines(subject: Subject, asked: EngineRequest | None) -> Iterator[Finding]:
+def check_engines(subject: QuantizedCheckpoint, asked: EngineRequest | None) -> Iterator[Finding]:
     """Errors for engines that were asked for and will not load the checkpoint.
 
     Where none was asked for: warnings for those that read its layout and schemes and will not load

@@ -15,7 +15,7 @@ from quantkit.checkpoint.directory import TensorInfo
 from quantkit.checkpoint.network.config import text_config
 from quantkit.checkpoint.network.modules import Module, layer_index
 from quantkit.checkpoint.tensors import read_tensor
-from quantkit.verify.subject import Subject
+from quantkit.formats.quantized import QuantizedCheckpoint
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class NormFold:
 
 
 def norm_folds(
-    subject: Subject, altered: Mapping[str, tuple[TensorInfo, TensorInfo]]
+    subject: QuantizedCheckpoint, altered: Mapping[str, tuple[TensorInfo, TensorInfo]]
 ) -> list[NormFold]:
     """The altered norms of `altered` (ours and the source's, by name) that feed linear layers."""
     folds = []

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from quantkit.checkpoint.directory import TensorInfo
 from quantkit.checkpoint.tensors import count_nonfinite, read_tensor
+from quantkit.formats.quantized import FLOAT_DTYPES, QuantizedCheckpoint
 from quantkit.verify.findings import Finding, error
 from quantkit.verify.folds import MIN_FOLDED_CHANNELS, NormFold
 from quantkit.verify.ledger import Ledger, row_blocks
-from quantkit.verify.subject import FLOAT_DTYPES, Subject
 from quantkit.verify.weights import LayerCheck
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _BIAS_TOLERANCE = 0.02
 
 
-def check_finite(subject: Subject) -> Iterator[Finding]:
+def check_finite(subject: QuantizedCheckpoint) -> Iterator[Finding]:
     """NaN and infinity in tensors that belong to no quantized layer."""
     for name, tensor in subject.checkpoint.tensors.items():
         if name in subject.owned or tensor.dtype not in FLOAT_DTYPES:

@@ -12,9 +12,9 @@ from quantkit.checkpoint.network.config import is_tied
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE
 from quantkit.checkpoint.tensors import PIECE, read_tensor, same_bytes
 from quantkit.formats.base import is_kv_cache_tensor
+from quantkit.formats.quantized import FLOAT_DTYPES, QuantizedCheckpoint
 from quantkit.verify.findings import Finding, error, info, warning
 from quantkit.verify.source import Part, Source, short_name
-from quantkit.verify.subject import FLOAT_DTYPES, Subject
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class Ledger:
     findings: list[Finding] = field(default_factory=list)
 
 
-def make_ledger(subject: Subject, source: Source, same: Same = same_bytes) -> Ledger:
+def make_ledger(subject: QuantizedCheckpoint, source: Source, same: Same = same_bytes) -> Ledger:
     """Account for every tensor of both checkpoints; `same` compares the kept ones."""
     ledger = Ledger()
     _quantized(ledger, subject, source)
@@ -57,7 +57,7 @@ def make_ledger(subject: Subject, source: Source, same: Same = same_bytes) -> Le
     return ledger
 
 
-def _quantized(ledger: Ledger, subject: Subject, source: Source) -> None:
+def _quantized(ledger: Ledger, subject: QuantizedCheckpoint, source: Source) -> None:
     orphans, untold = [], set[str]()
     for module, spec in subject.declaration.layers.items():
         for expert in range(spec.experts) if spec.experts else (None,):
@@ -93,7 +93,7 @@ def _quantized(ledger: Ledger, subject: Subject, source: Source) -> None:
         )
 
 
-def _kept(ledger: Ledger, subject: Subject, source: Source, same: Same) -> set[str]:
+def _kept(ledger: Ledger, subject: QuantizedCheckpoint, source: Source, same: Same) -> set[str]:
     """Compare what was not quantized; the names of ours that have a twin in the source."""
     ours = subject.checkpoint.tensors
     by_short = {short_name(name): name for name in ours}
@@ -129,7 +129,7 @@ def _kept(ledger: Ledger, subject: Subject, source: Source, same: Same) -> set[s
     return matched
 
 
-def _absent(subject: Subject, source: Source, name: str) -> str:
+def _absent(subject: QuantizedCheckpoint, source: Source, name: str) -> str:
     """Why a source tensor may be absent: a tied head, or a buffer; else it is missing."""
     if name.endswith(_BUFFERS):
         return "buffer"
@@ -223,7 +223,7 @@ def row_blocks(info: TensorInfo) -> list[TensorInfo]:
     ]
 
 
-def _added(ledger: Ledger, subject: Subject, matched: set[str]) -> None:
+def _added(ledger: Ledger, subject: QuantizedCheckpoint, matched: set[str]) -> None:
     """Tensors of ours that the source lacks."""
     tied = is_tied(subject.checkpoint.config)
     unknown: list[str] = []

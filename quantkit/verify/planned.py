@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantkit.checkpoint.schemes import SCHEMES, NumberFormat, Scheme
+from quantkit.formats.quantized import FLOAT_DTYPES, QuantizedCheckpoint
 from quantkit.verify.findings import Finding, PlannedLayers, error
-from quantkit.verify.subject import FLOAT_DTYPES, Subject
 
 _HINT = "report this with the log; the library did not do what the recipe asked for"
 
 
-def check_plan(subject: Subject, plan: PlannedLayers) -> Iterator[Finding]:
+def check_plan(subject: QuantizedCheckpoint, plan: PlannedLayers) -> Iterator[Finding]:
     """Findings where the checkpoint is not what `plan` says (fails closed)."""
     layers = subject.declaration.layers
     for module, wanted in plan.quantized.items():

@@ -15,10 +15,10 @@ from quantkit.checkpoint.directory import TensorInfo
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
+from quantkit.formats.quantized import QuantizedCheckpoint
 from quantkit.verify.fidelity import Sums
 from quantkit.verify.folds import head_dim
 from quantkit.verify.ledger import row_blocks
-from quantkit.verify.subject import Subject
 from quantkit.verify.weights import Weights
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class RotatedWeights(Weights):
 
 
 def find_rotation(
-    subject: Subject, altered: Mapping[str, tuple[TensorInfo, TensorInfo]]
+    subject: QuantizedCheckpoint, altered: Mapping[str, tuple[TensorInfo, TensorInfo]]
 ) -> tuple[torch.Tensor, str] | None:
     """R and the embedding that shows it; None unless R explains the whole embedding."""
     for name, (mine, theirs) in altered.items():

@@ -13,6 +13,7 @@ from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in
 from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
+from quantkit.formats.quantized import QuantizedCheckpoint, examine
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.verify.engines import check_engines, check_gguf
 from quantkit.verify.findings import (
@@ -26,7 +27,6 @@ from quantkit.verify.findings import (
     info,
 )
 from quantkit.verify.gguf import verify_gguf
-from quantkit.verify.subject import Subject, examine
 
 if TYPE_CHECKING:
     from quantkit.verify.folds import Folding
@@ -103,7 +103,7 @@ def _malformed(path: Path, problem: Exception) -> Finding:
 
 def _check(
     report: VerifyReport,
-    subject: Subject,
+    subject: QuantizedCheckpoint,
     base: Source | None,
     plan: PlannedLayers | None,
     progress: Progress | None,
@@ -147,7 +147,7 @@ def _check(
 
 def _check_weights(
     report: VerifyReport,
-    subject: Subject,
+    subject: QuantizedCheckpoint,
     broken: set[str],
     source: Source | None,
     folding: Folding,
@@ -203,12 +203,12 @@ def _as_source(base: Checkpoint) -> Source:
     return Source(base)
 
 
-def _count_alone(subject: Subject) -> Counter[str]:
+def _count_alone(subject: QuantizedCheckpoint) -> Counter[str]:
     quantized = len(subject.owned)
     return Counter(quantized=quantized, kept=len(subject.checkpoint.tensors) - quantized)
 
 
-def _folding(subject: Subject, plan: PlannedLayers | None) -> Folding:
+def _folding(subject: QuantizedCheckpoint, plan: PlannedLayers | None) -> Folding:
     """Whether kept tensors may be rewritten: as the plan says, else as the layout implies."""
     if plan is not None and plan.folds is not None:
         return "declared" if plan.folds else "never"
@@ -218,7 +218,7 @@ def _folding(subject: Subject, plan: PlannedLayers | None) -> Folding:
     return _FOLDING.get(subject.declaration.quant_method, "possible")
 
 
-def _check_something_is_quantized(subject: Subject) -> list[Finding]:
+def _check_something_is_quantized(subject: QuantizedCheckpoint) -> list[Finding]:
     if subject.declaration.layers:
         return []
     return [
@@ -230,6 +230,6 @@ def _check_something_is_quantized(subject: Subject) -> list[Finding]:
     ]
 
 
-def _note_engines(subject: Subject) -> list[Finding]:
+def _note_engines(subject: QuantizedCheckpoint) -> list[Finding]:
     said = SILENT_GARBAGE.get(subject.declaration.quant_method)
     return [info("engine.transformers_ignores", said, "quantkit launch DIR")] if said else []

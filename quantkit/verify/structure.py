@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from quantkit.checkpoint.network.modules import expert_groups, fused_groups
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.checkpoint.tensors import read_tensor, same_bytes
+from quantkit.formats.quantized import QuantizedCheckpoint
 from quantkit.verify.findings import Finding, error, info, warning
-from quantkit.verify.subject import Subject
 
 
-def check_structure(subject: Subject, broken: set[str]) -> list[Finding]:
+def check_structure(subject: QuantizedCheckpoint, broken: set[str]) -> list[Finding]:
     """Findings on kinds of modules, fused groups and experts; `broken` layers are not read."""
     linear = [
         m.name for m in subject.modules.values() if m.kind in ("linear", "experts", "tower", "mtp")
@@ -29,7 +29,7 @@ def check_structure(subject: Subject, broken: set[str]) -> list[Finding]:
     ]
 
 
-def _check_kinds(subject: Subject) -> Iterator[Finding]:
+def _check_kinds(subject: QuantizedCheckpoint) -> Iterator[Finding]:
     by_kind: dict[str, list[str]] = defaultdict(list)
     for name in subject.declaration.layers:
         if name in subject.modules:
@@ -61,7 +61,7 @@ def _check_kinds(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def _scheme(subject: Subject, module: str) -> Scheme | None:
+def _scheme(subject: QuantizedCheckpoint, module: str) -> Scheme | None:
     spec = subject.declaration.layers.get(module)
     return spec.scheme if spec else None
 
@@ -73,7 +73,9 @@ def _describe(scheme: Scheme | None) -> str:
     return f"{scheme.name} (group {size})" if size else scheme.name
 
 
-def _check_groups(subject: Subject, groups: Sequence[tuple[str, ...]]) -> Iterator[Finding]:
+def _check_groups(
+    subject: QuantizedCheckpoint, groups: Sequence[tuple[str, ...]]
+) -> Iterator[Finding]:
     for members in groups:
         schemes = {member: _scheme(subject, member) for member in members}
         if len(set(schemes.values())) > 1:
@@ -87,7 +89,7 @@ def _check_groups(subject: Subject, groups: Sequence[tuple[str, ...]]) -> Iterat
             )
 
 
-def _check_experts(subject: Subject, linear: Sequence[str]) -> Iterator[Finding]:
+def _check_experts(subject: QuantizedCheckpoint, linear: Sequence[str]) -> Iterator[Finding]:
     for members in expert_groups(linear):
         parent = members[0].partition(".experts.")[0]
         schemes: dict[Scheme | None, str] = {}
@@ -104,7 +106,7 @@ def _check_experts(subject: Subject, linear: Sequence[str]) -> Iterator[Finding]
 
 
 def _check_fp4_globals(
-    subject: Subject, groups: Sequence[tuple[str, ...]], quantized: set[str]
+    subject: QuantizedCheckpoint, groups: Sequence[tuple[str, ...]], quantized: set[str]
 ) -> Iterator[Finding]:
     roles = {
         "weight": ("global_scale", "global_scale_inverse"),
@@ -134,7 +136,7 @@ def _check_fp4_globals(
 
 
 def _note_fp8_scales(
-    subject: Subject, groups: Sequence[tuple[str, ...]], quantized: set[str]
+    subject: QuantizedCheckpoint, groups: Sequence[tuple[str, ...]], quantized: set[str]
 ) -> Iterator[Finding]:
     count, worst, where = 0, 1.0, ""
     for members in groups:

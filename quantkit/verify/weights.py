@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats import inventory
 from quantkit.formats.base import QuantWeight
+from quantkit.formats.quantized import QuantizedCheckpoint
 from quantkit.verify.claims import check_claims
 from quantkit.verify.fidelity import Sums, compare, nearest_other, plain
 from quantkit.verify.findings import Finding, LayerFidelity, error
@@ -19,7 +20,6 @@ from quantkit.verify.folds import head_dim, row_pairs, to_columns
 from quantkit.verify.judge import MOST_SHIFT, faults, floor_db, garbled, overall_gain
 from quantkit.verify.ledger import Ledger
 from quantkit.verify.source import Source
-from quantkit.verify.subject import Subject
 from quantkit.verify.values import check_tensors, check_weight
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Weights:
     `columns` are the column factors that folded norms imply, by module.
     """
 
-    subject: Subject
+    subject: QuantizedCheckpoint
     source: Source | None
     ledger: Ledger
     columns: Mapping[str, torch.Tensor]

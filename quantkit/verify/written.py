@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter
 
 from quantkit.errors import command
+from quantkit.formats.quantized import QuantizedCheckpoint
 from quantkit.verify.findings import LayerFidelity, VerifyReport, Written, bounded_db, error
 from quantkit.verify.judge import floor_db
 from quantkit.verify.kept import settle_altered
 from quantkit.verify.ledger import make_ledger
 from quantkit.verify.source import Source
-from quantkit.verify.subject import Subject
 
 
-def check_written(report: VerifyReport, subject: Subject, source: Source, written: Written) -> None:
+def check_written(
+    report: VerifyReport, subject: QuantizedCheckpoint, source: Source, written: Written
+) -> None:
     """The ledger by digests, and every layer's SQNR against its floor."""
     ledger = make_ledger(subject, source, written.same)
     report.findings += [*ledger.findings, *settle_altered(ledger, [], {})]

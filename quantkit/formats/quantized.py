@@ -17,7 +17,7 @@ FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 
 
 @dataclass(frozen=True)
-class Subject:
+class QuantizedCheckpoint:
     """A checkpoint with what its configuration declares and its tensors sorted by module."""
 
     checkpoint: Checkpoint
@@ -72,13 +72,13 @@ class Subject:
         return None
 
 
-def as_subject(source: Checkpoint, layout: Format) -> Subject:
+def as_subject(source: Checkpoint, layout: Format) -> QuantizedCheckpoint:
     """A 16-bit checkpoint in the same form: nothing is declared quantized."""
     found = inventory.take(source, layout.quant_suffixes())
-    return Subject(source, layout, Declaration("none", {}), found.modules)
+    return QuantizedCheckpoint(source, layout, Declaration("none", {}), found.modules)
 
 
-def examine(checkpoint: Checkpoint, layout: Format) -> Subject:
+def examine(checkpoint: Checkpoint, layout: Format) -> QuantizedCheckpoint:
     """Read the declaration. Raises InputError (`format.*`) when it cannot be understood.
 
     The written-out 16-bit head of a tied model is taken from the declared layers: engines load the
@@ -86,7 +86,7 @@ def examine(checkpoint: Checkpoint, layout: Format) -> Subject:
     """
     declaration = layout.declare(checkpoint)
     found = inventory.take(checkpoint, layout.quant_suffixes())
-    subject = Subject(checkpoint, layout, declaration, found.modules)
+    subject = QuantizedCheckpoint(checkpoint, layout, declaration, found.modules)
     if is_tied(checkpoint.config):
         layers = {
             name: spec
