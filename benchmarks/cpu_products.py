@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from quantkit.backends import float32_products
+from quantkit.backends.process import float32_products
 
 ROWS = (1, 2, 4, 8, 32, 128, 512, 2048)
 

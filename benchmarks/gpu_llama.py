@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from random_llama import SIZES
 
+from quantkit.backends.streaming.rtn import nvfp4_global_scale, quantize_rows
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import decode_e8m0
@@ -14,7 +15,6 @@ from quantkit.runtime.layer import describe
 from quantkit.runtime.layers import LayerRecord
 from quantkit.runtime.linear import PlainLinear, QuantLinear
 from quantkit.runtime.model import Runtime
-from quantkit.streaming.rtn import nvfp4_global_scale, quantize_rows
 
 GPU = torch.device("cuda")
 SIGMA = 0.02

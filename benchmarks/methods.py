@@ -28,12 +28,12 @@ from typing import Any
 
 from quality import WINDOW, WINDOWS, Judge
 
+from quantkit.backends.environments.managed import ready
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.checkpoint.demo import demo_model
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in, open_gguf
 from quantkit.cli.methods import method_rows
-from quantkit.environments.managed import ready
 from tests.helpers import cut_layers
 
 PLAIN = Path(__file__).with_name("plain_methods.py")

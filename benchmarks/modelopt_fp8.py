@@ -19,10 +19,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from quantkit.backends.registry import load_recipe
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.checkpoint.demo import demo_model
 from quantkit.checkpoint.directory import open_checkpoint
-from quantkit.registry import load_recipe
 
 STAGES = ("load", "calibrate", "export")
 PLAIN = Path(__file__).with_name("plain_modelopt_fp8.py")

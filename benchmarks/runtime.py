@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from random_llama import make
 
+from quantkit.backends.environments.managed import ready
 from quantkit.checkpoint.demo import demo_model
-from quantkit.environments.managed import ready
 from quantkit.runtime import Runtime, load
 
 BATCHES = (1, 8)

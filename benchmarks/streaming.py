@@ -20,8 +20,8 @@ from statistics import median
 
 from random_llama import make
 
+from quantkit.backends.streaming.memory import tree_memory
 from quantkit.checkpoint.directory import open_checkpoint
-from quantkit.streaming.memory import tree_memory
 
 PLAIN = Path(__file__).with_name("plain_model_free_ptq.py")
 SCHEMES = {

@@ -22,8 +22,8 @@ from pathlib import Path
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.network.modules import classify
 from quantkit.checkpoint.schemes import SCHEMES
-from quantkit.streaming.job import StreamOptions
-from quantkit.streaming.run import stream_quantize
+from quantkit.backends.streaming.job import StreamOptions
+from quantkit.backends.streaming.run import stream_quantize
 source, out, scheme, jobs, device = sys.argv[1:]
 checkpoint = open_checkpoint(Path(source))
 modules = classify({n: i.shape for n, i in checkpoint.tensors.items()}, checkpoint.config)

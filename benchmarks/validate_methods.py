@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.backends.streaming.rtn import quantize_rows
 from quantkit.checkpoint.directory import read_json
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.cli.output import Output
 from quantkit.formats import gptq
 from quantkit.formats.base import LayerSpec, QuantWeight
-from quantkit.streaming.rtn import quantize_rows
 from quantkit.validate.markdown import number, table
 from quantkit.validate.plots import layers_figure, scatter_figure
 from quantkit.validate.run import ValidateRequest, validate

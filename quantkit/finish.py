@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantkit.backends.process.job import Reporter, Result
 from quantkit.card import hub_name, model_card
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import GgufFile, gguf_in, open_gguf
 from quantkit.checkpoint.provenance import PROVENANCE
 from quantkit.checkpoint.sources import remember_source
 from quantkit.errors import CheckError
-from quantkit.job import Reporter, Result
 from quantkit.plan import Plan
 from quantkit.request import Outcome, Request
 from quantkit.seal import CARD, provenance, seal, write_json

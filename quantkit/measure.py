@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from quantkit.backends.process.job import Reporter
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 from quantkit.checkpoint.network.config import text_config
 from quantkit.checkpoint.network.modules import layer_index
 from quantkit.errors import InputError
-from quantkit.job import Reporter
 from quantkit.pipeline import quantize
 from quantkit.plan import Plan
 from quantkit.request import Request

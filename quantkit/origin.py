@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from quantkit.backends.registry import Backend
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.network.modules import classify, linear_modules
 from quantkit.errors import BackendError, InputError
 from quantkit.formats.registry import detect
 from quantkit.plan import Plan, plan_of_layers
 from quantkit.recipe.model import Recipe
-from quantkit.registry import Backend
 
 
 def stored_recipe(note: dict[str, Any], state: Path) -> Recipe:

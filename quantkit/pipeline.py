@@ -11,20 +11,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.backends.environments import find_interpreter, library_versions
+from quantkit.backends.environments.device import resolve_device
+from quantkit.backends.process.job import NO_DATA, Job, Reporter, Result
+from quantkit.backends.process.parent import run_worker
+from quantkit.backends.registry import MODELOPT
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
-from quantkit.device import resolve_device
-from quantkit.environments import find_interpreter, library_versions
 from quantkit.errors import BackendError, InputError, command
 from quantkit.finish import finish
-from quantkit.job import NO_DATA, Job, Reporter, Result
 from quantkit.origin import plan_of_export, state_calibration, stored_recipe
 from quantkit.plan import Plan, kept_layers, make_plan, refuse_beyond_dense
-from quantkit.process import run_worker
 from quantkit.publish import check_apart, check_space, check_target, staged
 from quantkit.recipe.model import Recipe
-from quantkit.registry import MODELOPT
 from quantkit.request import ExportRequest, Outcome, Request
 from quantkit.seam import check_engines
 from quantkit.statefile import check_state, read_state_note, refuse_mismatch

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
+from quantkit.backends.registry import Backend, Method, backend_named, refusals
 from quantkit.checkpoint.consistency import refuse_contradictions
 from quantkit.checkpoint.directory import DTYPE_BITS, Checkpoint
 from quantkit.checkpoint.network.config import expert_count
@@ -32,7 +33,6 @@ from quantkit.formats.settings import refuse_conflict, refuse_stale
 from quantkit.plan_notes import notes_of
 from quantkit.recipe.load import recipe_files
 from quantkit.recipe.model import Override, Recipe, adjusted
-from quantkit.registry import Backend, Method, backend_named, refusals
 
 GROUP_SIZES = (256, 128, 64, 32, 16)
 METHODS_HINT = "quantkit methods  # what each method writes and needs"

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import __version__
+from quantkit.backends.process.job import Result
 from quantkit.checkpoint.directory import INDEX_SUFFIX, Checkpoint, read_json
 from quantkit.checkpoint.gguf import gguf_in
 from quantkit.checkpoint.provenance import PROVENANCE, RESUME_FOLDER
 from quantkit.engines.complete import completed
 from quantkit.errors import BackendError
-from quantkit.job import Result
 from quantkit.plan import Plan
 
 SCHEMA_VERSION = 1

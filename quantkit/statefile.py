@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from quantkit.backends.process.job import STATE_NOTE
 from quantkit.errors import InputError
-from quantkit.job import STATE_NOTE
 
 MAX_PICKLE_BYTES = 1 << 28
 CHUNK = 1 << 22

@@ -8,12 +8,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 from quantkit import __version__
+from quantkit.backends.process.job import Reporter, Result
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.provenance import PROVENANCE
 from quantkit.finish import finish
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.registry import packing, writer_named
-from quantkit.job import Reporter, Result
 from quantkit.plan import Plan
 from quantkit.publish import check_space, staged
 from quantkit.request import Outcome, Request
@@ -22,7 +22,7 @@ from quantkit.seam import ignore_list
 from quantkit.verify import Written
 
 if TYPE_CHECKING:
-    from quantkit.streaming.job import Layout, ShardTask, StreamResult
+    from quantkit.backends.streaming.job import Layout, ShardTask, StreamResult
 
 
 def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outcome:
@@ -32,8 +32,8 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
     `DIR.partial` for `--resume`.
     Raises InputError (`stream.*`, `source.*`, `resume.*`, `output.*`) and CheckError.
     """
-    from quantkit.streaming.job import StreamOptions
-    from quantkit.streaming.run import clear_state, stream_quantize
+    from quantkit.backends.streaming.job import StreamOptions
+    from quantkit.backends.streaming.run import clear_state, stream_quantize
 
     options = StreamOptions(**plan.recipe.options, on_nan=plan.recipe.on_nan)
     with staged(
@@ -83,7 +83,7 @@ def check_stream(source: Checkpoint, plan: Plan) -> None:
 
 
 def _tasks(source: Checkpoint, plan: Plan) -> list[ShardTask]:
-    from quantkit.streaming.tasks import plan_shards
+    from quantkit.backends.streaming.tasks import plan_shards
 
     layout = cast("Layout", plan.method.layout)
     return plan_shards(source, plan.layers, layout, plan.recipe.shard_bytes())

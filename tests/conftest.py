@@ -69,7 +69,7 @@ def outputs(
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
     """The interpreter of the managed vLLM environment, made once in the cache (about 90 s)."""
-    from quantkit.environments.managed import create, spec_named
+    from quantkit.backends.environments.managed import create, spec_named
 
     return create(spec_named("vllm"), None, print)
 

@@ -137,12 +137,12 @@ def auto_round(source: Path, out: Path, others: set[str]) -> Path:
 
 def mixed(source: Path, out: Path, others: dict[str, Scheme], layout: Any) -> Path:
     """Int4 in groups of 128, but for `others`."""
+    from quantkit.backends.streaming.job import StreamOptions
+    from quantkit.backends.streaming.run import clear_state, stream_quantize
     from quantkit.checkpoint.directory import open_checkpoint
     from quantkit.checkpoint.network.modules import linear_modules
     from quantkit.formats.base import LayerSpec
     from quantkit.formats.registry import packing, writer_named
-    from quantkit.streaming.job import StreamOptions
-    from quantkit.streaming.run import clear_state, stream_quantize
 
     checkpoint = open_checkpoint(source)
     modules = linear_modules(checkpoint.modules)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.backends.streaming.job import Layout, StreamOptions
+from quantkit.backends.streaming.run import clear_state, stream_quantize
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.network.modules import classify, linear_modules
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.engines.aliases import expanded
 from quantkit.formats import awq, compressed_tensors_config, gptq
 from quantkit.formats.base import LayerSpec
-from quantkit.streaming.job import Layout, StreamOptions
-from quantkit.streaming.run import clear_state, stream_quantize
 from tests.helpers import edit_json, edit_tensors
 
 PACKINGS = {"gptq": "gptq", "awq": awq.PACKING}

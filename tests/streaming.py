@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.backends.streaming.job import StreamOptions, StreamResult
+from quantkit.backends.streaming.run import stream_quantize
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.network.modules import classify, linear_modules
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
-from quantkit.streaming.job import StreamOptions, StreamResult
-from quantkit.streaming.run import stream_quantize
 
 
 def scheme_named(name: str) -> Scheme:

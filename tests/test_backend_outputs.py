@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.backends.environments.managed import ready
 from quantkit.checkpoint.directory import open_checkpoint
-from quantkit.environments.managed import ready
 from quantkit.formats import ascend
 from quantkit.formats.dequantize import dequantize
 from quantkit.verify import verify

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.backends.registry import backends, load_recipe
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.plan import make_plan
-from quantkit.registry import backends, load_recipe
 from tests.cli import QUICK, command, quantkit, refused
 from tests.helpers import alone
 

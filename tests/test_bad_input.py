@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from quantkit.backends.registry import load_recipe
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.pipeline import preflight
 from quantkit.plan import make_plan
-from quantkit.registry import load_recipe
 from quantkit.request import Request
 from tests.cli import QUICK, command, quantkit, refused
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors
@@ -309,7 +309,7 @@ def test_an_unusable_request_costs_no_torch_import(tmp_path: Path) -> None:
         "import sys\nfrom pathlib import Path\n"
         "from quantkit.pipeline import preflight\n"
         "from quantkit.request import Request\n"
-        "from quantkit.registry import load_recipe\n"
+        "from quantkit.backends.registry import load_recipe\n"
         "from quantkit.errors import InputError\n"
         "try: preflight(Request('nowhere', load_recipe('modelopt_fp8'), Path('out')))\n"
         "except InputError: sys.exit('torch' in sys.modules)\n"

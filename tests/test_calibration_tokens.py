@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from quantkit.backends.process.job import token_digest
 from quantkit.calibration import (
     TokenFile,
     build_tokens,
@@ -25,7 +26,6 @@ from quantkit.calibration import (
 from quantkit.calibration.tokens import histogram, shares
 from quantkit.checkpoint.directory import is_sidecar
 from quantkit.errors import InputError
-from quantkit.job import token_digest
 from tests.helpers import edit_json
 
 END = 2  # <|im_end|>

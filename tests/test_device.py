@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit import device
-from quantkit.device import amd_note, resolve_device, torch_build
+from quantkit.backends.environments import device
+from quantkit.backends.environments.device import amd_note, resolve_device, torch_build
 from quantkit.runtime.kernels.base import no_gpu
 
 VERSION = """from typing import Optional

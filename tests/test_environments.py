@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.environments.managed import Spec, check, create, ready, remove, spec_named, specs
+from quantkit.backends.environments.managed import (
+    Spec,
+    check,
+    create,
+    ready,
+    remove,
+    spec_named,
+    specs,
+)
 from quantkit.errors import BackendError, InputError
 from tests.cli import quantkit, refused
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from quantkit.backends.registry import load_recipe
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 from quantkit.checkpoint.network.config import expert_count
 from quantkit.checkpoint.network.experts import input_first
 from quantkit.checkpoint.network.modules import classify
 from quantkit.errors import InputError
 from quantkit.plan import Plan, make_plan
-from quantkit.registry import load_recipe
 
 PARENT = "model.layers.0.mlp.experts."
 CONFIG = {"hidden_size": 64}

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.backends import float32_products
-from quantkit.job import Result
+from quantkit.backends.process import float32_products
+from quantkit.backends.process.job import Result
 
 SLOW = """
 import torch
-from quantkit.backends import float32_products as products
+from quantkit.backends.process import float32_products as products
 products.slow_bfloat16.cache_clear()
 products.slow_bfloat16 = lambda: True
 torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_a_whole_process_computes_so_forwards_and_backwards() -> None:
 def test_the_capability_decides(capability: str | None) -> None:
     """ATEN_CPU_CAPABILITY imitates a lesser CPU, so one machine shows both."""
     code = (
-        "import torch; from quantkit.backends import float32_products as p;"
+        "import torch; from quantkit.backends.process import float32_products as p;"
         "print(p.described(), torch.backends.cpu.get_cpu_capability())"
     )
     env = dict(os.environ)

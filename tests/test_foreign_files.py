@@ -15,12 +15,12 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from quantkit.backends.registry import load_recipe
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
 from quantkit.errors import InputError
 from quantkit.formats.registry import detect
 from quantkit.plan import Plan, make_plan
-from quantkit.registry import load_recipe
 from quantkit.verify.sidecars import check_alone
 from tests.helpers import edit_json, edit_tensors
 

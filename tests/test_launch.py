@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quantkit.backends.environments.managed import spec_named
 from quantkit.checkpoint.schemes import SCHEMES
-from quantkit.environments.managed import spec_named
 from tests.cli import quantkit, refused
 from tests.helpers import edit_json
 from tests.rtn import rtn

@@ -19,10 +19,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from quantkit.backends.process.job import Job, Result, token_digest
+from quantkit.backends.process.parent import run_worker
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
-from quantkit.job import Job, Result, token_digest
-from quantkit.process import run_worker
 from quantkit.recipe.model import adjusted
 from quantkit.statefile import check_state, read_state_note, refuse_mismatch
 from tests.helpers import cut_layers
@@ -31,7 +31,7 @@ from tests.test_worker_process import ADAPTERS, Recorder
 pytestmark = pytest.mark.library
 
 SAMPLES, LENGTH, PADDED = 6, 48, 7
-MODELOPT = "quantkit.backends.modelopt:run"
+MODELOPT = "quantkit.backends.adapters.modelopt:run"
 NOTE = {"model": "base", "fingerprint": "f" * 64, "recipe": {"name": "modelopt_fp8"}}
 
 METHODS: dict[str, dict[str, Any]] = {

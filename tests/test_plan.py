@@ -11,10 +11,10 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 
+from quantkit.backends.registry import load_recipe
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.plan import Plan, make_plan
-from quantkit.registry import load_recipe
 from quantkit.seam import check_engines
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors
 

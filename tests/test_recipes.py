@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.backends.registry import load_recipe
 from quantkit.errors import InputError
 from quantkit.recipe.load import recipe_files
-from quantkit.registry import load_recipe
 
 
 @pytest.mark.parametrize("name", sorted(recipe_files()))

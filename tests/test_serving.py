@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from quantkit.backends.environments.device import has_nvidia_gpu
+from quantkit.backends.environments.managed import create, spec_named
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
-from quantkit.device import has_nvidia_gpu
-from quantkit.environments.managed import create, spec_named
 from quantkit.errors import BackendError, InputError
 from quantkit.runtime import load
 from quantkit.serving.drivers.base import Order

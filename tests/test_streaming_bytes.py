@@ -19,9 +19,9 @@ from compressed_tensors.quantization.utils import (
     maybe_pad_tensor_for_block_quant,
 )
 
-from quantkit.checkpoint.directory import open_checkpoint
-from quantkit.streaming.encode import declared, encoder
-from quantkit.streaming.rtn import (
+from quantkit.backends.streaming.encode import declared, encoder
+from quantkit.backends.streaming.rows_in import TORCH_DTYPES
+from quantkit.backends.streaming.rtn import (
     E4M3_UNIT,
     Clip,
     NonFiniteError,
@@ -30,7 +30,7 @@ from quantkit.streaming.rtn import (
     nvfp4_global_scale,
     quantize_rows,
 )
-from quantkit.streaming.source import TORCH_DTYPES
+from quantkit.checkpoint.directory import open_checkpoint
 from tests.streaming import scheme_named
 
 PRESETS = {

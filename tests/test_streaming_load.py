@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from quantkit.job import Unit
+from quantkit.backends.process.job import Unit
+from quantkit.backends.registry import load_recipe
 from quantkit.pipeline import quantize
-from quantkit.registry import load_recipe
 from quantkit.request import Request
 from quantkit.verify import verify
 from tests.streaming import write_model

@@ -17,13 +17,13 @@ import psutil
 import pytest
 import torch
 
+from quantkit.backends.process.job import Unit
+from quantkit.backends.registry import load_recipe
+from quantkit.backends.streaming.run import clear_state
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import BackendError, InputError
-from quantkit.job import Unit
 from quantkit.pipeline import quantize
-from quantkit.registry import load_recipe
 from quantkit.request import Request
-from quantkit.streaming.run import clear_state
 from tests.helpers import edit_json
 from tests.streaming import stream, write_model
 from tests.test_streaming_load import Quiet

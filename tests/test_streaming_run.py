@@ -13,14 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from quantkit.backends.streaming.crew import hands
+from quantkit.backends.streaming.job import Piece, ShardTask, Slice, StreamOptions, Work
+from quantkit.backends.streaming.resources import worker_count
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo, open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats import awq, compressed_tensors, compressed_tensors_config, gptq
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.dequantize import dequantize
-from quantkit.streaming.crew import hands
-from quantkit.streaming.job import Piece, ShardTask, Slice, StreamOptions, Work
-from quantkit.streaming.resources import worker_count
 from tests.helpers import copy_checkpoint, edit_tensors
 from tests.rtn import tiny_moe
 from tests.streaming import (
@@ -229,7 +229,7 @@ def test_a_file_that_shrinks_under_the_run(small_model: Path, tmp_path: Path) ->
     """The header was read when the file was whole; the end is missed when it is needed."""
     model = sharded(small_model, tmp_path / "model", 3)
     checkpoint = open_checkpoint(model)
-    from quantkit.streaming.run import stream_quantize
+    from quantkit.backends.streaming.run import stream_quantize
 
     victim = checkpoint.files[2]
     with victim.open("r+b") as file:

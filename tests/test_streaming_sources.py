@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantkit.backends.streaming.job import StreamOptions
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
-from quantkit.streaming.job import StreamOptions
 from tests.rtn import tiny_moe
 from tests.streaming import plain_layers, scheme_named, stream, tensors_of, write_model
 
@@ -125,7 +125,7 @@ def test_a_kept_layer_of_an_fp8_source_comes_out_in_16_bit(
     name = "model.layers.1.mlp.up_proj.weight"
     edit = load_file(bf16 / "model-00001-of-00001.safetensors")[name]
     checkpoint = open_checkpoint(fp8)
-    from quantkit.streaming.run import stream_quantize
+    from quantkit.backends.streaming.run import stream_quantize
 
     out = tmp_path / "out"
     out.mkdir()

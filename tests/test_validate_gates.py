@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from quantkit.backends.registry import load_recipe
 from quantkit.errors import InputError
 from quantkit.recipe.gates import METRICS, Gate, outcome, parse_gate
-from quantkit.registry import load_recipe
 from quantkit.validate.bootstrap import PART_INDICES, Measured, exact, missing, resamples, sampled
 from quantkit.validate.metrics import choice_metric, task_metrics
 from quantkit.validate.paired import lost, score_interval

@@ -12,13 +12,13 @@ import pytest
 import torch
 import transformers as hf
 
+from quantkit.backends.registry import load_recipe
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.gguf import GgufFile, GgufTensor
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.checkpoint.sources import remember_source, source_of
 from quantkit.errors import BackendError, InputError
-from quantkit.registry import load_recipe
 from quantkit.validate import memory, preflight
 from quantkit.validate.builtin import BATCH_TOKENS
 from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from quantkit.environments.managed import spec_named
+from quantkit.backends.environments.managed import spec_named
 from quantkit.errors import BackendError
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.engines import engine_build

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from quantkit.backends.streaming.job import Layout
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
-from quantkit.streaming.job import Layout
 from quantkit.verify import verify
 from tests.rtn import rtn, tiny_moe
 

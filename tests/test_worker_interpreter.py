@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.environments import find_interpreter, library_versions
+from quantkit.backends.environments import find_interpreter, library_versions
+from quantkit.backends.registry import MODELOPT
 from quantkit.errors import BackendError, InputError
-from quantkit.registry import MODELOPT
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_current_interpreter_is_taken_without_importing_the_library() -> None:
     code = (
-        "import sys; from quantkit.environments import find_interpreter\n"
-        "from quantkit.registry import MODELOPT\n"
+        "import sys; from quantkit.backends.environments import find_interpreter\n"
+        "from quantkit.backends.registry import MODELOPT\n"
         "print(find_interpreter(MODELOPT), [m for m in ('modelopt', 'torch') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from quantkit import process
+from quantkit.backends.process import parent as process
+from quantkit.backends.process.job import Job, Result, Unit
+from quantkit.backends.process.parent import oom_kills, run_worker
 from quantkit.errors import BackendError, InputError
-from quantkit.job import Job, Result, Unit
-from quantkit.process import oom_kills, run_worker
 from tests.helpers import alone
 
 ADAPTERS = Path(__file__).parent / "adapters"
@@ -139,7 +139,7 @@ def test_worker_sees_its_own_environment_only(
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     run(tmp_path, "good", python=bare_python)
     seen = json.loads((tmp_path / "out" / "seen.json").read_text())
-    package = Path(process.__file__).parent
+    package = Path(process.__file__).parents[2]
     assert seen["quantkit"] == str(package / "__init__.py")
     assert str(package) not in seen["path"]
     assert not any(entry.startswith(sys.prefix + "/") for entry in seen["path"])
@@ -147,7 +147,8 @@ def test_worker_sees_its_own_environment_only(
     assert seen["environment"]["HF_HUB_OFFLINE"] == "1"
     assert seen["session"] is True
     ours = {name for name in seen["modules"] if name.startswith("quantkit")}
-    assert ours == {"quantkit", "quantkit.job"}
+    process_side = {"quantkit.backends.process", "quantkit.backends.process.job"}
+    assert ours == {"quantkit", "quantkit.backends"} | process_side
     foreign = {name.partition(".")[0] for name in seen["modules"]} - sys.stdlib_module_names
     assert foreign == {"quantkit", "worker_adapters", "__main__"} - sys.stdlib_module_names
 
@@ -221,7 +222,7 @@ def test_oom_kills_reads_the_kernels_counter(tmp_path: Path) -> None:
 def test_a_missing_library_is_named_with_the_command_that_adds_it(
     tmp_path: Path, bare_python: Path
 ) -> None:
-    error = failure(tmp_path, "quantkit.backends.modelopt:run", python=bare_python)
+    error = failure(tmp_path, "quantkit.backends.adapters.modelopt:run", python=bare_python)
     assert error.code == "worker.import_failed"
     assert "the module modelopt is missing" in error.message
     assert error.hint == f"{bare_python} -m pip install nvidia-modelopt"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantkit.job import Unit
+from quantkit.backends.process.job import Unit
 from quantkit.validate.report import Report
 from quantkit.validate.run import ValidateRequest, validate
 from tests.damage import DOWN, GATE, UP, K, V, patching, swapping

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.backends.process.job import token_digest
 from quantkit.errors import InputError
-from quantkit.job import token_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ SUMMARY_VERSION = 1
 @dataclass(frozen=True)
 class TokenFile:
     """A finished token file; `tokens` counts those that are not padding, `digest` is
-    `quantkit.job.token_digest` over them."""
+    `quantkit.backends.process.job.token_digest` over them."""
 
     path: Path
     digest: str

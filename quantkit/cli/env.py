@@ -18,7 +18,7 @@ Name = Annotated[str, typer.Argument(help="An environment's name: quantkit env l
 @app.command("list")
 def list_command(as_json: options.Json = False) -> None:
     """List the environments: what each is for, and whether it is made."""
-    from quantkit.environments.managed import ready, specs, unavailable
+    from quantkit.backends.environments.managed import ready, specs, unavailable
 
     out = Output(as_json=as_json)
     rows: list[dict[str, Any]] = [
@@ -53,7 +53,7 @@ def create_command(
     as_json: options.Json = False,
 ) -> None:
     """Make an environment; nothing happens when it exists and works."""
-    from quantkit.environments.managed import create, spec_named
+    from quantkit.backends.environments.managed import create, spec_named
 
     out = Output(as_json=as_json)
     python = create(spec_named(name), wheels, out.info)
@@ -64,7 +64,7 @@ def create_command(
 @app.command("check")
 def check_command(name: Name, as_json: options.Json = False) -> None:
     """Check an environment's versions and imports; exit 3 when it does not work."""
-    from quantkit.environments.managed import check, spec_named
+    from quantkit.backends.environments.managed import check, spec_named
 
     out = Output(as_json=as_json)
     reason = check(spec_named(name))
@@ -78,7 +78,7 @@ def check_command(name: Name, as_json: options.Json = False) -> None:
 @app.command("remove")
 def remove_command(name: Name, as_json: options.Json = False) -> None:
     """Delete an environment, older ones of its name too."""
-    from quantkit.environments.managed import remove, spec_named
+    from quantkit.backends.environments.managed import remove, spec_named
 
     out = Output(as_json=as_json)
     removed = [str(path) for path in remove(spec_named(name), out.info)]

@@ -23,7 +23,7 @@ def kernels_command(
     as_json: options.Json = False,
 ) -> None:
     """List the kernels of the builtin runtime, in the order in which they are preferred."""
-    from quantkit.device import amd_note, resolve_device
+    from quantkit.backends.environments.device import amd_note, resolve_device
     from quantkit.runtime.kernels import sglang
     from quantkit.runtime.kernels.select import check_name
     from quantkit.runtime.load import pick_device

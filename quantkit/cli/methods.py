@@ -34,11 +34,11 @@ def methods_command(
 
 def method_rows() -> list[dict[str, Any]]:
     """One row a bundled recipe; `available` is whether it can run here, `reason` why not."""
-    from quantkit.device import resolve_device
+    from quantkit.backends.environments import missing_reason
+    from quantkit.backends.environments.device import resolve_device
+    from quantkit.backends.registry import backend_named, load_recipe
     from quantkit.engines import support
-    from quantkit.environments import missing_reason
     from quantkit.recipe.load import recipe_files
-    from quantkit.registry import backend_named, load_recipe
 
     device = resolve_device("auto")
     rows = []

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn, TaskID
 
-    from quantkit.job import Unit
+    from quantkit.backends.process.job import Unit
 
 PLAIN_INTERVAL_S = 5.0
 
@@ -27,7 +27,7 @@ PLAIN_INTERVAL_S = 5.0
 class Output:
     """Tables or one JSON document on stdout; notes and progress on stderr.
 
-    Implements `quantkit.job.Reporter`, so that the pipeline can tell its stages.
+    Implements `quantkit.backends.process.job.Reporter`, so that the pipeline can tell its stages.
     """
 
     def __init__(self, *, as_json: bool = False) -> None:

@@ -60,7 +60,7 @@ def plan_command(
 
 def chosen_recipe(method: str, recipe: str, calibration: str, sets: list[str]) -> Recipe:
     """The recipe that the flags name; exactly one of method and recipe."""
-    from quantkit.registry import load_recipe
+    from quantkit.backends.registry import load_recipe
 
     if bool(method) == bool(recipe):
         raise InputError(

@@ -17,7 +17,7 @@ def platforms_command(
     as_json: options.Json = False,
 ) -> None:
     """Show which engine runs which method on which GPU or NPU, and mark this machine's."""
-    from quantkit.device import amd_note
+    from quantkit.backends.environments.device import amd_note
     from quantkit.engines.capability import gemm_order
     from quantkit.engines.gpus import generations, gpu_here, gpu_named
 
@@ -71,10 +71,10 @@ def platforms_command(
 
 def platform_rows(method: str, gpu: Gpu | None) -> list[dict[str, Any]]:
     """One row a method and engine; `runs` by generation."""
+    from quantkit.backends.registry import backend_named, load_recipe
     from quantkit.engines import NAMES, engines
     from quantkit.engines.capability import capabilities, sglang_notes
     from quantkit.recipe.load import recipe_files
-    from quantkit.registry import backend_named, load_recipe
 
     names = [method] if method else sorted({file.stem for file in recipe_files().values()})
     rows = []

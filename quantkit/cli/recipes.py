@@ -17,8 +17,8 @@ def list_command(
     as_json: options.Json = False,
 ) -> None:
     """List the bundled recipes."""
+    from quantkit.backends.registry import load_recipe
     from quantkit.recipe.load import recipe_files
-    from quantkit.registry import load_recipe
 
     out = Output(as_json=as_json)
     recipes = [load_recipe(file.stem) for file in sorted(set(recipe_files().values()))]
@@ -39,7 +39,7 @@ def show_command(
     """Print the resolved recipe as YAML: every key with its value."""
     import yaml
 
-    from quantkit.registry import load_recipe
+    from quantkit.backends.registry import load_recipe
 
     out = Output(as_json=as_json)
     recipe = load_recipe(name, tuple(sets)).model_dump(mode="json")

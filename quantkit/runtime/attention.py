@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from quantkit.backends.float32_products import slow_bfloat16
+from quantkit.backends.process.float32_products import slow_bfloat16
 
 FEWEST_ROWS = 64
 """Texts from so many tokens on take `_in_blocks` on a CPU with fast bfloat16 products."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.backends.float32_products import linear, slow_bfloat16
+from quantkit.backends.process.float32_products import linear, slow_bfloat16
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime import vllm_operators
 from quantkit.runtime.kernels.select import Choice

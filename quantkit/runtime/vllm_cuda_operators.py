@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quantkit.environments.managed import ready
+from quantkit.backends.environments.managed import ready
 from quantkit.runtime import vllm_library
 
 LIBRARY = "_C_stable_libtorch.abi3.so"

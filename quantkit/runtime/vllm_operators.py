@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from quantkit.environments.managed import ready
+from quantkit.backends.environments.managed import ready
 from quantkit.runtime import vllm_library
 
 CREATE = "quantkit env create vllm"

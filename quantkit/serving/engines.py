@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.backends.environments.managed import ready, spec_named, unavailable
 from quantkit.engines import NAMES
-from quantkit.environments.managed import ready, spec_named, unavailable
 from quantkit.errors import BackendError
 
 

@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from quantkit.backends.process.parent import child_environment, oom_kills
 from quantkit.errors import BackendError
 from quantkit.paths import cache_dir
-from quantkit.process import child_environment, oom_kills
 from quantkit.serving import worker
 from quantkit.serving.drivers.base import Order
 from quantkit.serving.engines import Engine

@@ -99,8 +99,9 @@ def _open(order_file: Path) -> Driver:
 
 
 def _shared_worker() -> Any:
-    """The module `quantkit/worker.py`, by its path: quantkit itself is bound by it."""
-    path = Path(__file__).resolve().parents[1] / "worker.py"
+    """The module `quantkit/backends/process/worker.py`, by its path: quantkit itself is bound by
+    it."""
+    path = Path(__file__).resolve().parents[1] / "backends" / "process" / "worker.py"
     spec = importlib.util.spec_from_file_location("_quantkit_worker", path)
     assert spec is not None
     assert spec.loader is not None

@@ -119,7 +119,7 @@ def has_vllm_operators() -> bool:
 
 def computing() -> str:
     """In words, what makes the runtime's numbers on this CPU unlike those on another."""
-    from quantkit.backends.float32_products import described
+    from quantkit.backends.process.float32_products import described
 
     operators = "vLLM's CPU operators" if has_vllm_operators() else ""
     products = f"bfloat16 products in {described()}" if described() else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantkit.environments.managed import spec_named
+from quantkit.backends.environments.managed import spec_named
 from quantkit.errors import InputError
 from quantkit.serving.engines import ENGINES as SERVED
 from quantkit.serving.engines import find_interpreter

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import Tokenizer
-from quantkit.job import Reporter
 from quantkit.validate import text as texts
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.canary import answer, answer_logprobs, answer_tokens

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint, read_json
 from quantkit.checkpoint.gguf import GgufFile, gguf_in, open_gguf
@@ -16,7 +17,6 @@ from quantkit.checkpoint.scan import Scan, scan
 from quantkit.checkpoint.sources import source_of
 from quantkit.errors import InputError, command
 from quantkit.formats.registry import is_quantized
-from quantkit.job import Reporter
 from quantkit.verify import VerifyReport, verify
 from quantkit.verify.run import Progress
 

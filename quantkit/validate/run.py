@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from quantkit import __version__
+from quantkit.backends.environments.device import resolve_device
+from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.checkpoint.directory import Checkpoint, read_json
 from quantkit.checkpoint.network.config import positions
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
-from quantkit.device import resolve_device
-from quantkit.job import Reporter
 from quantkit.recipe.gates import Gate, parse_gate
 from quantkit.validate.bootstrap import missing
 from quantkit.validate.cachefile import BaselineCache

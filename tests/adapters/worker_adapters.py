@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 
-from quantkit.job import Job, JobError, JobInputError, Reporter, Result
+from quantkit.backends.process.job import Job, JobError, JobInputError, Reporter, Result
 
 
 def good(job: Job, report: Reporter, result: Result) -> None:

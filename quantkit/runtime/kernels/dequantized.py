@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from quantkit.backends.float32_products import linear
+from quantkit.backends.process.float32_products import linear
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
 from quantkit.runtime.layer import Layer, rows_of

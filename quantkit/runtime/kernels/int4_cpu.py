@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from quantkit.backends.float32_products import slow_bfloat16
+from quantkit.backends.process.float32_products import slow_bfloat16
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime.layer import Layer
 

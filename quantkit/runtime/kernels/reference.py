@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from quantkit.backends.float32_products import linear
+from quantkit.backends.process.float32_products import linear
 from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime.activations import quantize_codes, round_groups

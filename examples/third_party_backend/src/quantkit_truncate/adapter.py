@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit.job import Job, JobError, Reporter, Result
+from quantkit.backends.process.job import Job, JobError, Reporter, Result
 
 LEVELS = 127
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from quantkit.backends import Backend, Method, Options
 from quantkit.recipe.model import Recipe
-from quantkit.registry import Backend, Method, Options
 
 
 class TruncateOptions(Options):

@@ -1,0 +1,2 @@
+"""Adapters, one a library. They run in the worker and import nothing of ours but
+`process/job.py` and each other."""

@@ -1,0 +1,137 @@
+"""AutoRound: tuned rounding, exported to the layout that the recipe names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from auto_round import AutoRound
+from auto_round.utils.device_manager import get_ar_device
+from transformers import AutoTokenizer
+
+from quantkit.backends.adapters.autoround_gguf import keep_byte_level
+from quantkit.backends.adapters.common import (
+    check_followed,
+    load_model,
+    logs_as_notes,
+    packed_modules,
+    seed_everything,
+    unplanned,
+    warnings_as_notes,
+)
+from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
+from quantkit.backends.process.job import Job, JobError, Reporter, Result
+
+_PRESETS = {"nvfp4": "NVFP4", "mxfp4": "MXFP4", "gguf_q4_k_m": "GGUF:Q4_K_M"}
+"""Schemes that the library knows by a name; the others are integers."""
+_FORMATS = {"gguf": "gguf:q4_k_m"}
+_BEST_ITERS = 1000
+_CODES = ("qweight", "weight_packed", "weight_scale")
+
+
+def run(job: Job, report: Reporter, result: Result) -> None:
+    """Quantize `job.model` and export it into `job.out`, without the library's sub-folder."""
+    seed_everything(job)
+    _keep_bfloat16()
+    with warnings_as_notes(report), logs_as_notes("autoround", report):
+        report.stage("load")
+        model = load_model(job)
+        tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
+        tokens = Tokens(job) if job.tokens else None
+        witness = SeenTokens(tokens, report)
+        tuner = AutoRound(model, tokenizer, **_arguments(job, model, tokens))
+        layout = _format(job)
+        if layout == "gguf":
+            keep_byte_level(job, report)
+        with witness.watch(model, "quantize"):
+            tuner.quantize_and_save(job.out, format=_FORMATS.get(layout, layout))
+    _flatten(Path(job.out))
+    quantized = set(job.layers)
+    if layout != "gguf":  # whose types follow the layer's role, not the plan
+        quantized = packed_modules(job.out, *_CODES)
+        check_followed(job, quantized)
+    if tokens is not None:
+        result.calibration = witness.summary(len(quantized))
+
+
+def _keep_bfloat16() -> None:
+    """The same checkpoint on every CPU.
+
+    Without bfloat16 instructions AutoRound casts the model to float32 and writes all that is not
+    quantized so, beside a config.json that says otherwise; no option of its own prevents that
+    (`ModelContext._set_amp_dtype`). torch computes bfloat16 on every CPU.
+    """
+    get_ar_device("cpu")._bf16_supported = True
+
+
+def _format(job: Job) -> str:
+    default = (
+        "gguf"
+        if job.scheme["name"].startswith("gguf")
+        else ("llm_compressor" if job.scheme["name"] in _PRESETS else "auto_round")
+    )
+    return str(job.options.get("format", default))
+
+
+def _arguments(job: Job, model: Any, tokens: Tokens | None) -> dict[str, Any]:
+    preset = _PRESETS.get(job.scheme["name"])
+    scheme = {"scheme": preset} if preset else _weight(job.scheme)
+    iters = job.options.get("iters", 200)
+    arguments: dict[str, Any] = {
+        **scheme,
+        "iters": _BEST_ITERS if iters == "best" else iters,
+        "layer_config": _layer_config(job, model) or None,
+        "batch_size": job.batch_size,
+        "device_map": job.device,
+        "enable_torch_compile": False,
+        "seed": job.seed,
+    }
+    if tokens is not None:
+        arguments["dataset"] = tokens.batches(job.batch_size)
+        arguments |= {"nsamples": len(tokens), "seqlen": tokens.ids.shape[1]}
+    passed = ("lr", "minmax_lr", "disable_opt_rtn")
+    return arguments | {key: job.options[key] for key in passed if key in job.options}
+
+
+def _weight(scheme: dict[str, Any]) -> dict[str, Any]:
+    weight = scheme["weight"]
+    return {
+        "bits": int(weight["element"].removeprefix("int")),
+        "group_size": weight["group_size"] or -1,
+        "sym": weight["symmetric"],
+    }
+
+
+def _layer_config(job: Job, model: Any) -> dict[str, dict[str, Any]]:
+    """Layers that differ from the job's scheme: left in 16 bit, or of another number format."""
+    if job.scheme["name"] in _PRESETS:
+        others: dict[str, dict[str, Any]] = {}
+    else:
+        usual = _weight(job.scheme)
+        others = {
+            name: _weight(scheme) for name, scheme in job.layers.items() if _weight(scheme) != usual
+        }
+    head = model.get_output_embeddings()
+    kept = [name for name in unplanned(model, job) if model.get_submodule(name) is not head]
+    if job.scheme["name"].startswith("gguf"):
+        return others
+    return others | {name: {"bits": 16, "act_bits": 16} for name in kept}
+
+
+def _flatten(out: Path) -> None:
+    """Move what the library wrote into a sub-folder of its own naming up into `out`."""
+    made = [path.parent for pattern in ("config.json", "*.gguf") for path in out.rglob(pattern)]
+    if not made:
+        raise JobError(
+            "AutoRound left neither a config.json nor a GGUF file.",
+            hint="read the log",
+            code="autoround.no_output",
+        )
+    if made[0] == out:
+        return
+    for path in made[0].iterdir():
+        shutil.move(path, out / path.name)
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)

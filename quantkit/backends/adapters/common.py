@@ -1,0 +1,150 @@
+"""What adapters of libraries that take a Transformers model have in common."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from quantkit.backends.process.job import Job, JobError, JobInputError, Reporter
+
+_TELLING = re.compile(
+    r"skip|fall(s|ing)?[ -]?back|fallback|round-to-nearest|disabl|unsupported|not support|failed",
+    re.IGNORECASE,
+)
+"""Words of warnings that say that something was not done as asked."""
+_EXPECTED = re.compile(r"is expected|recommended usage", re.IGNORECASE)
+"""Words of warnings that would match, and say that all is well."""
+
+
+def seed_everything(job: Job) -> None:
+    """Seed Python's, NumPy's and torch's generators with the job's seed."""
+    random.seed(job.seed)
+    np.random.seed(job.seed)
+    torch.manual_seed(job.seed)
+
+
+def load_model(job: Job) -> Any:
+    """The model in the dtype of its checkpoint, on the job's device.
+
+    Raises JobInputError when a layer of the plan is not in it.
+    """
+    placement = {} if job.device == "cpu" else {"device_map": {"": job.device}}
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        job.model,
+        dtype="auto",
+        local_files_only=True,
+        trust_remote_code=job.trust_remote_code,
+        **placement,
+    )
+    present = {name for name, _ in model.named_modules()}
+    absent = sorted(set(job.layers) - present)
+    if absent:
+        raise JobInputError(
+            f"{len(absent)} modules of the plan are not in the model that Transformers builds from "
+            f"{job.model}: {absent[:3]}.",
+            hint="put them on the recipe's ignore list",
+            code="worker.layers_absent",
+        )
+    return model.eval()
+
+
+def unplanned(model: torch.nn.Module, job: Job) -> list[str]:
+    """Linear modules of the model that the plan does not quantize, by name."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name not in job.layers
+    ]
+
+
+def norms(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the weights that are vectors (norms), by module name."""
+    return {
+        name: module.weight.detach().clone()
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 1
+    }
+
+
+def folded(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+    """`Result.folds`: the norms that changed."""
+    changed = [name for name, weight in before.items() if not weight.equal(after[name])]
+    return {"norm": changed} if changed else {}
+
+
+def check_followed(job: Job, quantized: set[str]) -> None:
+    """Raise JobError unless the library quantized exactly the modules of the plan."""
+    wanted = set(job.layers)
+    missed, extra = sorted(wanted - quantized), sorted(quantized - wanted)
+    if missed or extra:
+        raise JobError(
+            f"{job.backend} quantized {len(quantized)} modules where the plan names {len(wanted)}: "
+            f"{len(missed)} left out {missed[:3]}, {len(extra)} too many {extra[:3]}.",
+            hint="put the modules that the library leaves out on the recipe's ignore list",
+            code=f"{job.backend}.plan_not_followed",
+        )
+
+
+def packed_modules(out: str, *suffixes: str) -> set[str]:
+    """Modules that have a tensor of one of these last name parts in the checkpoint `out`."""
+    found = set()
+    for file in Path(out).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as shard:
+            parts = (name.rpartition(".") for name in shard.keys())  # noqa: SIM118
+            found |= {module for module, _, suffix in parts if suffix in suffixes}
+    return found
+
+
+def telling(text: str) -> bool:
+    """Whether a warning says that something was not done as asked."""
+    return bool(_TELLING.search(text)) and not _EXPECTED.search(text)
+
+
+@contextmanager
+def warnings_as_notes(report: Reporter, keep: Collection[str] = ()) -> Iterator[None]:
+    """Pass on those Python warnings that tell of something left out; all go to the log too.
+
+    One that names a module of `keep` says what was asked for.
+    """
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def showwarning(message: Warning | str, *rest: Any) -> None:
+            show(message, *rest)
+            words = str(message).split()
+            if telling(str(message)) and not any(word in keep for word in words):
+                report.note(" ".join(words))
+
+        warnings.showwarning = showwarning  # type: ignore[assignment]
+        yield
+
+
+@contextmanager
+def logs_as_notes(name: str, report: Reporter) -> Iterator[None]:
+    """Pass on warnings of the logger of this name that tell of something left out."""
+
+    class Notes(logging.Handler):
+        """Turns log records into notes."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            text = " ".join(record.getMessage().split())
+            if telling(text):
+                report.note(text)
+
+    handler = Notes(logging.WARNING)
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger(name).removeHandler(handler)

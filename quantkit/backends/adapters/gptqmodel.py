@@ -1,0 +1,101 @@
+"""GPTQModel: GPTQ or AWQ, in the layouts of the same names."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pools ask for two, whatever the machine
+
+from gptqmodel import GPTQModel
+from gptqmodel.quantization.config import AWQConfig, GPTQConfig
+
+from quantkit.backends.adapters.common import (
+    check_followed,
+    packed_modules,
+    seed_everything,
+    warnings_as_notes,
+)
+from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
+from quantkit.backends.process.job import Job, Reporter, Result
+
+_GPTQ_OPTIONS = ("desc_act", "act_group_aware", "damp_percent", "mse", "format")
+_IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.")
+
+
+def run(job: Job, report: Reporter, result: Result) -> None:
+    """Quantize `job.model` and save it into `job.out`."""
+    seed_everything(job)
+    with warnings_as_notes(report):
+        report.stage("load")
+        config = _config(job)
+        model = GPTQModel.load(job.model, config, trust_remote_code=job.trust_remote_code)
+        tokens = Tokens(job)
+        witness = SeenTokens(tokens, report)
+        rows = [
+            {"input_ids": ids.tolist(), "attention_mask": mask.tolist()}
+            for ids, mask in zip(tokens.ids, tokens.masks, strict=True)
+        ]
+        with witness.watch(model.model, "quantize"):
+            model.quantize(
+                rows,
+                batch_size=job.batch_size,
+                calibration_sort=None,
+                calibration_data_min_length=0,
+            )
+        _note_fallbacks(model.quant_log, config, report)
+        report.stage("save")
+        model.save(job.out, max_shard_size=job.shard_size)
+        Path(job.out, "quant_log.csv").unlink(missing_ok=True)  # what it says is in the notes
+    quantized = packed_modules(job.out, "qweight")
+    check_followed(job, quantized)
+    result.calibration = witness.summary(len(quantized))
+
+
+def _config(job: Job) -> Any:
+    common = {
+        **_weight(job.scheme),
+        "device": job.device,
+        "dynamic": _dynamic(job),
+    }
+    if job.options.get("method") == "awq":
+        return AWQConfig(**common)
+    return GPTQConfig(**common, **{k: job.options[k] for k in _GPTQ_OPTIONS if k in job.options})
+
+
+def _weight(scheme: dict[str, Any]) -> dict[str, Any]:
+    weight = scheme["weight"]
+    return {
+        "bits": int(weight["element"].removeprefix("int")),
+        "group_size": weight["group_size"] or -1,
+        "sym": weight["symmetric"],
+    }
+
+
+def _dynamic(job: Job) -> dict[str, dict[str, Any]] | None:
+    """Rules by module name: `-:` leaves a module alone, `+:` changes its number format.
+
+    Modules outside of the decoder blocks (head, embeddings) are left alone without a rule.
+    """
+    usual = _weight(job.scheme)
+    rules: dict[str, dict[str, Any]] = {
+        f"+:^{re.escape(name)}$": _weight(scheme)
+        for name, scheme in job.layers.items()
+        if _weight(scheme) != usual
+    }
+    rules |= {f"-:^{re.escape(name)}$": {} for name in job.keep if _IN_BLOCK.search(name)}
+    return rules or None
+
+
+def _note_fallbacks(log: list[dict[str, Any]], config: Any, report: Reporter) -> None:
+    """Say for each layer where GPTQ gave up or needed more damping than was asked for."""
+    asked = getattr(config, "damp_percent", 0.0)
+    for entry in log:
+        name = f"layer {entry.get('layer')} {entry.get('module')}"
+        loss, damping = str(entry.get("loss", "")), float(entry.get("damp", 0) or 0)
+        if "fallback" in loss:
+            report.note(f"{name}: rounded to nearest instead of GPTQ ({loss})")
+        elif asked and damping > asked + 1e-6:
+            report.note(f"{name}: damping raised from {asked} to {damping} to invert the Hessian")

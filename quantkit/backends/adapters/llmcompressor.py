@@ -1,0 +1,160 @@
+"""LLM Compressor: one call of `oneshot`; writes compressed-tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from llmcompressor import oneshot
+from llmcompressor.modifiers.autoround import AutoRoundModifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from loguru import logger
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from quantkit.backends.adapters.common import (
+    check_followed,
+    folded,
+    load_model,
+    norms,
+    seed_everything,
+    telling,
+    unplanned,
+    warnings_as_notes,
+)
+from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
+from quantkit.backends.process.job import Job, Reporter, Result
+
+
+def run(job: Job, report: Reporter, result: Result) -> None:
+    """Quantize `job.model` and save it, compressed, into `job.out`."""
+    seed_everything(job)
+    with warnings_as_notes(report), _log_as_notes(report):
+        report.stage("load")
+        model = load_model(job)
+        tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
+        before = norms(model)
+        modifiers = _modifiers(job, model)
+        fallbacks = [m._rtn_fallback_module_names for m in modifiers if isinstance(m, GPTQModifier)]
+        call = {"model": model, "recipe": modifiers, "processor": tokenizer}
+        if job.tokens is None:
+            report.stage("quantize")
+            oneshot(**call)
+        else:
+            _calibrate(call, job, report, result)
+        check_followed(job, _quantized(model))
+        result.folds = folded(before, norms(model))
+        for name in [name for names in fallbacks for name in names]:
+            report.note(f"{name}: rounded to nearest, its Hessian could not be inverted")
+        report.stage("save")
+        model.save_pretrained(job.out, save_compressed=True, max_shard_size=job.shard_size)
+
+
+def _calibrate(call: dict[str, Any], job: Job, report: Reporter, result: Result) -> None:
+    tokens = Tokens(job)
+    witness = SeenTokens(tokens, report)
+    # A loader of our own keeps order, length and padding; a data set would be shuffled and cut.
+    loader: DataLoader[Any] = DataLoader(tokens.batches(job.batch_size), batch_size=None)  # type: ignore[arg-type]
+    with witness.watch(call["model"], "calibrate", job.layers):
+        oneshot(**call, dataset=loader, num_calibration_samples=len(tokens))
+    result.calibration = witness.summary()
+
+
+def _modifiers(job: Job, model: torch.nn.Module) -> list[Any]:
+    """The library's recipe: an optional fold, then what rounds the weights."""
+    groups = {f"group_{number}": scheme for number, scheme in enumerate(_groups(job))}
+    target: dict[str, Any] = {"config_groups": groups, "ignore": unplanned(model, job)}
+    if job.kv_cache == "fp8":
+        target["kv_cache_scheme"] = QuantizationArgs(
+            num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False
+        )
+    options = job.options
+    integers = job.scheme["weight"]["element"].startswith("int")
+    algorithm = options.get("algorithm") or ("gptq" if integers else "rtn")
+    modifiers: list[Any] = []
+    if "smoothing_strength" in options:
+        modifiers.append(SmoothQuantModifier(smoothing_strength=options["smoothing_strength"]))
+    if algorithm == "gptq":
+        more = {key: options[key] for key in ("dampening_frac",) if key in options}
+        if "actorder" in options:
+            order = options["actorder"]
+            more["actorder"] = None if order == "none" else order
+        return [*modifiers, GPTQModifier(**target, **more)]
+    if algorithm == "autoround":
+        more = {"iters": options["iters"]} if "iters" in options else {}
+        compiled = job.device != "cpu"
+        tuned = AutoRoundModifier(
+            **target, **more, batch_size=job.batch_size, enable_torch_compile=compiled
+        )
+        return [*modifiers, tuned]
+    if algorithm == "awq":
+        modifiers.append(AWQModifier())
+    return [*modifiers, QuantizationModifier(**target)]
+
+
+def _groups(job: Job) -> Iterator[QuantizationScheme]:
+    """One group a scheme; the only group of a plan names the class, several name their modules."""
+    schemes: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for name, scheme in job.layers.items():
+        schemes.setdefault(repr(scheme), (scheme, []))[1].append(name)
+    for scheme, names in schemes.values():
+        yield QuantizationScheme(
+            targets=["Linear"] if len(schemes) == 1 else names,
+            weights=arguments(scheme["weight"], weight=True),
+            input_activations=arguments(scheme["input"]) if scheme["input"] else None,
+        )
+
+
+def arguments(number: dict[str, Any], *, weight: bool = False) -> QuantizationArgs:
+    """A number format in compressed-tensors' words; equal to its presets where there is one."""
+    element, granularity = number["element"], number["granularity"]
+    two_level, shared_exponent = number["scale"] == "e4m3", number["scale"] == "e8m0"
+    values: dict[str, Any] = {
+        "num_bits": {"fp8_e4m3": 8, "fp4_e2m1": 4}.get(element) or int(element[3:]),
+        "type": "int" if element.startswith("int") else "float",
+        "strategy": "tensor_group" if two_level else granularity,
+        "symmetric": number["symmetric"],
+        "dynamic": number["dynamic"],
+        "group_size": number["group_size"],
+        "block_structure": number["block"],
+    }
+    if two_level:
+        values["scale_dtype"] = values["zp_dtype"] = torch.float8_e4m3fn
+        if not weight:
+            values["dynamic"] = "local"  # the group's scale while serving, the tensor's from data
+            values["observer"] = "static_minmax"
+    if shared_exponent:
+        values["scale_dtype"] = values["zp_dtype"] = torch.uint8
+    if values["dynamic"] is True:
+        values["observer"] = None
+    return QuantizationArgs(**{key: value for key, value in values.items() if value is not None})
+
+
+def _quantized(model: torch.nn.Module) -> set[str]:
+    return {
+        name
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "quantization_scheme", None), "weights", None)
+    }
+
+
+@contextmanager
+def _log_as_notes(report: Reporter) -> Iterator[None]:
+    """Pass on what the library logs as a warning and that tells of something left out."""
+
+    def note(message: Any) -> None:
+        text = " ".join(str(message.record["message"]).split())
+        if telling(text):
+            report.note(text)
+
+    sink = logger.add(note, level="WARNING")
+    try:
+        yield
+    finally:
+        logger.remove(sink)

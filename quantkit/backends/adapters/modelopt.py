@@ -1,0 +1,92 @@
+"""NVIDIA ModelOpt: calibrate and fake-quantize, save the state, export a unified checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from modelopt.torch.export import export_hf_checkpoint
+
+from quantkit.backends.adapters.common import (
+    check_followed,
+    folded,
+    load_model,
+    norms,
+    seed_everything,
+    warnings_as_notes,
+)
+from quantkit.backends.adapters.modelopt_config import (
+    check_calibrated,
+    quant_config,
+    quantized_layers,
+)
+from quantkit.backends.adapters.modelopt_state import restore_state, save_state
+from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
+from quantkit.backends.process.job import Job, Reporter, Result
+
+
+def run(job: Job, report: Reporter, result: Result) -> None:
+    """Quantize `job.model`, or restore `job.restore` on it, and export it into `job.out`."""
+    seed_everything(job)
+    with warnings_as_notes(report, frozenset(job.keep)):
+        report.stage("load")
+        model = load_model(job)
+        if job.task == "export":
+            report.stage("restore")
+            model = restore_state(model, job)
+            if job.layers:
+                check_followed(job, set(quantized_layers(model)))
+        else:
+            _quantize(model, job, report, result)
+            if job.checkpoint_save:
+                report.stage("save state")
+                save_state(model, job, result)
+        report.stage("export")
+        before = norms(model)
+        export_hf_checkpoint(model, export_dir=job.out, max_shard_size=job.shard_size)
+        result.folds = folded(before, norms(model))
+
+
+def _quantize(model: torch.nn.Module, job: Job, report: Reporter, result: Result) -> None:
+    config = quant_config(job, model)
+    calibration = Calibration(job, report) if job.tokens else None
+    report.stage("quantize")
+    mtq.quantize(model, config, calibration.run if calibration else None)
+    check_followed(job, set(quantized_layers(model)))
+    calibrated = check_calibrated(config, model)
+    if calibration is not None:
+        result.calibration = calibration.witness.summary(calibrated)
+
+
+class Calibration:
+    """Forward passes over the job's tokens, watched by a witness."""
+
+    def __init__(self, job: Job, report: Reporter) -> None:
+        self.tokens = Tokens(job)
+        self.witness = SeenTokens(self.tokens, report)
+        self.report = report
+        self.batch_size = job.batch_size
+        self.device = job.device
+        self.needs_logits = any(name.rpartition(".")[2] == "lm_head" for name in job.layers)
+        self.passes = 0
+
+    def run(self, model: Any) -> None:
+        """One pass over all samples; some algorithms ask for several."""
+        known = inspect.signature(model.forward).parameters
+        options = {"use_cache": False, "logits_to_keep": 0 if self.needs_logits else 1}
+        options = {name: value for name, value in options.items() if name in known}
+        batches = self.tokens.batches(self.batch_size)
+        self.passes += 1
+        name = "calibrate" if self.passes == 1 else f"calibrate, pass {self.passes}"
+        self.report.stage(name, len(batches))
+        hook = model.get_input_embeddings().register_forward_pre_hook(self.witness.embedded)
+        try:
+            with torch.no_grad():
+                for done, batch in enumerate(batches, 1):
+                    moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                    model(**moved, **options)
+                    self.report.advance(done)
+        finally:
+            hook.remove()

@@ -1,0 +1,1 @@
+"""How a backend runs: the job, the worker that does it, and the parent that follows it."""

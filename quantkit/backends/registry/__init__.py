@@ -1,0 +1,104 @@
+"""Which backends exist, what each can do, and why it cannot (the parent's side; no library loads).
+
+One file describes one backend; the adapters themselves live in `quantkit/backends/adapters/` and
+run in a child process. Other packages add backends with the entry point group `quantkit.backends`,
+whose values are `"module:attr"` of a `Backend`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+
+from pydantic import ValidationError
+
+from quantkit.backends.registry.autoround import AUTOROUND
+from quantkit.backends.registry.backend import Backend, Folding, Method, Options
+from quantkit.backends.registry.gptqmodel import GPTQMODEL
+from quantkit.backends.registry.llmcompressor import LLMCOMPRESSOR
+from quantkit.backends.registry.modelopt import MODELOPT
+from quantkit.backends.registry.msmodelslim import MSMODELSLIM
+from quantkit.backends.registry.rtn import RTN
+from quantkit.checkpoint.schemes import Scheme
+from quantkit.errors import InputError
+from quantkit.recipe.load import explain, read_recipe
+from quantkit.recipe.model import Recipe
+
+__all__ = [
+    "MODELOPT", "Backend", "Folding", "Method", "Options", "backend_named", "backends", "checked",
+    "load_recipe", "refusals",
+]  # fmt: skip
+
+_BUILT_IN = (MODELOPT, LLMCOMPRESSOR, GPTQMODEL, AUTOROUND, MSMODELSLIM, RTN)
+
+
+@cache
+def backends() -> dict[str, Backend]:
+    """Every known backend by name, the built-in ones first."""
+    found = {backend.name: backend for backend in _BUILT_IN}
+    for entry in entry_points(group="quantkit.backends"):
+        backend = entry.load()
+        if not isinstance(backend, Backend):
+            raise InputError(
+                f"The plugin {entry.name} ({entry.value}) is a {type(backend).__name__}, "
+                "not a quantkit.backends.Backend.",
+                hint=f"ask the makers of {entry.dist.name if entry.dist else entry.name}",
+                code="backend.bad_plugin",
+            )
+        found.setdefault(backend.name, backend)
+    return found
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of that name; InputError with the known ones otherwise."""
+    known = backends()
+    if name not in known:
+        raise InputError(
+            f"There is no backend {name!r}; known are {', '.join(sorted(known))}.",
+            hint="quantkit methods",
+            code="backend.unknown",
+        )
+    return known[name]
+
+
+def refusals(backend: Backend, recipe: Recipe, scheme: Scheme, device: str) -> list[str]:
+    """Every reason why the backend cannot do what the recipe asks, before anything is loaded."""
+    if scheme.name not in backend.methods:
+        known = ", ".join(sorted(backend.methods))
+        return [f"{backend.name} does not write the scheme {scheme.name} (it writes {known})"]
+    reasons = []
+    if recipe.kv_cache not in backend.kv_caches:
+        known = ", ".join(backend.kv_caches)
+        reasons.append(
+            f"{backend.name} cannot quantize the KV cache as {recipe.kv_cache} ({known})"
+        )
+    if recipe.overrides and not backend.overrides:
+        reasons.append(f"{backend.name} recipes have one scheme; overrides are not supported")
+    own = backend.unsupported(recipe) if backend.unsupported else None
+    if own:
+        return [*reasons, own]
+    method = backend.method(recipe)
+    if method.accelerator and device == "cpu":
+        reasons.append(
+            f"{backend.distribution} runs {method.algorithm} on an accelerator only, and the "
+            "device is cpu"
+        )
+    return reasons
+
+
+def load_recipe(name_or_path: str, sets: tuple[str, ...] = ()) -> Recipe:
+    """The recipe of a method name or a YAML file, `--set` applied, its options checked.
+
+    Raises InputError that names the file, the key path, the value and what is allowed.
+    """
+    return checked(*read_recipe(name_or_path, sets))
+
+
+def checked(recipe: Recipe, origin: str) -> Recipe:
+    """The recipe with the options that its backend knows; InputError names `origin`."""
+    backend = backend_named(recipe.backend)
+    try:
+        options = backend.options.model_validate(recipe.options)
+    except ValidationError as error:
+        raise explain(error, origin, backend.options, prefix="options") from error
+    return recipe.model_copy(update={"options": options.model_dump(exclude_none=True)})

@@ -1,0 +1,89 @@
+"""Write one safetensors file whose layout is known before its bytes are.
+
+The header goes first (https://github.com/huggingface/safetensors#format); each tensor is then
+written and hashed in order, any number of tensors at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from secrets import token_hex
+
+from quantkit.backends.streaming.hashing import tensor_hash
+from quantkit.backends.streaming.job import WRITING, ShardTask, entry_bytes
+from quantkit.checkpoint.directory import DTYPE_BITS
+
+Buffer = bytes | bytearray | memoryview
+
+HELD_BYTES = 1 << 16
+
+
+class ShardFile:
+    """A file of its full size with its header, under a name of its own; `places` are the offsets
+    of its tensors."""
+
+    def __init__(self, folder: Path, task: ShardTask) -> None:
+        outputs = task.outputs
+        self.path = folder / f"{task.file}.{token_hex(4)}{WRITING}"
+        self.places: dict[str, int] = {}
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name in sorted(outputs, key=lambda n: (-DTYPE_BITS[outputs[n][0]], n)):
+            dtype, shape = outputs[name]
+            end = at + entry_bytes(dtype, shape)
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+            self.places[name] = at
+            at = end
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        data = 8 + len(text)
+        self.places = {name: data + place for name, place in self.places.items()}
+        self.size = data + at
+        self.path.write_bytes(struct.pack("<Q", len(text)) + text)
+        os.truncate(self.path, self.size)
+
+
+class Sink:
+    """One tensor of the file: takes its bytes in order and hashes them as `Checkpoint.digest`."""
+
+    def __init__(self, file: int, offset: int, dtype: str, shape: tuple[int, ...]) -> None:
+        self._file, self._at = file, offset
+        self._end = offset + entry_bytes(dtype, shape)
+        self._hash = tensor_hash(dtype, shape)
+        self._held = bytearray()
+
+    def write(self, data: Buffer) -> None:
+        """Take the next bytes; few at a time are held back until there are more."""
+        view = memoryview(data).cast("B")
+        if len(self._held) + len(view) < HELD_BYTES:
+            self._held += view
+            return
+        self._flush()
+        self._put(view)
+
+    def close(self) -> str:
+        """Write what was held back; the digest of the tensor, which must be complete."""
+        self._flush()
+        assert self._at == self._end, "fewer bytes than the header declares"
+        return self._hash.hexdigest()
+
+    def _flush(self) -> None:
+        self._put(memoryview(self._held))
+        self._held = bytearray()
+
+    def _put(self, view: memoryview) -> None:
+        assert self._at + len(view) <= self._end, "more bytes than the header declares"
+        self._hash.update(view)
+        write_all(self._file, view, self._at)
+        self._at += len(view)
+
+
+def write_all(file: int, data: Buffer, offset: int) -> None:
+    """`os.pwrite` until everything is written."""
+    view = memoryview(data).cast("B")
+    while view:
+        done = os.pwrite(file, view, offset)
+        view, offset = view[done:], offset + done

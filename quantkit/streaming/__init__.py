@@ -1,8 +1,0 @@
-"""Quantization without a model: read safetensors, quantize row blocks, write (`rtn_*` methods).
-
-From the command down: `quantkit/streamed.py` (stream, seal, verify, publish) calls `run.py` (one
-resumable run: tasks, state, index), which calls `execute.py` (put each shard together) or
-`ray_executor.py`; these give single works to a `crew.py` of processes, where `worker.py` receives
-them and `perform.py` does them: `source.py` reads, `rtn.py` quantizes, `encode.py` packs,
-`writer.py` writes.
-"""
