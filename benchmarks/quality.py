@@ -10,7 +10,7 @@ from quantkit.checkpoint.gguf import GgufFile, gguf_in, open_gguf
 from quantkit.formats.dequantize import dequantize
 from quantkit.formats.quantized import examine
 from quantkit.formats.registry import detect
-from quantkit.verify.gguf import source_pairs, source_values
+from quantkit.verification.gguf import source_pairs, source_values
 
 WINDOWS, WINDOW = 8, 512
 

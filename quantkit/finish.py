@@ -16,7 +16,7 @@ from quantkit.errors import CheckError
 from quantkit.plan import Plan
 from quantkit.request import Outcome, Request
 from quantkit.seal import CARD, provenance, seal, write_json
-from quantkit.verify import EngineRequest, PlannedLayers, VerifyReport, Written, verify
+from quantkit.verification import EngineRequest, PlannedLayers, VerifyReport, Written, verify
 
 
 def finish(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from quantkit.plan import Plan
 from quantkit.recipe.model import Recipe
-from quantkit.verify import VerifyReport
+from quantkit.verification import VerifyReport
 
 
 @dataclass(frozen=True)

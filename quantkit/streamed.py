@@ -19,7 +19,7 @@ from quantkit.publish import check_space, staged
 from quantkit.request import Outcome, Request
 from quantkit.seal import CARD, write_json
 from quantkit.seam import ignore_list
-from quantkit.verify import Written
+from quantkit.verification import Written
 
 if TYPE_CHECKING:
     from quantkit.backends.streaming.job import Layout, ShardTask, StreamResult

@@ -17,7 +17,7 @@ from quantkit.backends.environments.managed import ready
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.formats import ascend
 from quantkit.formats.dequantize import dequantize
-from quantkit.verify import verify
+from quantkit.verification import verify
 from tests.backends import LIBRARIES, VLLM_LOADS, engine_alarms, make
 from tests.cli import QUICK, Run, quantkit, refused
 from tests.helpers import cut_layers, edit_json

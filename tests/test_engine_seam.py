@@ -18,7 +18,7 @@ from quantkit.engines import LayerPart, Loadable, Verdict, judge
 from quantkit.engines.complete import completed
 from quantkit.plan import make_plan
 from quantkit.seam import verdicts
-from quantkit.verify import EngineRequest, VerifyReport, verify
+from quantkit.verification import EngineRequest, VerifyReport, verify
 from tests.asked import DENSE, PLANS, Asked
 from tests.backends import engine_alarms
 from tests.families import BASES, INT4, model

@@ -21,7 +21,7 @@ from quantkit.checkpoint.hub import open_for_plan, resolve_model
 from quantkit.errors import InputError
 from quantkit.formats.registry import detect
 from quantkit.plan import Plan, make_plan
-from quantkit.verify.sidecars import check_alone
+from quantkit.verification.files.sidecars import check_alone
 from tests.helpers import edit_json, edit_tensors
 
 TINY: dict[str, Any] = {

@@ -18,7 +18,7 @@ from quantkit.formats.inventory import expert
 from quantkit.formats.quantized import examine
 from quantkit.formats.registry import detect
 from quantkit.runtime.load import load
-from quantkit.verify import verify
+from quantkit.verification import verify
 from tests.cli import quantkit, refused
 from tests.helpers import edit_json
 

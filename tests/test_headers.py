@@ -17,7 +17,7 @@ from quantkit.checkpoint.directory import open_checkpoint, read_header
 from quantkit.checkpoint.hub import open_for_plan
 from quantkit.checkpoint.without_weights import open_headers
 from quantkit.errors import InputError
-from quantkit.verify import verify
+from quantkit.verification import verify
 from tests.cli import quantkit, refused
 from tests.helpers import copy_checkpoint, edit_json
 

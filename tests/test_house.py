@@ -22,7 +22,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("engines",),
     ("recipe", "formats"),
-    ("backends",),
+    ("verification", "backends"),
 )  # fmt: skip
 """From the ground up. A room imports rooms of earlier rows, never one of its own row."""
 
@@ -32,6 +32,12 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("environments",),
         ("process",),
         ("adapters",),
+    ),
+    "verification": (
+        ("findings",),
+        ("configuration", "engines", "files"),
+        ("gguf", "weights"),
+        ("run",),
     ),
 }  # fmt: skip
 """The same inside the large rooms: a folder (or a file) imports what stands in earlier rows."""

@@ -14,7 +14,7 @@ from quantkit.backends.process.job import Unit
 from quantkit.backends.registry import load_recipe
 from quantkit.pipeline import quantize
 from quantkit.request import Request
-from quantkit.verify import verify
+from quantkit.verification import verify
 from tests.streaming import write_model
 
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {

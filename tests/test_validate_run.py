@@ -16,7 +16,7 @@ from quantkit.errors import BackendError
 from quantkit.validate.cachefile import BaselineCache
 from quantkit.validate.engines import engine_build
 from quantkit.validate.run import ValidateRequest, validate
-from quantkit.verify import verify
+from quantkit.verification import verify
 from tests.cli import Run, quantkit
 from tests.damage import DOWN, patching
 from tests.validating import (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.checkpoint.schemes import SCHEMES
-from quantkit.verify import verify
+from quantkit.verification import verify
 from tests.broken import DAMAGES, Damage
 from tests.helpers import edit_json
 from tests.rtn import folded, rotated, rtn, tiny_moe, untied

@@ -7,8 +7,8 @@ import torch
 
 from quantkit.checkpoint.schemes import SCHEMES, NumberFormat
 from quantkit.formats.base import QuantWeight
-from quantkit.verify.fidelity import compare
-from quantkit.verify.judge import faults
+from quantkit.verification.weights.compare import compare
+from quantkit.verification.weights.judge import faults
 
 ROWS, COLUMNS = 16, 576
 

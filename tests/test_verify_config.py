@@ -13,7 +13,7 @@ import pytest
 
 from quantkit.backends.streaming.job import Layout
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
-from quantkit.verify import verify
+from quantkit.verification import verify
 from tests.rtn import rtn, tiny_moe
 
 INT4 = SCHEMES["w4a16"].with_weight(group_size=32)

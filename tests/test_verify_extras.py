@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from quantkit.checkpoint.schemes import SCHEMES
-from quantkit.verify import verify
+from quantkit.verification import verify
 from tests.damage import L1, patch
 from tests.rtn import rtn
 

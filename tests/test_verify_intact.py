@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
-from quantkit.verify import VerifyReport, verify
+from quantkit.verification import VerifyReport, verify
 from tests.damage import DOWN, patch
 from tests.helpers import edit_json, edit_tensors
 from tests.rtn import ascend_w4a8, fp8_blocks, fuse_experts, rtn, tiny_moe

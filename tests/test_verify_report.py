@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from quantkit.checkpoint.schemes import SCHEMES
-from quantkit.verify import verify
-from quantkit.verify.findings import MOST_DB, decibels
+from quantkit.verification import verify
+from quantkit.verification.findings import MOST_DB, decibels
 from tests.cli import quantkit
 from tests.damage import DOWN, patch
 from tests.rtn import rtn
@@ -20,7 +20,7 @@ from tests.rtn import rtn
 PEAK = """
 import resource, sys
 from pathlib import Path
-from quantkit.verify import verify
+from quantkit.verification import verify
 report = verify(Path(sys.argv[1]), Path(sys.argv[2]))
 assert report.ok, report.errors
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -89,7 +89,9 @@ def test_memory_does_not_grow_with_the_model(
 
 
 def test_importing_verify_loads_no_torch() -> None:
-    code = "import sys, quantkit.verify; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = (
+        "import sys, quantkit.verification; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"]
 

@@ -10,7 +10,7 @@ import typer
 from quantkit.errors import InputError
 
 if TYPE_CHECKING:
-    from quantkit.verify import EngineRequest
+    from quantkit.verification import EngineRequest
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face directory or a Hub name.")]
 Method = Annotated[str, typer.Option("--method", "-m", help="A method name: quantkit methods.")]
@@ -50,7 +50,7 @@ def serve_sets(engine: str, tp: str, gpu: str) -> list[str]:
 
 def engine_request(engine: str, tp: str, gpu: str) -> EngineRequest | None:
     """--engine, --tp and --gpu of a command without a recipe; None without --engine."""
-    from quantkit.verify import EngineRequest
+    from quantkit.verification import EngineRequest
 
     if not engine:
         return None

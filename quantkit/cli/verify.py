@@ -28,7 +28,7 @@ def verify_command(
 ) -> None:
     """Check a checkpoint's integrity; exit 4 when there is an error."""
     from quantkit.checkpoint.hub import resolve_model
-    from quantkit.verify import verify
+    from quantkit.verification import verify
 
     ui = Output(as_json=as_json)
     base = resolve_model(source) if source else None

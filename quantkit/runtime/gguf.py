@@ -17,7 +17,7 @@ from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.gguf import GgufFile, open_gguf
 from quantkit.errors import InputError, command
 from quantkit.runtime.source import Source, check_finite, wrong_shape
-from quantkit.verify.gguf import Pair, source_values
+from quantkit.verification.gguf import Pair, source_values
 
 _KEYS = {
     "hidden_size": "embedding_length",

@@ -17,10 +17,10 @@ from quantkit.errors import InputError, command
 from quantkit.formats.base import LayerSpec, QuantWeight, is_kv_cache_tensor
 from quantkit.formats.quantized import QuantizedCheckpoint, examine
 from quantkit.formats.registry import detect, is_quantized
-from quantkit.verify.completeness import check_completeness
-from quantkit.verify.declared import check_declared
-from quantkit.verify.findings import Finding
-from quantkit.verify.values import check_tensors, check_weight
+from quantkit.verification.configuration.completeness import check_completeness
+from quantkit.verification.configuration.declared import check_declared
+from quantkit.verification.findings import Finding
+from quantkit.verification.weights.values import check_tensors, check_weight
 
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 

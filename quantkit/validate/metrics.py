@@ -14,7 +14,7 @@ from quantkit.validate.canary import Answer
 from quantkit.validate.paired import lost
 from quantkit.validate.subject import Spread, Throughput
 from quantkit.validate.text import BaselineText, QuantizedText
-from quantkit.verify import VerifyReport
+from quantkit.verification import VerifyReport
 
 Floats = NDArray[np.float64]
 NO_LOGITS = "the engine does not give logits"

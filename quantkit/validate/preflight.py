@@ -17,8 +17,8 @@ from quantkit.checkpoint.scan import Scan, scan
 from quantkit.checkpoint.sources import source_of
 from quantkit.errors import InputError, command
 from quantkit.formats.registry import is_quantized
-from quantkit.verify import VerifyReport, verify
-from quantkit.verify.run import Progress
+from quantkit.verification import VerifyReport, verify
+from quantkit.verification.run import Progress
 
 SHAPE_KEYS = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",

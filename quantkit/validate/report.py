@@ -18,7 +18,7 @@ from quantkit.validate.metrics import PerWindow
 from quantkit.validate.regression import Change
 from quantkit.validate.subject import Throughput
 from quantkit.validate.verdicts import GateResult
-from quantkit.verify import LayerFidelity
+from quantkit.verification import LayerFidelity
 
 SCHEMA_VERSION = 1
 KIND = "quantkit.validation"

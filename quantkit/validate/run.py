@@ -65,7 +65,7 @@ from quantkit.validate.report import (
 from quantkit.validate.subject import Opening, Progress, Subject
 from quantkit.validate.tasks import choose_tasks
 from quantkit.validate.verdicts import accepted, chosen_gates, default_gates, hold
-from quantkit.verify import VerifyReport
+from quantkit.verification import VerifyReport
 
 SAMPLES = 32
 FACTS_A_SAMPLE = 12

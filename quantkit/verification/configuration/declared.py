@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.formats.quantized import FLOAT_DTYPES, QuantizedCheckpoint
-from quantkit.verify.findings import Finding, error, warning
+from quantkit.verification.findings import Finding, error, warning
 
 _EXPORT_AGAIN = "export the checkpoint again; do not edit its config by hand"
 

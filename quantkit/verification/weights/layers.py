@@ -13,14 +13,14 @@ from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats import inventory
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.quantized import QuantizedCheckpoint
-from quantkit.verify.claims import check_claims
-from quantkit.verify.fidelity import Sums, compare, nearest_other, plain
-from quantkit.verify.findings import Finding, LayerFidelity, error
-from quantkit.verify.folds import head_dim, row_pairs, to_columns
-from quantkit.verify.judge import MOST_SHIFT, faults, floor_db, garbled, overall_gain
-from quantkit.verify.ledger import Ledger
-from quantkit.verify.source import Source
-from quantkit.verify.values import check_tensors, check_weight
+from quantkit.verification.configuration.claims import check_claims
+from quantkit.verification.findings import Finding, LayerFidelity, error
+from quantkit.verification.weights.compare import Sums, compare, nearest_other, plain
+from quantkit.verification.weights.folds import head_dim, row_pairs, to_columns
+from quantkit.verification.weights.judge import MOST_SHIFT, faults, floor_db, garbled, overall_gain
+from quantkit.verification.weights.ledger import Ledger
+from quantkit.verification.weights.source import SourceModel
+from quantkit.verification.weights.values import check_tensors, check_weight
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class Weights:
     """
 
     subject: QuantizedCheckpoint
-    source: Source | None
+    source: SourceModel | None
     ledger: Ledger
     columns: Mapping[str, torch.Tensor]
 

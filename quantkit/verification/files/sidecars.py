@@ -13,9 +13,9 @@ from quantkit.checkpoint.directory import Checkpoint, read_json
 from quantkit.checkpoint.network.config import is_tied
 from quantkit.checkpoint.weight_files import newer_tokenizer
 from quantkit.errors import InputError
-from quantkit.verify.added import judge_config, judge_generation
-from quantkit.verify.extras import check_extras
-from quantkit.verify.findings import Finding, error, info, warning
+from quantkit.verification.files.added_keys import judge_config, judge_generation
+from quantkit.verification.files.tokenizer_files import check_extras
+from quantkit.verification.findings import Finding, error, info, warning
 
 FREE_CONFIG_KEYS = frozenset(
     {

@@ -9,7 +9,7 @@ from quantkit.checkpoint.network.modules import expert_groups, fused_groups
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.checkpoint.tensors import read_tensor, same_bytes
 from quantkit.formats.quantized import QuantizedCheckpoint
-from quantkit.verify.findings import Finding, error, info, warning
+from quantkit.verification.findings import Finding, error, info, warning
 
 
 def check_structure(subject: QuantizedCheckpoint, broken: set[str]) -> list[Finding]:

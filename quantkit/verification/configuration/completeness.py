@@ -12,7 +12,7 @@ from quantkit.checkpoint.network.config import is_tied, text_config
 from quantkit.checkpoint.network.modules import layer_index
 from quantkit.checkpoint.tensors import same_bytes
 from quantkit.formats.quantized import QuantizedCheckpoint, as_subject
-from quantkit.verify.findings import Finding, error
+from quantkit.verification.findings import Finding, error
 
 _COPY_AGAIN = "export the checkpoint again, and verify it with --source MODEL"
 _INPUT_IS_HIDDEN = {

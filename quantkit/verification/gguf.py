@@ -18,7 +18,8 @@ from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import GgufFile, GgufTensor, open_gguf
 from quantkit.checkpoint.network.config import is_tied, text_config
 from quantkit.errors import InputError
-from quantkit.verify.findings import (
+from quantkit.verification.files.digests import check_seal, read_seal
+from quantkit.verification.findings import (
     Finding,
     LayerFidelity,
     PlannedLayers,
@@ -28,7 +29,6 @@ from quantkit.verify.findings import (
     from_exception,
     info,
 )
-from quantkit.verify.provenance import check_seal, read_seal
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import Any
 from quantkit.engines import EngineRules, Loadable, Verdict, engines, gpu_named, judge
 from quantkit.formats.candidate import candidate
 from quantkit.formats.quantized import QuantizedCheckpoint
-from quantkit.verify.findings import EngineRequest, Finding, error, info, warning
+from quantkit.verification.findings import EngineRequest, Finding, error, info, warning
 
 
 def check_gguf(asked: EngineRequest | None) -> Iterator[Finding]:

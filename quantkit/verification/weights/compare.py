@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize, effective_scale
-from quantkit.verify.findings import MOST_DB, decibels
+from quantkit.verification.findings import MOST_DB, decibels
 
 if TYPE_CHECKING:
     import torch

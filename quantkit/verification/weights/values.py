@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.formats.base import LayerSpec, QuantWeight, TensorSpec
 from quantkit.formats.dequantize import dequantize, effective_scale
-from quantkit.verify.findings import Finding, error
+from quantkit.verification.findings import Finding, error
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
 from quantkit.formats.quantized import QuantizedCheckpoint, examine
 from quantkit.formats.registry import detect, is_quantized
-from quantkit.verify.engines import check_engines, check_gguf
-from quantkit.verify.findings import (
+from quantkit.verification.engines import check_engines, check_gguf
+from quantkit.verification.findings import (
     EngineRequest,
     Finding,
     PlannedLayers,
@@ -26,11 +26,11 @@ from quantkit.verify.findings import (
     from_exception,
     info,
 )
-from quantkit.verify.gguf import verify_gguf
+from quantkit.verification.gguf import verify_gguf
 
 if TYPE_CHECKING:
-    from quantkit.verify.folds import Folding
-    from quantkit.verify.source import Source
+    from quantkit.verification.weights.folds import Folding
+    from quantkit.verification.weights.source import SourceModel
 
 _MALFORMED = (
     ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, re.error,
@@ -104,17 +104,18 @@ def _malformed(path: Path, problem: Exception) -> Finding:
 def _check(
     report: VerifyReport,
     subject: QuantizedCheckpoint,
-    base: Source | None,
+    base: SourceModel | None,
     plan: PlannedLayers | None,
     progress: Progress | None,
     written: Written | None,
 ) -> None:
-    from quantkit.verify import activations, completeness, provenance, sidecars
-    from quantkit.verify.declared import check_declared
-    from quantkit.verify.kept import check_finite
-    from quantkit.verify.planned import check_plan
-    from quantkit.verify.structure import check_structure
-    from quantkit.verify.written import check_written
+    from quantkit.verification.configuration import activations, completeness
+    from quantkit.verification.configuration.declared import check_declared
+    from quantkit.verification.configuration.planned import check_plan
+    from quantkit.verification.configuration.structure import check_structure
+    from quantkit.verification.files import digests, sidecars
+    from quantkit.verification.weights.kept import check_finite
+    from quantkit.verification.weights.written import check_written
 
     checkpoint, findings = subject.checkpoint, report.findings
     report.format = subject.declaration.quant_method
@@ -124,7 +125,7 @@ def _check(
     findings += declared
     findings += completeness.check_completeness(subject, base.checkpoint if base else None)
     findings += check_structure(subject, broken)
-    seal, malformed = provenance.read_seal(checkpoint)
+    seal, malformed = digests.read_seal(checkpoint)
     findings += malformed
     plan = plan or (seal.plan if seal else None)
     if plan is not None:
@@ -141,7 +142,7 @@ def _check(
     if base is not None:
         findings += sidecars.check_against(checkpoint, base.checkpoint)
     if seal is not None:
-        findings += provenance.check_seal(checkpoint, seal)
+        findings += digests.check_seal(checkpoint, seal)
     findings += _note_engines(subject)
 
 
@@ -149,16 +150,16 @@ def _check_weights(
     report: VerifyReport,
     subject: QuantizedCheckpoint,
     broken: set[str],
-    source: Source | None,
+    source: SourceModel | None,
     folding: Folding,
     progress: Progress | None,
 ) -> None:
     """Layer by layer, and with a source the ledger, the folds and the kept tensors."""
-    from quantkit.verify.folds import norm_folds
-    from quantkit.verify.kept import settle_altered, usable_folds
-    from quantkit.verify.ledger import Ledger, make_ledger
-    from quantkit.verify.rotation import RotatedWeights, find_rotation
-    from quantkit.verify.weights import Weights, check_weights, fidelities
+    from quantkit.verification.weights.folds import norm_folds
+    from quantkit.verification.weights.kept import settle_altered, usable_folds
+    from quantkit.verification.weights.layers import Weights, check_weights, fidelities
+    from quantkit.verification.weights.ledger import Ledger, make_ledger
+    from quantkit.verification.weights.rotation import RotatedWeights, find_rotation
 
     modules = [name for name in subject.declaration.layers if name not in broken]
     ledger = Ledger() if source is None else make_ledger(subject, source)
@@ -188,10 +189,10 @@ def _check_weights(
     report.ledger = Counter(ledger.states.values()) if source else _count_alone(subject)
 
 
-def _as_source(base: Checkpoint) -> Source:
+def _as_source(base: Checkpoint) -> SourceModel:
     """The source; InputError when it is quantized in a way that cannot be compared with."""
     from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE
-    from quantkit.verify.source import Source
+    from quantkit.verification.weights.source import SourceModel
 
     found = is_quantized(base)
     if found and not any(name.endswith(INVERSE_SCALE) for name in base.tensors):
@@ -200,7 +201,7 @@ def _as_source(base: Checkpoint) -> Source:
             hint="give --source the 16-bit model that this checkpoint was made from",
             code="source.quantized",
         )
-    return Source(base)
+    return SourceModel(base)
 
 
 def _count_alone(subject: QuantizedCheckpoint) -> Counter[str]:

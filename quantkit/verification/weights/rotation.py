@@ -16,10 +16,10 @@ from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
 from quantkit.formats.quantized import QuantizedCheckpoint
-from quantkit.verify.fidelity import Sums
-from quantkit.verify.folds import head_dim
-from quantkit.verify.ledger import row_blocks
-from quantkit.verify.weights import Weights
+from quantkit.verification.weights.compare import Sums
+from quantkit.verification.weights.folds import head_dim
+from quantkit.verification.weights.layers import Weights
+from quantkit.verification.weights.ledger import row_blocks
 
 if TYPE_CHECKING:
     import torch

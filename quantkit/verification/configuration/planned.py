@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from quantkit.checkpoint.schemes import SCHEMES, NumberFormat, Scheme
 from quantkit.formats.quantized import FLOAT_DTYPES, QuantizedCheckpoint
-from quantkit.verify.findings import Finding, PlannedLayers, error
+from quantkit.verification.findings import Finding, PlannedLayers, error
 
 _HINT = "report this with the log; the library did not do what the recipe asked for"
 

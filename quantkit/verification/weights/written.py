@@ -6,15 +6,15 @@ from collections import Counter
 
 from quantkit.errors import command
 from quantkit.formats.quantized import QuantizedCheckpoint
-from quantkit.verify.findings import LayerFidelity, VerifyReport, Written, bounded_db, error
-from quantkit.verify.judge import floor_db
-from quantkit.verify.kept import settle_altered
-from quantkit.verify.ledger import make_ledger
-from quantkit.verify.source import Source
+from quantkit.verification.findings import LayerFidelity, VerifyReport, Written, bounded_db, error
+from quantkit.verification.weights.judge import floor_db
+from quantkit.verification.weights.kept import settle_altered
+from quantkit.verification.weights.ledger import make_ledger
+from quantkit.verification.weights.source import SourceModel
 
 
 def check_written(
-    report: VerifyReport, subject: QuantizedCheckpoint, source: Source, written: Written
+    report: VerifyReport, subject: QuantizedCheckpoint, source: SourceModel, written: Written
 ) -> None:
     """The ledger by digests, and every layer's SQNR against its floor."""
     ledger = make_ledger(subject, source, written.same)

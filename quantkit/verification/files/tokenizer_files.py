@@ -8,7 +8,7 @@ from typing import Any
 
 from quantkit.checkpoint.directory import read_json
 from quantkit.errors import InputError
-from quantkit.verify.findings import Finding, warning
+from quantkit.verification.findings import Finding, warning
 
 
 def check_extras(directory: Path, extra: set[str], template: str | None) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from quantkit.checkpoint.schemes import Scheme
-from quantkit.verify.fidelity import Sums
+from quantkit.verification.weights.compare import Sums
 
 if TYPE_CHECKING:
     import torch

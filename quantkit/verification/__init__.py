@@ -1,6 +1,6 @@
 """The integrity check of a finished checkpoint: ours or anyone's, with or without its source."""
 
-from quantkit.verify.findings import (
+from quantkit.verification.findings import (
     EngineRequest,
     Finding,
     LayerFidelity,
@@ -8,7 +8,7 @@ from quantkit.verify.findings import (
     VerifyReport,
     Written,
 )
-from quantkit.verify.run import verify
+from quantkit.verification.run import verify
 
 __all__ = [
     "EngineRequest", "Finding", "LayerFidelity", "PlannedLayers", "VerifyReport", "Written",

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from quantkit.checkpoint.directory import read_json
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
-from quantkit.verify.findings import Finding, PlannedLayers, error, warning
+from quantkit.verification.findings import Finding, PlannedLayers, error, warning
 
 FILE = "quantkit.json"
 SUPPORTED = 1

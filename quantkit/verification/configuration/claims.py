@@ -9,7 +9,7 @@ from quantkit.checkpoint.directory import Checkpoint
 from quantkit.formats.base import LayerSpec, QuantWeight
 from quantkit.formats.gptq import SIDE_FILE
 from quantkit.formats.quantized import QuantizedCheckpoint
-from quantkit.verify.findings import Finding, error
+from quantkit.verification.findings import Finding, error
 
 
 def check_claims(

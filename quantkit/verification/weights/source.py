@@ -28,7 +28,7 @@ _EXPERT_LEAVES = {
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePiece:
     """A 2-D piece of a source tensor: all of it, or one expert; perhaps stored [in, out].
 
     `half` is 0 or 1 for the gate or up rows of a fused gate_up_proj; `interleaved` says that they
@@ -42,7 +42,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceModel:
     """A source checkpoint in 16 bit, or in DeepSeek's FP8 blocks (`weight_scale_inv`)."""
 
     checkpoint: Checkpoint
@@ -62,7 +62,7 @@ class Source:
         other = self._by_short_name.get(short_name(name))
         return None if other is None else self.checkpoint.tensors[other]
 
-    def parts(self, module: str, expert: int | None = None) -> list[Part]:
+    def parts(self, module: str, expert: int | None = None) -> list[SourcePiece]:
         """The pieces whose rows make up a module's weight; empty when the source lacks it.
 
         `expert` selects one expert of a fused module. Fused and separate experts are translated
@@ -71,7 +71,7 @@ class Source:
         if expert is None:
             plain = self.tensor(f"{module}.weight")
             flat = plain is not None and len(plain.shape) == 2
-            return [Part(plain)] if plain is not None and flat else self._from_fused(module)
+            return [SourcePiece(plain)] if plain is not None and flat else self._from_fused(module)
         fused = self._fused(module)
         if fused is not None:
             return [self._slice(fused, expert)]
@@ -79,10 +79,10 @@ class Source:
         for leaves in _EXPERT_LEAVES.get(leaf, ()):
             found = [self.tensor(f"{parent}.{expert}.{name}.weight") for name in leaves]
             if all(found):
-                return [Part(info) for info in found if info]
+                return [SourcePiece(info) for info in found if info]
         return []
 
-    def _from_fused(self, module: str) -> list[Part]:
+    def _from_fused(self, module: str) -> list[SourcePiece]:
         head, found, tail = module.partition(".experts.")
         index, _, leaf = tail.partition(".")
         if not found or not index.isdigit():
@@ -101,15 +101,15 @@ class Source:
         found = self.tensor(module) or self.tensor(f"{module}.weight")
         return found if found is not None and len(found.shape) == 3 else None
 
-    def _slice(self, info: TensorInfo, expert: int) -> Part:
+    def _slice(self, info: TensorInfo, expert: int) -> SourcePiece:
         """One expert of a fused tensor, as it lies where `untold` names the tensor."""
         _, rows, columns = info.shape
         size = info.bytes // info.shape[0]
         start = info.start + expert * size
         one = replace(info, shape=(rows, columns), start=start, end=start + size)
-        return Part(one, transposed=bool(self._input_first(info)))
+        return SourcePiece(one, transposed=bool(self._input_first(info)))
 
-    def untold(self, part: Part) -> bool:
+    def untold(self, part: SourcePiece) -> bool:
         """Whether nothing tells which dimension of a fused tensor is the input."""
         whole = self.checkpoint.tensors[part.info.name]
         return len(whole.shape) == 3 and self._input_first(whole) is None
@@ -118,14 +118,14 @@ class Source:
         shapes = {name: other.shape for name, other in self.checkpoint.tensors.items()}
         return input_first(shapes, self.checkpoint.config, info.name)
 
-    def weight(self, parts: list[Part]) -> torch.Tensor:
+    def weight(self, parts: list[SourcePiece]) -> torch.Tensor:
         """The pieces' rows together, [out, in], in the dtype of the file (dequantized: float32)."""
         import torch
 
         pieces = [self._read(part) for part in parts]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _read(self, part: Part) -> torch.Tensor:
+    def _read(self, part: SourcePiece) -> torch.Tensor:
         tensor = self.values(part.info)
         if part.transposed:
             tensor = tensor.T
@@ -155,6 +155,6 @@ def short_name(name: str) -> str:
     return ".".join(parts[start:])
 
 
-def used_tensors(parts: Mapping[str, list[Part]]) -> set[str]:
+def used_tensors(parts: Mapping[str, list[SourcePiece]]) -> set[str]:
     """The names of the source tensors that some module's weight is read from."""
     return {part.info.name for pieces in parts.values() for part in pieces}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from quantkit.verify.findings import Finding, error, warning
+from quantkit.verification.findings import Finding, error, warning
 
 _TOKEN_IDS = frozenset({"pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id"})
 """Keys that libraries copy into config.json from the tokenizer."""

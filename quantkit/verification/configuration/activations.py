@@ -12,7 +12,7 @@ from quantkit.checkpoint.network.modules import fused_groups, layer_index
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats.base import is_kv_cache_tensor
 from quantkit.formats.quantized import FLOAT_DTYPES, QuantizedCheckpoint
-from quantkit.verify.findings import Finding, error, warning
+from quantkit.verification.findings import Finding, error, warning
 
 _ROLES = ("input_scale", "input_global_scale", "input_global_scale_inverse")
 _MIN_LAYERS = 3

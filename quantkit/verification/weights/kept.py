@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from quantkit.checkpoint.directory import TensorInfo
 from quantkit.checkpoint.tensors import count_nonfinite, read_tensor
 from quantkit.formats.quantized import FLOAT_DTYPES, QuantizedCheckpoint
-from quantkit.verify.findings import Finding, error
-from quantkit.verify.folds import MIN_FOLDED_CHANNELS, NormFold
-from quantkit.verify.ledger import Ledger, row_blocks
-from quantkit.verify.weights import LayerCheck
+from quantkit.verification.findings import Finding, error
+from quantkit.verification.weights.folds import MIN_FOLDED_CHANNELS, NormFold
+from quantkit.verification.weights.layers import LayerCheck
+from quantkit.verification.weights.ledger import Ledger, row_blocks
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE
 from quantkit.checkpoint.tensors import PIECE, read_tensor, same_bytes
 from quantkit.formats.base import is_kv_cache_tensor
 from quantkit.formats.quantized import FLOAT_DTYPES, QuantizedCheckpoint
-from quantkit.verify.findings import Finding, error, info, warning
-from quantkit.verify.source import Part, Source, short_name
+from quantkit.verification.findings import Finding, error, info, warning
+from quantkit.verification.weights.source import SourceModel, SourcePiece, short_name
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +44,13 @@ class Ledger:
 
     states: dict[str, str] = field(default_factory=dict)
     altered: dict[str, tuple[TensorInfo, TensorInfo]] = field(default_factory=dict)
-    parts: dict[tuple[str, int | None], list[Part]] = field(default_factory=dict)
+    parts: dict[tuple[str, int | None], list[SourcePiece]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
 
-def make_ledger(subject: QuantizedCheckpoint, source: Source, same: Same = same_bytes) -> Ledger:
+def make_ledger(
+    subject: QuantizedCheckpoint, source: SourceModel, same: Same = same_bytes
+) -> Ledger:
     """Account for every tensor of both checkpoints; `same` compares the kept ones."""
     ledger = Ledger()
     _quantized(ledger, subject, source)
@@ -57,7 +59,7 @@ def make_ledger(subject: QuantizedCheckpoint, source: Source, same: Same = same_
     return ledger
 
 
-def _quantized(ledger: Ledger, subject: QuantizedCheckpoint, source: Source) -> None:
+def _quantized(ledger: Ledger, subject: QuantizedCheckpoint, source: SourceModel) -> None:
     orphans, untold = [], set[str]()
     for module, spec in subject.declaration.layers.items():
         for expert in range(spec.experts) if spec.experts else (None,):
@@ -93,7 +95,9 @@ def _quantized(ledger: Ledger, subject: QuantizedCheckpoint, source: Source) -> 
         )
 
 
-def _kept(ledger: Ledger, subject: QuantizedCheckpoint, source: Source, same: Same) -> set[str]:
+def _kept(
+    ledger: Ledger, subject: QuantizedCheckpoint, source: SourceModel, same: Same
+) -> set[str]:
     """Compare what was not quantized; the names of ours that have a twin in the source."""
     ours = subject.checkpoint.tensors
     by_short = {short_name(name): name for name in ours}
@@ -129,7 +133,7 @@ def _kept(ledger: Ledger, subject: QuantizedCheckpoint, source: Source, same: Sa
     return matched
 
 
-def _absent(subject: QuantizedCheckpoint, source: Source, name: str) -> str:
+def _absent(subject: QuantizedCheckpoint, source: SourceModel, name: str) -> str:
     """Why a source tensor may be absent: a tied head, or a buffer; else it is missing."""
     if name.endswith(_BUFFERS):
         return "buffer"

@@ -1,0 +1,1 @@
+"""What config.json says, against the tensors and the plan."""

@@ -1,0 +1,1 @@
+"""The weights themselves, against their source."""
