@@ -23,6 +23,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     ("recipe", "formats"),
     ("verification", "backends"),
+    ("calibration",),
 )  # fmt: skip
 """From the ground up. A room imports rooms of earlier rows, never one of its own row."""
 
