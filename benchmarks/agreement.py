@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.demo import demo_model
 from quantkit.errors import QuantkitError
-from quantkit.runtime import load
+from quantkit.runtime.load import load
 from quantkit.validate.builtin import Builtin
 from quantkit.validate.canary import canary_prompts
 from quantkit.validate.data import eval_text

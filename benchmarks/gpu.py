@@ -26,9 +26,9 @@ import torch
 from gpu_llama import GPU, build, largest_inputs, quantized
 
 from quantkit.checkpoint.schemes import SCHEMES
-from quantkit.runtime.kernels.base import Kernel
-from quantkit.runtime.kernels.select import KERNELS
-from quantkit.runtime.layer import describe
+from quantkit.runtime.linear.description import describe
+from quantkit.runtime.linear.kernels.base import Kernel
+from quantkit.runtime.linear.kernels.select import KERNELS
 from quantkit.runtime.model import Runtime
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
@@ -221,7 +221,7 @@ def demo(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Perplexity of checkpoints on held-out text, and their speed; the first is the baseline."""
     from quantkit.calibration.heldout import held_out_texts
     from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
-    from quantkit.runtime import load
+    from quantkit.runtime.load import load
 
     tokenizer = load_tokenizer(read_tokenizer_info(paths[0]))
     tokens = [token for text in held_out_texts() for token in tokenizer.encode(text, False)]

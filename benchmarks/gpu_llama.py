@@ -9,12 +9,12 @@ from quantkit.backends.streaming.rtn import nvfp4_global_scale, quantize_rows
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import decode_e8m0
-from quantkit.runtime.decoder import Block, Decoder, Shape
-from quantkit.runtime.kernels.select import choose
-from quantkit.runtime.layer import describe
-from quantkit.runtime.layers import LayerRecord
-from quantkit.runtime.linear import PlainLinear, QuantLinear
+from quantkit.runtime.linear.description import describe
+from quantkit.runtime.linear.kernels.select import choose
+from quantkit.runtime.linear.modules import PlainLinear, QuantLinear
+from quantkit.runtime.loading.make_layers import LayerRecord
 from quantkit.runtime.model import Runtime
+from quantkit.runtime.network.decoder import Block, Decoder, Shape
 
 GPU = torch.device("cuda")
 SIGMA = 0.02

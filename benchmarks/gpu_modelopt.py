@@ -21,7 +21,7 @@ import torch
 
 from quantkit.calibration.heldout import held_out_texts
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
-from quantkit.runtime import load
+from quantkit.runtime.load import load
 
 SAMPLES, LENGTH = 16, 512
 

@@ -30,7 +30,8 @@ from random_llama import make
 
 from quantkit.backends.environments.managed import ready
 from quantkit.checkpoint.demo import demo_model
-from quantkit.runtime import Runtime, load
+from quantkit.runtime.load import load
+from quantkit.runtime.model import Runtime
 
 BATCHES = (1, 8)
 PROMPT, NEW = 256, 17
@@ -44,7 +45,7 @@ def status(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 before, start = status("VmRSS:"), time.perf_counter()
 if sys.argv[1] == "quantkit":
-    from quantkit.runtime import load
+    from quantkit.runtime.load import load
 else:
     from transformers import AutoModelForCausalLM
     import compressed_tensors

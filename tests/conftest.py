@@ -79,7 +79,7 @@ def operators(vllm_python: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     """vLLM's CPU operators, loaded; skips where the runtime does not take them."""
     import torch
 
-    from quantkit.runtime import vllm_operators
+    from quantkit.runtime.vllm_ops import cpu as vllm_operators
 
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         pytest.skip("the runtime takes vLLM's operators on CPUs with AVX-512 only")

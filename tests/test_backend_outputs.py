@@ -338,7 +338,7 @@ def test_the_runtime_computes_a_gguf_file_as_transformers_does(
 
     from quantkit.checkpoint.gguf import open_gguf
     from quantkit.errors import InputError
-    from quantkit.runtime import load
+    from quantkit.runtime.load import load
 
     path = made("autoround", "autoround_gguf_q4_k_m")
     held = open_gguf(path)

@@ -11,7 +11,7 @@ import torch
 
 from quantkit.backends.environments import device
 from quantkit.backends.environments.device import amd_note, resolve_device, torch_build
-from quantkit.runtime.kernels.base import no_gpu
+from quantkit.runtime.linear.kernels.base import no_gpu
 
 VERSION = """from typing import Optional
 __version__ = '2.13.0'

@@ -23,7 +23,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     ("recipe", "formats"),
     ("verification", "backends"),
-    ("calibration",),
+    ("runtime", "calibration"),
 )  # fmt: skip
 """From the ground up. A room imports rooms of earlier rows, never one of its own row."""
 
@@ -39,6 +39,15 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("configuration", "engines", "files"),
         ("gguf", "weights"),
         ("run",),
+    ),
+    "runtime": (
+        ("serving", "triton", "vllm_ops"),
+        ("linear",),
+        ("network",),
+        ("loading",),
+        ("model",),
+        ("load",),
+        ("preview",),
     ),
 }  # fmt: skip
 """The same inside the large rooms: a folder (or a file) imports what stands in earlier rows."""
@@ -86,7 +95,7 @@ def test_imports_point_one_way(file: Path) -> None:
         assert all(name.startswith(allowed) for name in ours), ours
     if file.parent.name == "drivers":
         ours = [".".join(("quantkit", *place)) for place in found]
-        assert all(name.startswith("quantkit.serving.drivers") for name in ours), ours
+        assert all(name.startswith("quantkit.runtime.serving.drivers") for name in ours), ours
     if room in GROUND:
         assert {place[0] for place in found} <= GROUND
     elif any(room in row for row in ROOMS):
@@ -102,12 +111,13 @@ STANDARD_LIBRARY_ONLY = (
     "backends/process/worker.py",
     "backends/process/job.py",
     "backends/__init__.py",
-    "serving/__init__.py",
-    "serving/worker.py",
-    "serving/drivers/__init__.py",
-    "serving/drivers/base.py",
+    "runtime/serving/__init__.py",
+    "runtime/serving/worker.py",
+    "runtime/serving/drivers/__init__.py",
+    "runtime/serving/drivers/base.py",
     "backends/adapters/__init__.py",
     "backends/process/__init__.py",
+    "runtime/__init__.py",
 )
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from quantkit.errors import InputError
-from quantkit.runtime import load, vllm_operators
-from quantkit.runtime.kernels import select, sglang
+from quantkit.runtime.linear.kernels import select, sglang
+from quantkit.runtime.load import load
 from quantkit.runtime.preview import preview, refuse
+from quantkit.runtime.vllm_ops import cpu as vllm_operators
 from tests.cli import quantkit, refused
 
 Artifact = Callable[[str], Path]

@@ -16,12 +16,12 @@ import torch
 
 from quantkit.checkpoint.schemes import SCHEMES, NumberFormat, Scheme
 from quantkit.formats.dequantize import dequantize
-from quantkit.runtime.activations import quantize_codes, round_groups
-from quantkit.runtime.decoder import Decoder
-from quantkit.runtime.graph import DecodeGraph, unsupported
-from quantkit.runtime.kernels.base import GPU_ONLY, Kernel
-from quantkit.runtime.kernels.select import KERNELS, choose
-from quantkit.runtime.layer import Layer, centred, describe
+from quantkit.runtime.linear.activations import quantize_codes, round_groups
+from quantkit.runtime.linear.description import LayerDescription, centred, describe
+from quantkit.runtime.linear.kernels.base import GPU_ONLY, Kernel
+from quantkit.runtime.linear.kernels.select import KERNELS, choose
+from quantkit.runtime.network.decoder import Decoder
+from quantkit.runtime.network.graph import DecodeGraph, unsupported
 from tests.test_runtime_kernels import CPU, random_weight
 
 GPU = torch.device("cuda")
@@ -63,9 +63,9 @@ ROWS = (1, 2, 3, 7, 17, 33, 65, 300)
 MANY_ROWS = 4096
 
 
-def layer_of(name: str, shape: tuple[int, int]) -> Layer:
+def layer_of(name: str, shape: tuple[int, int]) -> LayerDescription:
     scheme = SCHEMES_HERE[name]
-    return Layer(name, scheme, shape, torch.bfloat16, not scheme.weight.symmetric)
+    return LayerDescription(name, scheme, shape, torch.bfloat16, not scheme.weight.symmetric)
 
 
 FITTING = [
@@ -150,7 +150,7 @@ def test_refusals_need_no_gpu(kernel: Kernel) -> None:
         assert kernel.unavailable(GPU) == "this torch sees no GPU"
     for name, scheme in SCHEMES.items():
         for shape in ((64, 256), (7, 256), (64, 130)):
-            layer = Layer(name, scheme, shape, torch.bfloat16)
+            layer = LayerDescription(name, scheme, shape, torch.bfloat16)
             reason = kernel.rejects(layer)
             assert reason is None or len(reason) > 10
             if reason is None:
@@ -159,7 +159,7 @@ def test_refusals_need_no_gpu(kernel: Kernel) -> None:
 
 
 def test_a_gpu_layer_that_no_kernel_takes_falls_to_the_reference() -> None:
-    layer = Layer("l", SCHEMES["w3a16"], (64, 256), torch.bfloat16)
+    layer = LayerDescription("l", SCHEMES["w3a16"], (64, 256), torch.bfloat16)
     choice = choose(layer, GPU)
     assert choice.kernel.NAME == "reference"
     assert {kernel.NAME for kernel in GPU_KERNELS} <= set(choice.refused)
@@ -169,8 +169,8 @@ def random_decoder(**more: Any) -> Decoder:
     """Two layers of random weights in bfloat16 on the GPU."""
     from transformers import LlamaConfig
 
-    from quantkit.runtime.decoder import Block, Shape
-    from quantkit.runtime.linear import PlainLinear
+    from quantkit.runtime.linear.modules import PlainLinear
+    from quantkit.runtime.network.decoder import Block, Shape
 
     config = LlamaConfig(
         vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=2,

@@ -11,13 +11,18 @@ from quantkit.checkpoint.schemes import SCHEMES, NumberFormat, Scheme
 from quantkit.errors import InputError
 from quantkit.formats.base import QuantWeight
 from quantkit.formats.dequantize import dequantize
-from quantkit.runtime.activations import round_groups
-from quantkit.runtime.kernels import int8_cpu, int8_float_cpu, int8_vllm, reference
-from quantkit.runtime.kernels.base import GPU_ONLY, Kernel
-from quantkit.runtime.kernels.select import KERNELS, choose, names
-from quantkit.runtime.layer import Layer, centred, contiguous_groups, describe
-from quantkit.runtime.linear import PlainLinear
-from quantkit.runtime.norm import rms_norm
+from quantkit.runtime.linear.activations import round_groups
+from quantkit.runtime.linear.description import (
+    LayerDescription,
+    centred,
+    contiguous_groups,
+    describe,
+)
+from quantkit.runtime.linear.kernels import int8_cpu, int8_float_cpu, int8_vllm, reference
+from quantkit.runtime.linear.kernels.base import GPU_ONLY, Kernel
+from quantkit.runtime.linear.kernels.select import KERNELS, choose, names
+from quantkit.runtime.linear.modules import PlainLinear
+from quantkit.runtime.network.norm import rms_norm
 
 CPU = torch.device("cpu")
 ROWS = (1, 3, 300)
@@ -153,7 +158,9 @@ def quantized_input(x: torch.Tensor, scheme: Scheme, weight: QuantWeight) -> tor
     return (codes * finite * outer).flatten(1)[:, : x.shape[1]]
 
 
-def layer_of(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Layer, QuantWeight]:
+def layer_of(
+    name: str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[LayerDescription, QuantWeight]:
     scheme, shape = SHAPES[name]
     weight = centred(random_weight(scheme, shape))
     return describe(name, scheme, weight, dtype), weight

@@ -16,8 +16,8 @@ from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
 from quantkit.formats.dequantize import dequantize
-from quantkit.runtime import load
-from quantkit.runtime.fuse import harmonize, join
+from quantkit.runtime.load import load
+from quantkit.runtime.loading.fuse import harmonize, join
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors
 from tests.streaming import tensors_of
 from tests.test_formats_artifacts import CASES, opened, read_layer

@@ -24,8 +24,8 @@ from tests.test_runtime_kernels import random_weight
 MEASURE = """
 import gc, sys
 from pathlib import Path
-from quantkit.runtime import load
-from quantkit.runtime.memory import release
+from quantkit.runtime.load import load
+from quantkit.runtime.loading.memory import release
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
-from quantkit.runtime import load
-from quantkit.runtime.attention import attend
+from quantkit.runtime.load import load
+from quantkit.runtime.network.attention import attend
 from quantkit.validate.builtin import Builtin
 from quantkit.validate.canary import answer, answer_tokens
 from quantkit.validate.choices import choice_logprobs, facts

@@ -15,12 +15,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.errors import InputError
-from quantkit.runtime import Runtime, decoder, load, vllm_operators
-from quantkit.runtime.decoder import Block, CacheScales, Decoder
-from quantkit.runtime.linear import PlainLinear
-from quantkit.runtime.norm import add_rms_norm, rms_norm
-from quantkit.runtime.operator_attention import Operators, TurnedCache, usable
-from quantkit.runtime.rotary import Rotary, rotate
+from quantkit.runtime.linear.modules import PlainLinear
+from quantkit.runtime.load import load
+from quantkit.runtime.model import Runtime
+from quantkit.runtime.network import decoder
+from quantkit.runtime.network.attention_vllm import Operators, TurnedCache, usable
+from quantkit.runtime.network.decoder import Block, CacheScales, Decoder
+from quantkit.runtime.network.norm import add_rms_norm, rms_norm
+from quantkit.runtime.network.rotary import Rotary, rotate
+from quantkit.runtime.vllm_ops import cpu as vllm_operators
 
 pytestmark = [
     pytest.mark.usefixtures("operators"),

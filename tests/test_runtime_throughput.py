@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.runtime import load
+from quantkit.runtime.load import load
 from quantkit.validate import throughput
 from quantkit.validate.throughput import Clock, measure
 

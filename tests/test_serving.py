@@ -19,11 +19,11 @@ from quantkit.backends.environments.managed import create, spec_named
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.errors import BackendError, InputError
-from quantkit.runtime import load
-from quantkit.serving.drivers.base import Order
-from quantkit.serving.drivers.sglang import prompt_logprobs
-from quantkit.serving.engines import ENGINES, Engine
-from quantkit.serving.process import EngineProcess
+from quantkit.runtime.load import load
+from quantkit.runtime.serving.drivers.base import EngineOrder
+from quantkit.runtime.serving.drivers.sglang import prompt_logprobs
+from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec
+from quantkit.runtime.serving.process import EngineProcess
 from quantkit.validate.builtin import Builtin
 from quantkit.validate.canary import canary_prompts
 from quantkit.validate.data import eval_text
@@ -227,8 +227,8 @@ def test_the_sglang_driver_speaks_its_documented_interface(
 ) -> None:
     (tmp_path / "sglang.py").write_text(DOCUMENTED)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    engine: Engine = ENGINES["sglang"]
-    order = Order(engine.driver, str(tmp_path), "auto", (2,), 64, 1)
+    engine: EngineProcessSpec = ENGINES["sglang"]
+    order = EngineOrder(engine.driver, str(tmp_path), "auto", (2,), 64, 1)
     process = EngineProcess(engine, Path(shutil.which("python3") or ""), order)
     assert process.version == "0.5.23"
     assert process.logprobs([[5, 6, 7]] * 9, None) == [[-6.0, -7.0]] * 9

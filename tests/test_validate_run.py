@@ -120,7 +120,7 @@ def test_another_build_of_an_engine_has_a_cache_of_its_own(
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
     assert engine_build("transformers") == ""
     for reason, build in {"not made": "", None: spec_named("vllm").path.name}.items():
-        monkeypatch.setattr("quantkit.runtime.vllm_operators.missing", lambda why=reason: why)
+        monkeypatch.setattr("quantkit.runtime.vllm_ops.cpu.missing", lambda why=reason: why)
         assert engine_build("builtin") == build
     with pytest.raises(BackendError, match="not made yet"):
         engine_build("vllm")

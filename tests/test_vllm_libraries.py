@@ -11,9 +11,10 @@ import torch
 
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
-from quantkit.runtime import vllm_cuda_operators, vllm_library
-from quantkit.runtime.kernels import base, marlin_vllm
-from quantkit.runtime.layer import Layer, centred, describe
+from quantkit.runtime.linear.description import LayerDescription, centred, describe
+from quantkit.runtime.linear.kernels import base, marlin_vllm
+from quantkit.runtime.vllm_ops import cuda as vllm_cuda_operators
+from quantkit.runtime.vllm_ops import library as vllm_library
 from quantkit.validate.builtin import has_vllm_operators
 from tests.test_runtime_kernels import random_weight
 
@@ -215,5 +216,5 @@ def test_marlin_packs_the_first_code_lowest() -> None:
 def test_what_marlin_takes(
     scheme: str, shape: tuple[int, int], zero: bool, reason: str | None
 ) -> None:
-    found = marlin_vllm.rejects(Layer("l", SCHEMES[scheme], shape, torch.bfloat16, zero))
+    found = marlin_vllm.rejects(LayerDescription("l", SCHEMES[scheme], shape, torch.bfloat16, zero))
     assert found is None if reason is None else str(found).startswith(reason)

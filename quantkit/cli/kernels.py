@@ -24,8 +24,8 @@ def kernels_command(
 ) -> None:
     """List the kernels of the builtin runtime, in the order in which they are preferred."""
     from quantkit.backends.environments.device import amd_note, resolve_device
-    from quantkit.runtime.kernels import sglang
-    from quantkit.runtime.kernels.select import check_name
+    from quantkit.runtime.linear.kernels import sglang
+    from quantkit.runtime.linear.kernels.select import check_name
     from quantkit.runtime.load import pick_device
     from quantkit.runtime.preview import available, preview
 

@@ -24,8 +24,7 @@ def launch_command(
     as_json: options.Json = False,
 ) -> None:
     """Print the exact command that serves a checkpoint, or run it."""
-    from quantkit.serving.executable import executable
-    from quantkit.serving.launch import launch
+    from quantkit.runtime.serving.launch import executable, launch
 
     out = Output(as_json=as_json)
     made = launch(directory, engine, tp)

@@ -10,16 +10,16 @@ import torch
 from quantkit.checkpoint.directory import open_checkpoint, read_json
 from quantkit.checkpoint.gguf import gguf_in
 from quantkit.errors import InputError
-from quantkit.runtime.build import Progress, build_decoder
-from quantkit.runtime.decoder import unsupported
-from quantkit.runtime.fuse import Fuse
-from quantkit.runtime.gguf import open_gguf_source
-from quantkit.runtime.hosted import build_hosted
-from quantkit.runtime.kernels import dequantized
-from quantkit.runtime.layers import LayerMaker, LayerRecord
-from quantkit.runtime.memory import keep
+from quantkit.runtime.linear.kernels import dequantized
+from quantkit.runtime.loading.build import Progress, build_decoder
+from quantkit.runtime.loading.fuse import Fuse
+from quantkit.runtime.loading.gguf import open_gguf_source
+from quantkit.runtime.loading.hosted import build_hosted
+from quantkit.runtime.loading.make_layers import LayerMaker, LayerRecord
+from quantkit.runtime.loading.memory import keep
+from quantkit.runtime.loading.source import CheckpointReader, open_source
 from quantkit.runtime.model import Runtime
-from quantkit.runtime.source import Source, open_source
+from quantkit.runtime.network.decoder import unsupported
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -60,7 +60,7 @@ def load(
     return Runtime(config, network, records, source.layout, _stop_tokens(source, config))
 
 
-def open_path(path: Path) -> Source:
+def open_path(path: Path) -> CheckpointReader:
     """A directory of safetensors with its config.json, or one with a GGUF file.
 
     Raises InputError for what cannot be understood or contradicts itself; reads no weights.
@@ -68,7 +68,7 @@ def open_path(path: Path) -> Source:
     return open_gguf_source(path) if gguf_in(path) else open_source(open_checkpoint(path))
 
 
-def expanded_records(source: Source) -> list[LayerRecord]:
+def expanded_records(source: CheckpointReader) -> list[LayerRecord]:
     """How the modules of a layout are computed whose weights are dequantized as they are read."""
     return [
         LayerRecord(module, kind, dequantized.NAME, {}, weights_only=False)
@@ -76,7 +76,7 @@ def expanded_records(source: Source) -> list[LayerRecord]:
     ]
 
 
-def check_kernel(source: Source, kernel: str) -> None:
+def check_kernel(source: CheckpointReader, kernel: str) -> None:
     """InputError (`kernel.refused`) for a kernel that a layout without codes does not have."""
     if source.expanded and kernel not in ("auto", dequantized.NAME):
         raise InputError(
@@ -87,7 +87,7 @@ def check_kernel(source: Source, kernel: str) -> None:
         )
 
 
-def read_config(source: Source) -> Any:
+def read_config(source: CheckpointReader) -> Any:
     """The Transformers config of a checkpoint, without remote code.
 
     Raises InputError (`runtime.architecture`) for a model type that Transformers does not know, and
@@ -108,7 +108,7 @@ def read_config(source: Source) -> Any:
     return config
 
 
-def _unreadable(source: Source, why: str) -> InputError:
+def _unreadable(source: CheckpointReader, why: str) -> InputError:
     return InputError(
         f"Transformers cannot read the config of {source.checkpoint.path}: {why}",
         hint="check model_type and the values of config.json; models that bring their own code are "
@@ -154,7 +154,7 @@ def pick_dtype(config: Any, name: str) -> torch.dtype:
     return stated if stated in DTYPES.values() else torch.bfloat16
 
 
-def _stop_tokens(source: Source, config: Any) -> list[int]:
+def _stop_tokens(source: CheckpointReader, config: Any) -> list[int]:
     """End-of-text ids of generation_config.json, else of config.json."""
     file = source.checkpoint.path / "generation_config.json"
     stated = read_json(file).get("eos_token_id") if file.is_file() else None
@@ -162,7 +162,7 @@ def _stop_tokens(source: Source, config: Any) -> list[int]:
     return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
-def _check_all_used(source: Source) -> None:
+def _check_all_used(source: CheckpointReader) -> None:
     left = [name for name in source.unused() if not name.endswith("rotary_emb.inv_freq")]
     if left:
         raise InputError(

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from quantkit.errors import InputError
-from quantkit.runtime.cache import KVCache
-from quantkit.runtime.decoder import Decoder
-from quantkit.runtime.generation import Forward, Sampling, Streamer, generate
-from quantkit.runtime.graph import DecodeGraph, unsupported
-from quantkit.runtime.hosted import HostedNetwork
-from quantkit.runtime.kernels.select import packed_tensors
-from quantkit.runtime.layers import LayerRecord
-from quantkit.runtime.linear import PlainLinear, QuantLinear
+from quantkit.runtime.linear.kernels.select import packed_tensors
+from quantkit.runtime.linear.modules import PlainLinear, QuantLinear
+from quantkit.runtime.loading.hosted import HostedNetwork
+from quantkit.runtime.loading.make_layers import LayerRecord
+from quantkit.runtime.network.cache import KVCache
+from quantkit.runtime.network.decoder import Decoder
+from quantkit.runtime.network.generation import Forward, Sampling, Streamer, generate
+from quantkit.runtime.network.graph import DecodeGraph, unsupported
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutputWithPast

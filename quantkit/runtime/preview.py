@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from quantkit.formats.base import LayerSpec
-from quantkit.runtime.decoder import unsupported
-from quantkit.runtime.hosted import empty_model
-from quantkit.runtime.kernels.select import KERNELS, choose
-from quantkit.runtime.layer import Layer
-from quantkit.runtime.layers import LayerRecord
+from quantkit.runtime.linear.description import LayerDescription
+from quantkit.runtime.linear.kernels.select import KERNELS, choose
 from quantkit.runtime.load import check_kernel, expanded_records, open_path, pick_dtype, read_config
-from quantkit.runtime.source import Source
+from quantkit.runtime.loading.hosted import empty_model
+from quantkit.runtime.loading.make_layers import LayerRecord
+from quantkit.runtime.loading.source import CheckpointReader
+from quantkit.runtime.network.decoder import unsupported
 
 
 def available(device: torch.device) -> dict[str, str | None]:
@@ -42,10 +42,10 @@ def refuse(path: Path, device: torch.device, kernel: str = "auto") -> None:
     if unsupported(config):
         empty_model(config, path, dtype)
     for name, spec in source.layers.items():
-        choose(Layer(name, spec.scheme, spec.shape, dtype), device, allowed)
+        choose(LayerDescription(name, spec.scheme, spec.shape, dtype), device, allowed)
 
 
-def _opened(path: Path, kernel: str) -> tuple[Source, Any, torch.dtype, list[str]]:
+def _opened(path: Path, kernel: str) -> tuple[CheckpointReader, Any, torch.dtype, list[str]]:
     """The checkpoint, its config and dtype, and the kernels that may be chosen (empty: all)."""
     source = open_path(path)
     check_kernel(source, kernel)
@@ -53,6 +53,8 @@ def _opened(path: Path, kernel: str) -> tuple[Source, Any, torch.dtype, list[str
     return source, config, pick_dtype(config, "auto"), [] if kernel == "auto" else [kernel]
 
 
-def _layer(name: str, spec: LayerSpec, dtype: torch.dtype) -> Layer:
+def _layer(name: str, spec: LayerSpec, dtype: torch.dtype) -> LayerDescription:
     number = spec.scheme.weight
-    return Layer(name, spec.scheme, spec.shape, dtype, number.is_int and not number.symmetric)
+    return LayerDescription(
+        name, spec.scheme, spec.shape, dtype, number.is_int and not number.symmetric
+    )

@@ -16,7 +16,7 @@ from quantkit.validate.subject import Opening, Progress, Throughput
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.runtime import Runtime
+    from quantkit.runtime.model import Runtime
 
 BATCH_TOKENS = 2048
 """Tokens a forward pass: the logits of that many are the largest thing in memory."""
@@ -95,7 +95,7 @@ class Builtin:
 
 def open_builtin(path: Path, opening: Opening) -> Builtin:
     """Load a checkpoint directory with the builtin runtime; raises what `runtime.load` raises."""
-    from quantkit.runtime import load
+    from quantkit.runtime.load import load
 
     start = time.monotonic()
     runtime = load(path, device=opening.device, kernel=opening.kernel, progress=opening.progress)
@@ -112,7 +112,7 @@ def refuse_builtin(path: Path, opening: Opening) -> None:
 
 def has_vllm_operators() -> bool:
     """Whether the runtime computes with vLLM's operators on a CPU, which round otherwise."""
-    from quantkit.runtime.vllm_operators import missing
+    from quantkit.runtime.vllm_ops.cpu import missing
 
     return missing() is None
 

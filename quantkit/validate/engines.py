@@ -6,8 +6,8 @@ from pathlib import Path
 
 from quantkit.backends.environments.managed import spec_named
 from quantkit.errors import InputError
-from quantkit.serving.engines import ENGINES as SERVED
-from quantkit.serving.engines import find_interpreter
+from quantkit.runtime.serving.environments import ENGINES as SERVED
+from quantkit.runtime.serving.environments import find_interpreter
 from quantkit.validate.builtin import computing, has_vllm_operators, open_builtin, refuse_builtin
 from quantkit.validate.served import OPENERS, refuse_served
 from quantkit.validate.subject import Opener, Opening

@@ -15,9 +15,9 @@ from quantkit.checkpoint.network.config import positions, text_config
 from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
 from quantkit.formats.registry import detect, is_quantized
-from quantkit.serving.drivers.base import Order
-from quantkit.serving.engines import ENGINES, Engine, find_interpreter
-from quantkit.serving.process import EngineProcess
+from quantkit.runtime.serving.drivers.base import EngineOrder
+from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec, find_interpreter
+from quantkit.runtime.serving.process import EngineProcess
 from quantkit.validate.subject import Opening, Progress, Throughput
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Served:
         self._process.close()
 
 
-def served(engine: Engine) -> Opener:
+def served(engine: EngineProcessSpec) -> Opener:
     """How an engine opens a checkpoint directory."""
 
     def open_served(path: Path, opening: Opening) -> Served:
@@ -104,7 +104,7 @@ def served(engine: Engine) -> Opener:
     return open_served
 
 
-def refuse_served(engine: Engine, path: Path, opening: Opening) -> None:
+def refuse_served(engine: EngineProcessSpec, path: Path, opening: Opening) -> None:
     """Raise what opening would raise, as far as it is known without starting the engine."""
     checkpoint = open_checkpoint(path)
     if opening.kernel != "auto":
@@ -120,14 +120,14 @@ def refuse_served(engine: Engine, path: Path, opening: Opening) -> None:
 OPENERS: dict[str, Opener] = {name: served(engine) for name, engine in ENGINES.items()}
 
 
-def _order(checkpoint: Checkpoint, engine: Engine, opening: Opening) -> Order:
+def _order(checkpoint: Checkpoint, engine: EngineProcessSpec, opening: Opening) -> EngineOrder:
     config = text_config(checkpoint.config)
     length = _longest(checkpoint)
     heads = int(config["num_attention_heads"])
     size = int(config.get("head_dim") or config["hidden_size"] // heads)
     kept = int(config.get("num_key_value_heads") or heads)
     per_token = 2 * int(config["num_hidden_layers"]) * kept * size * 2
-    return Order(
+    return EngineOrder(
         driver=engine.driver,
         model=str(checkpoint.path.resolve()),
         device=opening.device,
@@ -156,7 +156,7 @@ def _quantizes_activations(checkpoint: Checkpoint) -> bool:
     return any(spec.scheme.input is not None for spec in layers)
 
 
-def _refuse_garbage(checkpoint: Checkpoint, engine: Engine) -> None:
+def _refuse_garbage(checkpoint: Checkpoint, engine: EngineProcessSpec) -> None:
     layout = detect(checkpoint).NAME if is_quantized(checkpoint) is not None else ""
     if engine.name == "transformers" and layout in SILENT_GARBAGE:
         raise InputError(

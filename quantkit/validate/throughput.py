@@ -13,7 +13,7 @@ from quantkit.validate.subject import Progress, Spread, Throughput, ThroughputRo
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.runtime import Runtime
+    from quantkit.runtime.model import Runtime
 
 BATCHES = (1, 8)
 PROMPT_TOKENS = 256

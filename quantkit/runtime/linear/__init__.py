@@ -1,0 +1,1 @@
+"""A quantized linear layer: its description, its activations and its kernels."""

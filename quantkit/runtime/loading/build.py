@@ -1,0 +1,116 @@
+"""The lean decoder filled from a checkpoint, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.checkpoint.network.config import is_tied
+from quantkit.errors import InputError
+from quantkit.runtime.linear.modules import PlainLinear
+from quantkit.runtime.loading.make_layers import LayerMaker
+from quantkit.runtime.loading.memory import release
+from quantkit.runtime.network.decoder import Block, CacheScales, Decoder, Shape
+
+Progress = Callable[[int, int], None]
+
+
+def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = None) -> Decoder:
+    """The network of a config that `decoder.unsupported` accepts; raises InputError."""
+    shape, eps = Shape.of(config), float(config.rms_norm_eps)
+    count = int(config.num_hidden_layers)
+    vocabulary, hidden = int(config.vocab_size), int(config.hidden_size)
+    embed = _plain(maker, "model.embed_tokens.weight", (vocabulary, hidden))
+    blocks = []
+    for index in range(count):
+        blocks.append(_block(config, maker, f"model.layers.{index}", shape, eps))
+        release()
+        if progress is not None:
+            progress(index + 1, count)
+    norm = _plain(maker, "model.norm.weight", (hidden,))
+    return Decoder(config, embed, blocks, norm, _head(maker, embed))
+
+
+def _block(config: Any, maker: LayerMaker, name: str, shape: Shape, eps: float) -> Block:
+    hidden, wide = int(config.hidden_size), int(config.intermediate_size)
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    everywhere = bool(getattr(config, "attention_bias", False))
+    attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+    mlp_bias = bool(getattr(config, "mlp_bias", False))
+    head_norms = None
+    if config.model_type == "qwen3":
+        head_norms = (
+            _plain(maker, f"{attention}.q_norm.weight", (shape.head_dim,)),
+            _plain(maker, f"{attention}.k_norm.weight", (shape.head_dim,)),
+        )
+    qkv = maker.merged(
+        [f"{attention}.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj")],
+        [(queries, hidden), (keys, hidden), (keys, hidden)],
+        everywhere or config.model_type == "qwen2",
+    )
+    out = maker.linear(f"{attention}.o_proj", (hidden, queries), everywhere)
+    gate_up = maker.merged(
+        [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [(wide, hidden), (wide, hidden)], mlp_bias
+    )
+    down = maker.linear(f"{mlp}.down_proj", (hidden, wide), mlp_bias)
+    norms = (
+        _plain(maker, f"{name}.input_layernorm.weight", (hidden,)),
+        _plain(maker, f"{name}.post_attention_layernorm.weight", (hidden,)),
+    )
+    scales = _cache_scales(maker, attention)
+    return Block(shape, eps, norms, head_norms, (qkv, out, gate_up, down), scales)
+
+
+def _head(maker: LayerMaker, embed: torch.Tensor) -> nn.Module:
+    """The output head; that of a tied model is the embedding unless it is quantized."""
+    source, shape = maker.source, (embed.shape[0], embed.shape[1])
+    if "lm_head" in source.layers or not is_tied(source.checkpoint.config):
+        return maker.linear("lm_head", shape)
+    if source.has("lm_head.weight"):
+        source.used.add("lm_head.weight")
+    return PlainLinear(embed, None)
+
+
+def _cache_scales(maker: LayerMaker, attention: str) -> CacheScales | None:
+    """The scales of a declared FP8 cache; engines use 1 where the checkpoint has none."""
+    subject = maker.source.subject
+    if subject is None or not subject.declaration.kv_cache.startswith("fp8"):
+        return None
+    found = {
+        kind: next((n for n in names if maker.source.has(n)), None)
+        for kind, names in {
+            "k": (
+                f"{attention}.k_proj.k_scale",
+                f"{attention}.k_scale",
+                f"{attention}.k_proj.output_scale",
+            ),
+            "v": (
+                f"{attention}.v_proj.v_scale",
+                f"{attention}.v_scale",
+                f"{attention}.v_proj.output_scale",
+            ),
+        }.items()
+    }
+    values = {
+        kind: 1.0 if name is None else _cache_scale(maker, name) for kind, name in found.items()
+    }
+    return CacheScales(values["k"], values["v"])
+
+
+def _cache_scale(maker: LayerMaker, name: str) -> float:
+    scale = maker.source.plain(name, None, torch.float32)
+    if scale.numel() != 1:
+        raise InputError(
+            f"{name} holds {scale.numel()} scales; the runtime computes a cache with one scale a "
+            "tensor, not one a head.",
+            hint="one scale a tensor for the cache, or quantkit validate DIR --engine vllm",
+            code="runtime.cache_scale",
+        )
+    return float(scale)
+
+
+def _plain(maker: LayerMaker, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return maker.source.plain(name, shape, maker.dtype).to(maker.device)

@@ -1,0 +1,143 @@
+"""Linear layers made from a checkpoint: read, fused as engines do, given to a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.checkpoint.schemes import Scheme
+from quantkit.formats.base import QuantWeight
+from quantkit.runtime.linear.description import centred, contiguous_groups, describe
+from quantkit.runtime.linear.kernels.select import Choice, choose
+from quantkit.runtime.linear.modules import JoinedLinear, PlainLinear, QuantLinear
+from quantkit.runtime.loading.fuse import Fuse, harmonize, join
+from quantkit.runtime.loading.memory import release
+from quantkit.runtime.loading.source import CheckpointReader
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """How one module of the checkpoint is computed; `refused` is why not by an earlier kernel."""
+
+    module: str
+    scheme: str
+    kernel: str
+    refused: dict[str, str]
+    weights_only: bool
+
+    @classmethod
+    def of(cls, module: str, scheme: Scheme, choice: Choice) -> LayerRecord:
+        refused = dict(choice.refused)
+        return cls(module, scheme.name, choice.kernel.NAME, refused, choice.weights_only)
+
+
+@dataclass
+class LayerMaker:
+    """Makes layers of one checkpoint on one device; `records` grows with each quantized one.
+
+    `kernels` are the names that may be chosen, in order (empty: all).
+    """
+
+    source: CheckpointReader
+    device: torch.device
+    dtype: torch.dtype
+    kernels: Sequence[str]
+    fuse: Fuse
+    records: list[LayerRecord] = field(default_factory=list)
+
+    def linear(self, name: str, shape: tuple[int, int], bias: bool = False) -> nn.Module:
+        """One layer, weight [out, in]; `bias` says that it must have one."""
+        return self.merged([name], [shape], bias)
+
+    def merged(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: bool = False
+    ) -> nn.Module:
+        """Layers of one input as one module, whose output is theirs side by side."""
+        declared = [name in self.source.layers for name in names]
+        if not any(declared):
+            return self._plain(names, shapes, bias)
+        if not all(declared):
+            pairs = zip(names, shapes, strict=True)
+            return JoinedLinear([self.linear(name, shape, bias) for name, shape in pairs])
+        weights = self._read(names, shapes, bias)
+        specs = [self.source.layers[name] for name in names]
+        whole = join(weights) if len({spec.scheme for spec in specs}) == 1 else None
+        if whole is not None:
+            weights.clear()
+            return self._quantized(names, specs[0].scheme, whole)
+        return JoinedLinear(
+            [
+                self._quantized([name], spec.scheme, weight)
+                for name, spec, weight in zip(names, specs, weights, strict=True)
+            ]
+        )
+
+    def separate(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: bool = False
+    ) -> list[nn.Module]:
+        """The same as `merged` computes, as one module each."""
+        if not all(name in self.source.layers for name in names):
+            pairs = zip(names, shapes, strict=True)
+            return [self.linear(name, shape, bias) for name, shape in pairs]
+        weights = self._read(names, shapes, bias)
+        return [
+            self._quantized([name], self.source.layers[name].scheme, weight)
+            for name, weight in zip(names, weights, strict=True)
+        ]
+
+    def _read(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: bool
+    ) -> list[QuantWeight]:
+        schemes = {self.source.layers[name].scheme for name in names}
+        weights = []
+        for name, shape in zip(names, shapes, strict=True):
+            weight = centred(self.source.quantized(name, shape, bias))
+            weights.append(_to(weight, self.device))
+            release()
+        if self.fuse == "engine" and len(names) > 1 and len(schemes) == 1:
+            return harmonize(names, weights, schemes.pop())
+        return weights
+
+    def _quantized(self, names: Sequence[str], scheme: Scheme, weight: QuantWeight) -> QuantLinear:
+        weight, order = contiguous_groups(names[0], weight)
+        layer = describe(names[0], scheme, weight, self.dtype)
+        choice = choose(layer, self.device, self.kernels)
+        self.records += [LayerRecord.of(name, scheme, choice) for name in names]
+        made = QuantLinear(layer, choice, weight, order)
+        release()
+        return made
+
+    def _plain(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: bool
+    ) -> PlainLinear:
+        rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+        weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
+        biases: list[torch.Tensor | None] = []
+        start = 0
+        for name, shape in zip(names, shapes, strict=True):
+            weight[start : start + shape[0]] = self.source.plain(
+                f"{name}.weight", shape, self.dtype
+            )
+            biases.append(self.source.bias(name, shape[0], self.dtype, bias))
+            start += shape[0]
+        if all(one is None for one in biases):
+            return PlainLinear(weight, None)
+        whole = [
+            weight.new_zeros(shape[0]) if one is None else one.to(self.device)
+            for one, shape in zip(biases, shapes, strict=True)
+        ]
+        return PlainLinear(weight, torch.cat(whole))
+
+
+def _to(weight: QuantWeight, device: torch.device) -> QuantWeight:
+    """The weight with its tensors on the device."""
+    moved: dict[str, Any] = {
+        name: value.to(device)
+        for name, value in vars(weight).items()
+        if isinstance(value, torch.Tensor)
+    }
+    return replace(weight, **moved)

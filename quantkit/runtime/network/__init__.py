@@ -1,0 +1,1 @@
+"""The decoder: attention, MLP, norms, rotary embeddings, the cache and generation."""

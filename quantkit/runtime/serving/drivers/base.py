@@ -1,0 +1,74 @@
+"""What a driver is, and the order it gets (standard library only)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+Ids = Sequence[int]
+Tell = Callable[[int, int], None]
+"""(steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class EngineOrder:
+    """The engine to start and the model to load.
+
+    driver: `"module:attr"` of what makes a `Driver` of an order. stop: token ids that end an
+    answer. length: the longest sequence that will be asked for. cache_bytes: what the KV cache of
+    eight sequences of that length takes.
+    """
+
+    driver: str
+    model: str
+    device: str
+    stop: tuple[int, ...]
+    length: int
+    cache_bytes: int
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> EngineOrder:
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def pin(device: str) -> None:
+    """Show an engine that takes the first GPU only the one of "cuda:N"; before its import."""
+    if device.startswith("cuda:"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+
+
+class Driver(Protocol):
+    """A loaded model in its engine. Prompts are token ids and are never tokenized again."""
+
+    version: str
+
+    def logprobs(self, windows: Sequence[Ids], tell: Tell) -> list[list[float]]:
+        """Log-probability of every token but the first of each window."""
+        ...
+
+    def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
+        """The greedy continuation of each prompt, a stop token included."""
+        ...
+
+    def run(self, prompts: Sequence[Ids], new_tokens: int) -> None:
+        """Generate exactly so many tokens for every prompt of one batch; for timing."""
+        ...
+
+    def kernels(self) -> dict[str, int]:
+        """Kernel → how many linear modules of the engine it computes; empty when unknown."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """What the weights and buffers take; 0 when unknown."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine's processes."""
+        ...

@@ -1,0 +1,86 @@
+"""Transformers: `AutoModelForCausalLM`, in the dtype of the checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from quantkit.runtime.serving.drivers.base import EngineOrder, Ids, Tell
+
+BATCH_TOKENS = 2048
+"""Tokens a forward pass: the logits of that many are the largest thing in memory."""
+
+
+class Transformers:
+    """A model as `from_pretrained` loads it, on one device."""
+
+    def __init__(self, order: EngineOrder) -> None:
+        import torch
+        import transformers
+
+        self.version: str = transformers.__version__
+        self._torch = torch
+        self._stop = list(order.stop)
+        device = order.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            order.model, dtype="auto", device_map=device, trust_remote_code=False
+        )
+        self._model = loaded.eval()
+
+    def logprobs(self, windows: Sequence[Ids], tell: Tell) -> list[list[float]]:
+        torch, found = self._torch, []
+        step = max(1, BATCH_TOKENS // len(windows[0]))
+        for start in range(0, len(windows), step):
+            ids = torch.tensor(windows[start : start + step], device=self._model.device)
+            with torch.inference_mode():
+                scores = self._model(ids, use_cache=False).logits[:, :-1].float()
+            chosen = scores.gather(-1, ids[:, 1:, None]).squeeze(-1)
+            found += (chosen - scores.logsumexp(-1)).tolist()
+            tell(len(found), len(windows))
+        return found
+
+    def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
+        return [self._continue([ids], new_tokens, self._stop)[0] for ids in prompts]
+
+    def run(self, prompts: Sequence[Ids], new_tokens: int) -> None:
+        self._continue(prompts, new_tokens, [])
+
+    def kernels(self) -> dict[str, int]:
+        found = (type(module).__name__ for module in self._model.modules() if _is_quantized(module))
+        return dict(Counter(found))
+
+    def memory_bytes(self) -> int:
+        return int(self._model.get_memory_footprint())
+
+    def close(self) -> None:
+        del self._model
+
+    def _continue(self, prompts: Sequence[Ids], new: int, stop: list[int]) -> list[list[int]]:
+        """Prompts of one length, each with `new` tokens or up to a stop token."""
+        torch = self._torch
+        ids = torch.tensor([list(prompt) for prompt in prompts], device=self._model.device)
+        with torch.inference_mode():
+            whole = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=None if stop else new,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=1.0,
+                eos_token_id=stop or None,
+                pad_token_id=0,
+            )
+        rows: list[list[int]] = whole[:, ids.shape[1] :].tolist()
+        return rows
+
+
+def _is_quantized(module: Any) -> bool:
+    """Whether a module itself holds codes or scales."""
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return any(name in ("weight_scale", "weight_packed", "qweight") for name, _ in tensors)

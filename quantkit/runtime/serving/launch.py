@@ -1,0 +1,220 @@
+"""The exact command that serves a checkpoint, derived from its own files.
+
+Sources: SGLang 0.5.23 `configs/model_config.py` (`_verify_quantization`), `arg_groups`, and its
+page on quantization; vLLM 0.32 `config/model.py` and `engine/arg_utils.py`. Both read the method
+from the checkpoint, so that a flag is only given where SGLang documents one: for ModelOpt. An
+online method's name on an offline checkpoint is an error there, or quantizes twice.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from quantkit.checkpoint.custom_code import brought_code
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
+from quantkit.checkpoint.gguf import gguf_in
+from quantkit.checkpoint.network.modules import classify
+from quantkit.engines import NAMES, Loadable, Verdict, engine_named, judge
+from quantkit.engines.gpus import platforms
+from quantkit.errors import BackendError, InputError
+from quantkit.formats.base import Declaration
+from quantkit.formats.candidate import candidate
+from quantkit.formats.quantized import examine
+from quantkit.formats.registry import detect, is_quantized
+from quantkit.runtime.serving.environments import ENGINES, find_interpreter
+
+SERVERS = ("vllm", "sglang")
+_MODELOPT_FLAGS = {
+    "FP8": "modelopt_fp8",
+    "NVFP4": "modelopt_fp4",
+    "NVFP4_AWQ": "modelopt_fp4",
+    "W4A16_NVFP4": "modelopt_fp4",
+}
+_OWN_KERNELS = {"fp8_dynamic": "w8a8_fp8", "w8a8_dynamic": "w8a8_int8"}
+"""Scheme → SGLang's flag for its own per-channel kernels, which ignores the checkpoint's config."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A serving command as an argument list, and the flags that it took from the checkpoint.
+
+    minimum_version: the engine's oldest release that is known to read this.
+    """
+
+    engine: str
+    argv: tuple[str, ...]
+    minimum_version: str
+    quantization: str | None = None
+    kv_cache_dtype: str | None = None
+    gemm_backend: str | None = None
+    """The flag that would choose another GEMM backend than the engine's own choice."""
+
+    notes: tuple[str, ...] = field(default=())
+
+
+def launch(path: Path, engine: str, tp: int) -> Launch:
+    """The command for a checkpoint directory: quantkit's or anyone's, also 16-bit or GGUF.
+
+    Raises InputError when the engine cannot load it (`launch.will_not_load`), and for a directory
+    that is no consistent checkpoint.
+    """
+    if engine not in SERVERS:
+        raise InputError(
+            f"There is no server {engine!r}.",
+            hint=f"--engine {' or '.join(SERVERS)}",
+            code="launch.engine",
+        )
+    if tp < 1:
+        raise InputError(f"--tp {tp} is no number of devices.", hint="--tp 1", code="launch.tp")
+    file = gguf_in(path) if path.is_dir() else None
+    if file is not None:
+        return _gguf(file, engine, tp)
+    checkpoint = open_checkpoint(path)
+    if is_quantized(checkpoint) is None:
+        return _command(engine, path, tp, {}, [])
+    layout = detect(checkpoint)
+    subject = examine(checkpoint, layout)
+    declared = subject.declaration
+    verdict = _refuse(engine, candidate(subject), tp, path)
+    flags: dict[str, str] = {}
+    notes = list(verdict.caveats)
+    if declared.kv_cache != "none":
+        flags["--kv-cache-dtype"] = _kv_cache(engine, declared.kv_cache, path)
+    if engine == "sglang":
+        method = _modelopt_flag(checkpoint, declared) if layout.NAME == "modelopt" else None
+        if method:
+            flags = {"--quantization": method, **flags}
+        notes += _sglang_notes(checkpoint, layout.NAME, declared, path, tp)
+    made = _command(engine, path, tp, flags, notes)
+    return replace(made, gemm_backend=_gemm_flag(declared)) if engine == "sglang" else made
+
+
+def _command(
+    engine: str, model: Path, tp: int, flags: Mapping[str, str], notes: list[str]
+) -> Launch:
+    if engine == "vllm":
+        argv = ["vllm", "serve", str(model)]
+        parallel = "--tensor-parallel-size"
+    else:
+        argv = ["python3", "-m", "sglang.launch_server", "--model-path", str(model)]
+        parallel = "--tp"
+    argv += [part for flag in flags.items() for part in flag]
+    argv += [parallel, str(tp)] if tp > 1 else []
+    code = brought_code(model) if model.is_dir() else []
+    if code:
+        argv.append("--trust-remote-code")
+        notes = [
+            *notes,
+            f"the checkpoint brings code ({', '.join(code)}), which --trust-remote-code runs: read "
+            "it first",
+        ]
+    return Launch(
+        engine=engine,
+        argv=tuple(argv),
+        minimum_version=engine_named(engine).minimum_version,
+        quantization=flags.get("--quantization"),
+        kv_cache_dtype=flags.get("--kv-cache-dtype"),
+        notes=tuple(notes),
+    )
+
+
+def _gguf(file: Path, engine: str, tp: int) -> Launch:
+    _refuse(engine, Loadable({}, "gguf", {}, {}), tp, file)
+    notes = ["the tokenizer is read from the file"] if engine == "sglang" else []
+    return _command(engine, file, tp, {}, notes)
+
+
+def _refuse(engine: str, this: Loadable, tp: int, path: Path) -> Verdict:
+    verdict = judge(this, (engine,), (tp,))[0]
+    if not verdict.loads:
+        reason = verdict.reasons[0]
+        raise InputError(
+            f"{path}: {verdict.title}: {reason.text}.",
+            hint=reason.fix,
+            code="launch.will_not_load",
+        )
+    return verdict
+
+
+def _modelopt_flag(checkpoint: Checkpoint, declared: Declaration) -> str | None:
+    """`modelopt` where config.json states the algorithm; named where only the side file does."""
+    algorithms = {spec.packing for spec in declared.layers.values()}
+    if checkpoint.quantization_config is None and len(algorithms) == 1:
+        return _MODELOPT_FLAGS.get(algorithms.pop())
+    return "modelopt" if algorithms <= set(_MODELOPT_FLAGS) else None
+
+
+def _kv_cache(engine: str, element: str, path: Path) -> str:
+    names = {
+        "vllm": {"fp8": "fp8", "nvfp4": "nvfp4"},
+        "sglang": {"fp8": "fp8_e4m3", "nvfp4": "nvfp4"},
+    }[engine]
+    if element not in names:
+        raise InputError(
+            f"{NAMES[engine]} has no KV cache of type {element!r}, which {path} declares.",
+            hint="quantize with kv_cache fp8 or none",
+            code="launch.will_not_load",
+        )
+    return names[element]
+
+
+def _sglang_notes(
+    checkpoint: Checkpoint, layout: str, declared: Declaration, path: Path, tp: int
+) -> list[str]:
+    schemes = {spec.scheme.name for spec in declared.layers.values()}
+    notes = []
+    if layout == "ascend":
+        notes.append("for Ascend NPUs; the method is read from quant_model_description.json")
+    flag = _gemm_flag(declared)
+    if flag:
+        rule = platforms()["sglang_gemm"][flag]
+        special = {**rule.get("first", {}), **rule.get("always", {})}
+        notes.append(
+            f"{flag} is left at auto: the first that runs of {', '.join(rule['auto'])}"
+            + "".join(f"; {name} on SM{sm}" for sm, name in special.items())
+        )
+    own = _OWN_KERNELS.get(next(iter(schemes))) if len(schemes) == 1 else None
+    if own and layout == "compressed-tensors" and _all_linear(checkpoint, declared):
+        other = _command("sglang", path, tp, {"--quantization": own}, [])
+        notes.append(f"SGLang's own kernels instead (optional): {' '.join(other.argv)}")
+    return notes
+
+
+def _gemm_flag(declared: Declaration) -> str | None:
+    """SGLang's flag that chooses the GEMM of these weights, where it has one."""
+    weights = [spec.scheme.weight for spec in declared.layers.values()]
+    if any(weight.granularity == "block" for weight in weights):
+        return "--fp8-gemm-backend"
+    return "--fp4-gemm-backend" if any(weight.scale == "e4m3" for weight in weights) else None
+
+
+def _all_linear(checkpoint: Checkpoint, declared: Declaration) -> bool:
+    """Whether only the head and the embeddings are kept, as a flag that ignores the config
+    assumes."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    kinds = {module.name: module.kind for module in classify(shapes, checkpoint.config)}
+    kept = (*declared.ignored, *declared.undeclared)
+    return all(kinds.get(name) in ("head", "embedding") for name in kept)
+
+
+def executable(made: Launch) -> str:
+    """The full path of the command's program: of the managed environment, else the user's own.
+
+    Raises BackendError, with the command that makes the environment, when the engine is in neither.
+    """
+    name = made.argv[0]
+    module = name.startswith("python")
+    try:
+        python = find_interpreter(ENGINES[made.engine])
+    except BackendError:
+        here = sys.executable if find_spec(made.engine) else None
+        found = here if module else shutil.which(name)
+        if found is None:
+            raise
+        return found
+    return str(python if module else python.with_name(name))

@@ -1,0 +1,193 @@
+"""The parent's side of an engine process: start it, ask it, and say clearly how it failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from quantkit.backends.process.parent import child_environment, oom_kills
+from quantkit.errors import BackendError
+from quantkit.paths import cache_dir
+from quantkit.runtime.serving import worker
+from quantkit.runtime.serving.drivers.base import EngineOrder
+from quantkit.runtime.serving.environments import EngineProcessSpec
+
+Progress = Callable[[int, int], None]
+
+_ERROR_LINE = re.compile(r"^\S*(?:Error|Exception|Interrupt)\b.*")
+_PREFIX = re.compile(r"^\([^)]*\) (?:ERROR|WARNING|INFO) \S+ \S+ \[[^]]*\] ?")
+LINE_WIDTH = 400
+
+
+class EngineProcess:
+    """An engine with its model, in a process group that ends with this object or this process.
+
+    Raises BackendError from the constructor and from every call: `engine.out_of_memory`,
+    `engine.import_failed`, `engine.killed` or `engine.failed`, with the engine's last error line
+    and the place of its log. The log of a process that was closed in order is removed.
+    """
+
+    def __init__(self, engine: EngineProcessSpec, python: Path, order: EngineOrder) -> None:
+        self.engine = engine
+        self.model = order.model
+        self._kills = oom_kills()
+        logs = cache_dir() / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f"{engine.name}-", suffix=".log", dir=logs)
+        self.log = Path(name)
+        self._work = tempfile.TemporaryDirectory(prefix="quantkit-")
+        requests_of_child, requests = os.pipe()
+        events, events_of_child = os.pipe()
+        order_file = Path(self._work.name, "order.json")
+        order.write(order_file)
+        script = Path(worker.__file__).resolve()
+        descriptors = (requests_of_child, events_of_child)
+        try:
+            self._child = subprocess.Popen(
+                [str(python), str(script), str(order_file), *map(str, descriptors)],
+                stdin=subprocess.DEVNULL,
+                stdout=handle,
+                stderr=subprocess.STDOUT,
+                pass_fds=descriptors,
+                start_new_session=True,
+                cwd=self._work.name,
+                env=child_environment(),
+            )
+        finally:
+            for descriptor in (*descriptors, handle):
+                os.close(descriptor)
+        self._requests = os.fdopen(requests, "w", encoding="utf-8")
+        self._events = os.fdopen(events, encoding="utf-8")
+        try:
+            started = self._until("ready", None)
+        except BaseException:
+            self._stop()
+            raise
+        self.version: str = started["version"]
+        self.kernels: dict[str, int] = started["kernels"]
+        self.memory_bytes: int = started["memory_bytes"]
+        self.load_seconds: float = started["load_seconds"]
+
+    def logprobs(
+        self, windows: Sequence[Sequence[int]], progress: Progress | None
+    ) -> list[list[float]]:
+        """Log-probability of every token but the first of each window."""
+        value: list[list[float]] = self._ask("logprobs", progress, windows=windows)
+        return value
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        """The greedy continuation of each prompt."""
+        value: list[list[int]] = self._ask(
+            "generate", None, prompts=prompts, new_tokens=new_tokens
+        )  # fmt: skip
+        return value
+
+    def seconds(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
+        """How long one batch of prompts takes, with exactly so many new tokens each."""
+        value: float = self._ask("seconds", None, prompts=prompts, new_tokens=new_tokens)
+        return value
+
+    def close(self) -> None:
+        """End the engine; its log goes."""
+        self._stop()
+        self.log.unlink(missing_ok=True)
+
+    def _ask(self, call: str, progress: Progress | None, **arguments: object) -> Any:
+        try:
+            self._requests.write(json.dumps({"call": call, **arguments}) + "\n")
+            self._requests.flush()
+        except BrokenPipeError:
+            pass  # the reason is what its events end with
+        return self._until("value", progress)["value"]
+
+    def _until(self, wanted: str, progress: Progress | None) -> dict[str, Any]:
+        """The next event of that kind, progress passed on; raises when the engine fails first."""
+        for line in self._events:
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] == "error":
+                raise self._failed(event)
+            if event["event"] == wanted:
+                return event
+            if progress:
+                progress(event["done"], event["total"])
+        raise self._gone()
+
+    def _failed(self, event: dict[str, Any]) -> BackendError:
+        what = f"{self.engine.title} with {self.model}"
+        if event["out_of_memory"]:
+            return self._out_of_memory(f"{what} ran out of memory: {_line(event['message'])}")
+        if event["missing"]:
+            return BackendError(
+                f"{self.engine.title} cannot be imported: {event['missing']} is missing.",
+                hint=self._check_hint(),
+                code="engine.import_failed",
+            )
+        message = event["message"]
+        told = f"{event['type']}: {_line(message)}" if message else event["type"]
+        if "See root cause above" in message:
+            told = self._last_error()
+        return BackendError(
+            f"{what} failed: {told}", hint=f"read {self.log}", code="engine.failed"
+        )  # fmt: skip
+
+    def _gone(self) -> BackendError:
+        status = self._child.wait()
+        what = f"{self.engine.title} with {self.model}"
+        if status == -signal.SIGKILL and oom_kills() != self._kills:
+            return self._out_of_memory(
+                f"{what} was killed: the machine or its container ran out of memory."
+            )
+        name = f"ended with status {status}"
+        if status < 0:
+            name = f"was killed by {signal.Signals(-status).name}"
+        last = self._last_error()
+        return BackendError(
+            f"{what} {name}." + (f" Its log ends with: {last}" if last else ""),
+            hint=f"read {self.log}",
+            code="engine.killed" if status < 0 else "engine.failed",
+        )
+
+    def _out_of_memory(self, message: str) -> BackendError:
+        return BackendError(
+            message,
+            hint=f"use a machine with more memory; its log: {self.log}",
+            code="engine.out_of_memory",
+        )
+
+    def _check_hint(self) -> str:
+        names = self.engine.environments
+        return f"quantkit env check {names[-1]}" if names else f"read {self.log}"
+
+    def _last_error(self) -> str:
+        """The last line of the log that names an error, else its last line."""
+        with suppress(OSError):
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+            lines = [_PREFIX.sub("", line).strip() for line in text.splitlines()]
+            lines = [line for line in lines if line and "See root cause above" not in line]
+            errors = [line for line in lines if _ERROR_LINE.match(line)]
+            return _line((errors or lines or [""])[-1])
+        return ""
+
+    def _stop(self) -> None:
+        with suppress(BrokenPipeError):
+            self._requests.close()
+        if self._child.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(timeout=5)
+        with suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+        self._child.wait()
+        self._events.close()
+        self._work.cleanup()
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:LINE_WIDTH]

@@ -1,0 +1,1 @@
+"""vLLM's compiled operators, loaded without vLLM."""

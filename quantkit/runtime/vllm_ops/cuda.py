@@ -1,0 +1,75 @@
+"""vLLM's compiled CUDA operators (CUTLASS, Marlin), without importing vLLM.
+
+They come from the managed environment `vllm-cuda`, from a vLLM beside this quantkit, or from the
+library that a variable names. The library keeps to torch's stable ABI; its operators' arguments
+change between versions, and are given by name.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.backends.environments.managed import ready
+from quantkit.runtime.vllm_ops import library as vllm_library
+
+LIBRARY = "_C_stable_libtorch.abi3.so"
+CREATE = "quantkit env create vllm-cuda"
+SWITCH = "QUANTKIT_VLLM_CUDA_OPERATORS"
+"""`off`, or the path of the library to take."""
+
+_ARGUMENTS = {
+    "cutlass_scaled_mm": {"out", "a", "b", "a_scales", "b_scales", "bias"},
+    "gptq_marlin_repack": {"b_q_weight", "perm", "size_k", "size_n", "num_bits", "is_a_8bit"},
+    "marlin_gemm": {
+        "a", "c_or_none", "b_q_weight", "b_bias_or_none", "b_scales", "a_scales", "global_scale",
+        "b_zeros_or_none", "g_idx_or_none", "perm_or_none", "workspace", "b_type_id", "size_m",
+        "size_n", "size_k", "is_k_full", "use_atomic_add", "use_fp32_reduce", "is_zp_float",
+    },
+}  # fmt: skip
+"""Operator → every argument that it has in vLLM 0.26 or 0.33."""
+
+
+@cache
+def missing() -> str | None:
+    """Why vLLM's CUDA operators are not to be had, or None once they are loaded."""
+    named = os.environ.get(SWITCH)
+    if named == "off":
+        return f"{SWITCH} is off"
+    library = Path(named) if named else _installed()
+    if library is None:
+        return f"needs vLLM's CUDA operators: {CREATE}"
+    if not library.is_file():
+        return f"there is no {library}"
+    return vllm_library.load(library) or unlike()
+
+
+def unlike() -> str | None:
+    """Why the operators that are loaded are not those that we know, or None."""
+    for name, known in _ARGUMENTS.items():
+        operator = getattr(torch.ops._C, name, None)
+        if operator is None:
+            return f"this vLLM has no operator {name}"
+        more = {argument.name for argument in operator.default._schema.arguments} - known
+        if more:
+            return f"this vLLM's {name} takes an unknown argument, {', '.join(sorted(more))}"
+    return None
+
+
+def call(name: str, **arguments: Any) -> Any:
+    """An operator with those of the arguments that it has in this vLLM."""
+    operator = getattr(torch.ops._C, name).default
+    return operator(*(arguments[argument.name] for argument in operator._schema.arguments))
+
+
+def _installed() -> Path | None:
+    python = ready("vllm-cuda")
+    folders = list(python.parent.parent.glob("lib/python*/site-packages/vllm")) if python else []
+    beside = find_spec("vllm")
+    folders += [Path(folder) for folder in (beside and beside.submodule_search_locations) or []]
+    return next((folder / LIBRARY for folder in folders if (folder / LIBRARY).is_file()), None)
