@@ -13,7 +13,7 @@ import pytest
 from quantkit.backends.registry import backends, load_recipe
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
-from quantkit.plan import make_plan
+from quantkit.pipeline.plan import make_plan
 from tests.cli import QUICK, command, quantkit, refused
 from tests.helpers import alone
 

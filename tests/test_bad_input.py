@@ -19,9 +19,9 @@ import torch
 from quantkit.backends.registry import load_recipe
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
-from quantkit.pipeline import preflight
-from quantkit.plan import make_plan
-from quantkit.request import Request
+from quantkit.pipeline.plan import make_plan
+from quantkit.pipeline.quantize import preflight
+from quantkit.pipeline.request import Request
 from tests.cli import QUICK, command, quantkit, refused
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors
 
@@ -307,8 +307,8 @@ def test_experts_are_refused_before_the_long_job(tmp_path: Path) -> None:
 def test_an_unusable_request_costs_no_torch_import(tmp_path: Path) -> None:
     probe = (
         "import sys\nfrom pathlib import Path\n"
-        "from quantkit.pipeline import preflight\n"
-        "from quantkit.request import Request\n"
+        "from quantkit.pipeline.quantize import preflight\n"
+        "from quantkit.pipeline.request import Request\n"
         "from quantkit.backends.registry import load_recipe\n"
         "from quantkit.errors import InputError\n"
         "try: preflight(Request('nowhere', load_recipe('modelopt_fp8'), Path('out')))\n"

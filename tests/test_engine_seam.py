@@ -16,8 +16,8 @@ from quantkit.checkpoint.without_weights import open_headers
 from quantkit.cli.plan import chosen_recipe
 from quantkit.engines import LayerPart, Loadable, Verdict, judge
 from quantkit.engines.complete import completed
-from quantkit.plan import make_plan
-from quantkit.seam import verdicts
+from quantkit.pipeline.engine_view import verdicts
+from quantkit.pipeline.plan import make_plan
 from quantkit.verification import EngineRequest, VerifyReport, verify
 from tests.asked import DENSE, PLANS, Asked
 from tests.backends import engine_alarms

@@ -15,7 +15,7 @@ from quantkit.checkpoint.network.config import expert_count
 from quantkit.checkpoint.network.experts import input_first
 from quantkit.checkpoint.network.modules import classify
 from quantkit.errors import InputError
-from quantkit.plan import Plan, make_plan
+from quantkit.pipeline.plan import Plan, make_plan
 
 PARENT = "model.layers.0.mlp.experts."
 CONFIG = {"hidden_size": 64}

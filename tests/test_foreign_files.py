@@ -20,7 +20,7 @@ from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
 from quantkit.errors import InputError
 from quantkit.formats.registry import detect
-from quantkit.plan import Plan, make_plan
+from quantkit.pipeline.plan import Plan, make_plan
 from quantkit.verification.files.sidecars import check_alone
 from tests.helpers import edit_json, edit_tensors
 

@@ -24,6 +24,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("recipe", "formats"),
     ("verification", "backends"),
     ("runtime", "calibration"),
+    ("pipeline",),
 )  # fmt: skip
 """From the ground up. A room imports rooms of earlier rows, never one of its own row."""
 

@@ -23,8 +23,8 @@ from quantkit.backends.process.job import Job, Result, token_digest
 from quantkit.backends.process.parent import run_worker
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
+from quantkit.pipeline.state import check_state, read_state_note, refuse_mismatch
 from quantkit.recipe.model import adjusted
-from quantkit.statefile import check_state, read_state_note, refuse_mismatch
 from tests.helpers import cut_layers
 from tests.test_worker_process import ADAPTERS, Recorder
 

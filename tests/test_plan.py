@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from quantkit.backends.registry import load_recipe
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
-from quantkit.plan import Plan, make_plan
-from quantkit.seam import check_engines
+from quantkit.pipeline.engine_view import check_engines
+from quantkit.pipeline.plan import Plan, make_plan
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors
 
 SMALL: dict[str, Any] = {

@@ -15,7 +15,7 @@ from quantkit.checkpoint.consistency import refuse_contradictions
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.without_weights import open_headers
 from quantkit.errors import InputError
-from quantkit.plan import make_plan
+from quantkit.pipeline.plan import make_plan
 from tests.cli import quantkit, refused
 from tests.families import CONFIGS, model
 from tests.helpers import copy_checkpoint, edit_json, edit_tensors

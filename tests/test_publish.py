@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import InputError
-from quantkit.publish import check_space, staged
+from quantkit.pipeline.publish import check_space, staged
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from quantkit.publish import staged
+from quantkit.pipeline.publish import staged
 with staged(Path(sys.argv[1]), overwrite=False) as partial:
     (partial / "half").write_text("half")
     print("holding", flush=True)

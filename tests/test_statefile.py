@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from quantkit.errors import InputError
-from quantkit.statefile import check_state, read_state_note
+from quantkit.pipeline.state import check_state, read_state_note
 
 
 class Attack:

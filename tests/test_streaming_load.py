@@ -12,8 +12,8 @@ import torch
 
 from quantkit.backends.process.job import Unit
 from quantkit.backends.registry import load_recipe
-from quantkit.pipeline import quantize
-from quantkit.request import Request
+from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.request import Request
 from quantkit.verification import verify
 from tests.streaming import write_model
 

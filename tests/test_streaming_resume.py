@@ -22,8 +22,8 @@ from quantkit.backends.registry import load_recipe
 from quantkit.backends.streaming.run import clear_state
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import BackendError, InputError
-from quantkit.pipeline import quantize
-from quantkit.request import Request
+from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.request import Request
 from tests.helpers import edit_json
 from tests.streaming import stream, write_model
 from tests.test_streaming_load import Quiet

@@ -13,7 +13,7 @@ import torch
 
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
-from quantkit.seal import file_digests
+from quantkit.pipeline.seal import file_digests
 from quantkit.verification import PlannedLayers, VerifyReport, verify
 from tests.damage import patch
 from tests.helpers import edit_json, edit_tensors

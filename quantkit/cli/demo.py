@@ -21,8 +21,8 @@ def demo_command(
     from quantkit.checkpoint.demo import demo_model
     from quantkit.cli.plan import chosen_recipe
     from quantkit.cli.quantize import show_outcome
-    from quantkit.pipeline import quantize
-    from quantkit.request import Request
+    from quantkit.pipeline.quantize import quantize
+    from quantkit.pipeline.request import Request
 
     ui = Output(as_json=as_json)
     recipe = chosen_recipe(method, "", "", [*QUICK, *sets])

@@ -27,8 +27,8 @@ def export_command(
 ) -> None:
     """Export a saved state as a checkpoint, without calibrating again."""
     from quantkit.cli.quantize import show_outcome
-    from quantkit.pipeline import export
-    from quantkit.request import ExportRequest
+    from quantkit.pipeline.export import export
+    from quantkit.pipeline.request import ExportRequest
 
     ui = Output(as_json=as_json)
     request = ExportRequest(

@@ -15,7 +15,7 @@ from quantkit.errors import EXIT_INPUT, InputError
 if TYPE_CHECKING:
     from quantkit.checkpoint.directory import Checkpoint
     from quantkit.engines import Verdict
-    from quantkit.plan import Plan
+    from quantkit.pipeline.plan import Plan
     from quantkit.recipe.model import Recipe, Serve
 
 
@@ -37,8 +37,8 @@ def plan_command(
 
     Exit 1 when an engine that was asked for will not, or none will at a size or GPU asked for.
     """
-    from quantkit.pipeline import plan_only
-    from quantkit.request import Request
+    from quantkit.pipeline.quantize import plan_only
+    from quantkit.pipeline.request import Request
 
     asked = options.serve_sets(engine, tp, gpu)
     request = Request(
@@ -51,7 +51,7 @@ def plan_command(
     source, plan = plan_only(request)
     seconds = None
     if measure:
-        from quantkit.measure import measured_seconds
+        from quantkit.pipeline.trial import measured_seconds
 
         seconds = measured_seconds(request, source, plan, ui)
     if not show_plan(ui, source, plan, seconds):
@@ -85,7 +85,7 @@ def show_plan(
     """The plan as a table, or as a document with every module in it; whether it will be served as
     the recipe asks."""
     from quantkit.checkpoint.network.tensor_names import left_out
-    from quantkit.seam import engine_refusal, ignore_list, verdicts
+    from quantkit.pipeline.engine_view import engine_refusal, ignore_list, verdicts
 
     estimate = plan.estimate
     incomplete = left_out(source.config) if source.derived == "config.json" else []

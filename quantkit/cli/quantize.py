@@ -13,7 +13,7 @@ from quantkit.errors import InputError, command
 from quantkit.recipe.units import parse_bytes
 
 if TYPE_CHECKING:
-    from quantkit.request import Outcome
+    from quantkit.pipeline.request import Outcome
 
 
 def quantize_command(
@@ -55,8 +55,8 @@ def quantize_command(
 ) -> None:
     """Quantize a model into a Hugging Face checkpoint that is verified before it appears."""
     from quantkit.cli.plan import chosen_recipe, show_plan
-    from quantkit.pipeline import preflight, quantize
-    from quantkit.request import Request
+    from quantkit.pipeline.quantize import preflight, quantize
+    from quantkit.pipeline.request import Request
 
     ui = Output(as_json=as_json)
     request = Request(

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantkit.card import with_measured
 from quantkit.checkpoint.directory import read_json
 from quantkit.checkpoint.provenance import PROVENANCE
-from quantkit.seal import CARD
+from quantkit.pipeline.card import with_measured
+from quantkit.pipeline.seal import CARD
 
 
 def record(directory: Path, document: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from quantkit.formats.registry import packing, writer_named
 
 if TYPE_CHECKING:
     from quantkit.checkpoint.directory import Checkpoint
-    from quantkit.plan import Plan
+    from quantkit.pipeline.plan import Plan
 
 _WRITERS = ("compressed-tensors", "gptq", "awq")
 

@@ -12,7 +12,7 @@ import yaml
 from quantkit import __version__
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.engines import SILENT_GARBAGE, Support
-from quantkit.plan import Plan
+from quantkit.pipeline.plan import Plan
 from quantkit.recipe.gates import outcome
 
 _MEASURED = "## Measured"

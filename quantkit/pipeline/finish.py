@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.backends.process.job import Reporter, Result
-from quantkit.card import hub_name, model_card
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import GgufFile, gguf_in, open_gguf
 from quantkit.checkpoint.provenance import PROVENANCE
 from quantkit.checkpoint.sources import remember_source
 from quantkit.errors import CheckError
-from quantkit.plan import Plan
-from quantkit.request import Outcome, Request
-from quantkit.seal import CARD, provenance, seal, write_json
+from quantkit.pipeline.card import hub_name, model_card
+from quantkit.pipeline.plan import Plan
+from quantkit.pipeline.request import Outcome, Request
+from quantkit.pipeline.seal import CARD, provenance, seal, write_json
 from quantkit.verification import EngineRequest, PlannedLayers, VerifyReport, Written, verify
 
 

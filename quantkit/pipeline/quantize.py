@@ -11,24 +11,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.backends.environments import find_interpreter, library_versions
+from quantkit.backends.environments import find_interpreter
 from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import NO_DATA, Job, Reporter, Result
 from quantkit.backends.process.parent import run_worker
-from quantkit.backends.registry import MODELOPT
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
-from quantkit.errors import BackendError, InputError, command
-from quantkit.finish import finish
-from quantkit.origin import plan_of_export, state_calibration, stored_recipe
-from quantkit.plan import Plan, kept_layers, make_plan, refuse_beyond_dense
-from quantkit.publish import check_apart, check_space, check_target, staged
-from quantkit.recipe.model import Recipe
-from quantkit.request import ExportRequest, Outcome, Request
-from quantkit.seam import check_engines
-from quantkit.statefile import check_state, read_state_note, refuse_mismatch
-from quantkit.streamed import check_stream, stream
+from quantkit.errors import BackendError, InputError
+from quantkit.pipeline.engine_view import check_engines
+from quantkit.pipeline.finish import finish
+from quantkit.pipeline.plan import Plan, kept_layers, make_plan, refuse_beyond_dense
+from quantkit.pipeline.publish import check_apart, check_space, check_target, staged
+from quantkit.pipeline.request import Outcome, Request
+from quantkit.pipeline.stream import check_stream, stream
 
 if TYPE_CHECKING:
     from quantkit.calibration import CalibrationConfig, TokenFile
@@ -103,7 +99,7 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
         mixture = _mixture(plan, tokens)
         note = _state_note(request, plan, source, found, mixture)
         job = _job(request, plan, source, tokens, note)
-        result = _work(job, partial, python, request.out, ui)
+        result = run_logged(job, partial, python, request.out, ui)
         used = result.calibration != NO_DATA
         if used:
             _check_tokens(result, tokens)
@@ -221,7 +217,7 @@ def _job(
     )
 
 
-def _work(job: Job, partial: Path, python: Path, out: Path, ui: Reporter) -> Result:
+def run_logged(job: Job, partial: Path, python: Path, out: Path, ui: Reporter) -> Result:
     """Run the worker; its log ends up in the output, or as `DIR.log` when it failed."""
     log = out.with_name(out.name + ".log")
     placed = replace(job, out=str(partial.resolve()))
@@ -246,77 +242,3 @@ def _check_tokens(result: Result, tokens: TokenFile | None) -> None:
             hint="report this: the backend changed or skipped calibration samples",
             code="calibration.digest_mismatch",
         )
-
-
-def export(request: ExportRequest, ui: Reporter) -> Outcome:
-    """Write the checkpoint of a saved fake-quantized state; never calibrates.
-
-    Raises InputError when the state file, the base model or the library is not the one that the
-    state was made with; otherwise as `quantize`.
-    """
-    ui.stage("check state")
-    check_state(request.restore)
-    note = read_state_note(request.restore)
-    model = request.model or (note or {}).get("model", "")
-    if not model:
-        raise InputError(
-            f"{request.restore} does not say which model it was made from.",
-            hint=command(
-                "export", "--restore", request.restore, "--out", request.out, "--model", "BASE"
-            ),
-            code="state.no_model",
-        )
-    source = open_checkpoint(resolve_model(model, trust_remote_code=request.trust_remote_code))
-    check_apart(request.out, source.path, request.restore)
-    check_target(request.out, overwrite=request.overwrite)
-    ui.stage("scan source", source.weight_bytes, "bytes")
-    found = scan(source, ui.advance)
-    backend = MODELOPT
-    python = find_interpreter(backend, request.python)
-    job = Job(
-        task="export",
-        backend=backend.name,
-        adapter=backend.adapter or "",
-        method="export",
-        model=str(source.path.resolve()),
-        out="",
-        scheme={},
-        device=resolve_device(request.device),
-        restore=str(request.restore.resolve()),
-        trust_remote_code=request.trust_remote_code,
-    )
-    recipe = None
-    if note:
-        refuse_mismatch(
-            request.restore,
-            note,
-            model=source.path,
-            fingerprint=found.fingerprint,
-            versions=library_versions(python, [backend.distribution]),
-            library=backend.distribution,
-        )
-        recipe = stored_recipe(note, request.restore)
-        plan = make_plan(source, recipe, trust_remote_code=request.trust_remote_code)
-        check_space(request.out, plan.estimate.disk, "the checkpoint")
-        job = replace(
-            job,
-            method=recipe.name,
-            scheme=asdict(recipe.resolved_scheme()),
-            kv_cache=recipe.kv_cache,
-            layers={name: asdict(scheme) for name, scheme in plan.layers.items()},
-            keep=kept_layers(source, plan),
-            options=recipe.options,
-            shard_size=recipe.shard_bytes(),
-        )
-    asked = Request(
-        model=model,
-        recipe=recipe or Recipe(name="export", backend=backend.name, scheme="fp8"),
-        out=request.out,
-        trust_remote_code=request.trust_remote_code,
-    )
-    with staged(request.out, overwrite=request.overwrite) as partial:
-        result = _work(job, partial, python, request.out, ui)
-        if recipe is None:
-            plan = plan_of_export(partial, source, backend)
-        calibration = state_calibration(note)
-        return finish(partial, asked, plan, source, found.fingerprint, calibration, result, ui)

@@ -30,7 +30,7 @@ from quantkit.engines import Support, support
 from quantkit.errors import InputError, command
 from quantkit.formats.registry import is_quantized
 from quantkit.formats.settings import refuse_conflict, refuse_stale
-from quantkit.plan_notes import notes_of
+from quantkit.pipeline.plan_notes import notes_of
 from quantkit.recipe.load import recipe_files
 from quantkit.recipe.model import Override, Recipe, adjusted
 

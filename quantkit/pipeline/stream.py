@@ -11,14 +11,14 @@ from quantkit import __version__
 from quantkit.backends.process.job import Reporter, Result
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.provenance import PROVENANCE
-from quantkit.finish import finish
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.registry import packing, writer_named
-from quantkit.plan import Plan
-from quantkit.publish import check_space, staged
-from quantkit.request import Outcome, Request
-from quantkit.seal import CARD, write_json
-from quantkit.seam import ignore_list
+from quantkit.pipeline.engine_view import ignore_list
+from quantkit.pipeline.finish import finish
+from quantkit.pipeline.plan import Plan
+from quantkit.pipeline.publish import check_space, staged
+from quantkit.pipeline.request import Outcome, Request
+from quantkit.pipeline.seal import CARD, write_json
 from quantkit.verification import Written
 
 if TYPE_CHECKING:

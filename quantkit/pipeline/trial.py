@@ -20,9 +20,9 @@ from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 from quantkit.checkpoint.network.config import text_config
 from quantkit.checkpoint.network.modules import layer_index
 from quantkit.errors import InputError
-from quantkit.pipeline import quantize
-from quantkit.plan import Plan
-from quantkit.request import Request
+from quantkit.pipeline.plan import Plan
+from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.request import Request
 
 _TRIALS = (1, 2)
 _PIECE = 4 << 20

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from quantkit.plan import Plan
+from quantkit.pipeline.plan import Plan
 from quantkit.recipe.model import Recipe
 from quantkit.verification import VerifyReport
 

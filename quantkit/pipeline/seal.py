@@ -21,7 +21,7 @@ from quantkit.checkpoint.gguf import gguf_in
 from quantkit.checkpoint.provenance import PROVENANCE, RESUME_FOLDER
 from quantkit.engines.complete import completed
 from quantkit.errors import BackendError
-from quantkit.plan import Plan
+from quantkit.pipeline.plan import Plan
 
 SCHEMA_VERSION = 1
 CARD = "README.md"

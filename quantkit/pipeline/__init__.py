@@ -1,0 +1,1 @@
+"""From a request to a published checkpoint: plan, quantize, stream or export, finish, publish."""
