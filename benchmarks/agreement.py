@@ -27,11 +27,11 @@ from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.demo import demo_model
 from quantkit.errors import QuantkitError
 from quantkit.runtime.load import load
-from quantkit.validate.builtin import Builtin
-from quantkit.validate.canary import canary_prompts
-from quantkit.validate.data import eval_text
-from quantkit.validate.engines import opener
-from quantkit.validate.subject import Opening
+from quantkit.validation.ask.canary import canary_prompts
+from quantkit.validation.ask.data import eval_text
+from quantkit.validation.subjects.base import Opening
+from quantkit.validation.subjects.builtin import Builtin
+from quantkit.validation.subjects.engines import opener
 from tests.helpers import cut_layers
 
 SMALL = ("calibration.samples=16", "calibration.sequence_length=256")

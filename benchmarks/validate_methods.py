@@ -32,9 +32,9 @@ from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.cli.output import Output
 from quantkit.formats import gptq
 from quantkit.formats.base import LayerSpec, QuantWeight
-from quantkit.validate.markdown import number, table
-from quantkit.validate.plots import layers_figure, scatter_figure
-from quantkit.validate.run import ValidateRequest, validate
+from quantkit.validation.reports.markdown import number, table
+from quantkit.validation.reports.plots import layers_figure, scatter_figure
+from quantkit.validation.run import ValidateRequest, validate
 
 COLUMNS = ("ppl_ratio", "kl_mean", "top1_agreement", "mcq_drop", "canary_drift",
            "weight_sqnr_margin")  # fmt: skip

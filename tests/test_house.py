@@ -25,6 +25,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("verification", "backends"),
     ("runtime", "calibration"),
     ("pipeline",),
+    ("validation",),
 )  # fmt: skip
 """From the ground up. A room imports rooms of earlier rows, never one of its own row."""
 
@@ -49,6 +50,13 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("model",),
         ("load",),
         ("preview",),
+    ),
+    "validation": (
+        ("preflight", "subjects"),
+        ("ask", "memory"),
+        ("forecast", "judge"),
+        ("reports",),
+        ("run",),
     ),
 }  # fmt: skip
 """The same inside the large rooms: a folder (or a file) imports what stands in earlier rows."""

@@ -17,11 +17,11 @@ from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
 from quantkit.runtime.load import load
 from quantkit.runtime.network.attention import attend
-from quantkit.validate.builtin import Builtin
-from quantkit.validate.canary import answer, answer_tokens
-from quantkit.validate.choices import choice_logprobs, facts
-from quantkit.validate.tasks import _generate, _split
-from quantkit.validate.throughput import fitting, measure
+from quantkit.validation.ask.canary import answer, answer_tokens
+from quantkit.validation.ask.choices import choice_logprobs, facts
+from quantkit.validation.ask.tasks import _generate, _split
+from quantkit.validation.subjects.builtin import Builtin
+from quantkit.validation.subjects.throughput import fitting, measure
 from tests.helpers import edit_tensors
 from tests.rtn import rtn
 

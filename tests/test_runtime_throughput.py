@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from quantkit.runtime.load import load
-from quantkit.validate import throughput
-from quantkit.validate.throughput import Clock, measure
+from quantkit.validation.subjects import throughput
+from quantkit.validation.subjects.throughput import Clock, measure
 
 
 def test_rates_are_tokens_over_the_seconds_of_each_phase(

@@ -24,11 +24,11 @@ from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.drivers.sglang import prompt_logprobs
 from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec
 from quantkit.runtime.serving.process import EngineProcess
-from quantkit.validate.builtin import Builtin
-from quantkit.validate.canary import canary_prompts
-from quantkit.validate.data import eval_text
-from quantkit.validate.engines import opener
-from quantkit.validate.subject import Opening, Subject
+from quantkit.validation.ask.canary import canary_prompts
+from quantkit.validation.ask.data import eval_text
+from quantkit.validation.subjects.base import Opening, Subject
+from quantkit.validation.subjects.builtin import Builtin
+from quantkit.validation.subjects.engines import opener
 from tests.helpers import edit_json
 from tests.rtn import rtn
 from tests.test_launch import modelopt

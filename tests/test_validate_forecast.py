@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantkit.validate import forecast as module
-from quantkit.validate.forecast import Pace, forecast, pace, seconds
+from quantkit.validation import forecast as module
+from quantkit.validation.forecast import Pace, forecast, pace, seconds
 
 
 def questions(**more: Any) -> Any:

@@ -8,12 +8,19 @@ import pytest
 from quantkit.backends.registry import load_recipe
 from quantkit.errors import InputError
 from quantkit.recipe.gates import METRICS, Gate, outcome, parse_gate
-from quantkit.validate.bootstrap import PART_INDICES, Measured, exact, missing, resamples, sampled
-from quantkit.validate.metrics import choice_metric, task_metrics
-from quantkit.validate.paired import lost, score_interval
-from quantkit.validate.report import Report
-from quantkit.validate.run import _askable
-from quantkit.validate.verdicts import BY_BITS, accepted, chosen_gates, default_gates, hold
+from quantkit.validation.judge.bootstrap import (
+    PART_INDICES,
+    Measured,
+    exact,
+    missing,
+    resamples,
+    sampled,
+)
+from quantkit.validation.judge.metrics import choice_metric, task_metrics
+from quantkit.validation.judge.paired import lost, score_interval
+from quantkit.validation.judge.verdicts import BY_BITS, accepted, chosen_gates, default_gates, hold
+from quantkit.validation.reports.report import Report
+from quantkit.validation.run import _askable
 
 PPL = Gate("ppl_ratio", "<=", 1.02)
 

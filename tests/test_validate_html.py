@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from quantkit.checkpoint.schemes import SCHEMES
-from quantkit.validate.html import as_html
-from quantkit.validate.plots import scatter_figure, svg
+from quantkit.validation.reports.html import as_html
+from quantkit.validation.reports.plots import scatter_figure, svg
 from tests.rtn import rtn
 from tests.test_house import FLAGS, ROOT
 from tests.validating import measured

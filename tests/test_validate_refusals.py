@@ -19,12 +19,12 @@ from quantkit.checkpoint.gguf import GgufFile, GgufTensor
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.checkpoint.sources import remember_source, source_of
 from quantkit.errors import BackendError, InputError
-from quantkit.validate import memory, preflight
-from quantkit.validate.builtin import BATCH_TOKENS
-from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
-from quantkit.validate.preflight import open_candidate, source_here, tokenizer_of
-from quantkit.validate.run import ValidateRequest, validate
-from quantkit.validate.write import check_reports, write_reports
+from quantkit.validation import memory, preflight
+from quantkit.validation.ask.data import eval_text, refuse_seen, seen_by_calibration
+from quantkit.validation.preflight import open_candidate, source_here, tokenizer_of
+from quantkit.validation.reports.write import check_reports, write_reports
+from quantkit.validation.run import ValidateRequest, validate
+from quantkit.validation.subjects.builtin import BATCH_TOKENS
 from tests.cli import quantkit, refused
 from tests.damage import DOWN, configuring, dropping, patching
 from tests.families import SMALL, model

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
-from quantkit.validate.bootstrap import Measured, missing
-from quantkit.validate.earlier import read_report
-from quantkit.validate.regression import compare, no_longer_measured, refuse_incomparable
+from quantkit.validation.judge.bootstrap import Measured, missing
+from quantkit.validation.judge.regression import compare, no_longer_measured, refuse_incomparable
+from quantkit.validation.reports.earlier import read_report
 from tests.cli import quantkit, refused
 from tests.rtn import rtn
 from tests.validating import damaged, measured, scaled

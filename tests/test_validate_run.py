@@ -13,9 +13,9 @@ import torch
 
 from quantkit.backends.environments.managed import spec_named
 from quantkit.errors import BackendError
-from quantkit.validate.cachefile import BaselineCache
-from quantkit.validate.engines import engine_build
-from quantkit.validate.run import ValidateRequest, validate
+from quantkit.validation.ask.cachefile import BaselineCache
+from quantkit.validation.run import ValidateRequest, validate
+from quantkit.validation.subjects.engines import engine_build
 from quantkit.verification import verify
 from tests.cli import Run, quantkit
 from tests.damage import DOWN, patching

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import BackendError, InputError
-from quantkit.validate.builtin import Builtin, open_builtin
-from quantkit.validate.choices import choice_logprobs, facts, right
-from quantkit.validate.preflight import tokenizer_of
-from quantkit.validate.subject import Opening
-from quantkit.validate.tasks import choose_tasks, run_tasks
+from quantkit.validation.ask.choices import choice_logprobs, facts, right
+from quantkit.validation.ask.tasks import choose_tasks, run_tasks
+from quantkit.validation.preflight import tokenizer_of
+from quantkit.validation.subjects.base import Opening
+from quantkit.validation.subjects.builtin import Builtin, open_builtin
 
 pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install 'quantkit[eval]'")
 

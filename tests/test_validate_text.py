@@ -12,18 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.schemes import SCHEMES
-from quantkit.validate.builtin import Builtin, open_builtin
-from quantkit.validate.canary import canary_prompts, problem, repetition
-from quantkit.validate.choices import continuation_logprobs, facts, right
-from quantkit.validate.data import eval_text
-from quantkit.validate.subject import Opening
-from quantkit.validate.text import (
+from quantkit.validation.ask.canary import canary_prompts, problem, repetition
+from quantkit.validation.ask.choices import continuation_logprobs, facts, right
+from quantkit.validation.ask.data import eval_text
+from quantkit.validation.ask.text import (
     BaselineText,
     _keep,
     divergence,
     measure_baseline,
     measure_quantized,
 )
+from quantkit.validation.subjects.base import Opening
+from quantkit.validation.subjects.builtin import Builtin, open_builtin
 from tests.rtn import rtn
 
 

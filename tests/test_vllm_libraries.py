@@ -15,7 +15,7 @@ from quantkit.runtime.linear.description import LayerDescription, centred, descr
 from quantkit.runtime.linear.kernels import base, marlin_vllm
 from quantkit.runtime.vllm_ops import cuda as vllm_cuda_operators
 from quantkit.runtime.vllm_ops import library as vllm_library
-from quantkit.validate.builtin import has_vllm_operators
+from quantkit.validation.subjects.builtin import has_vllm_operators
 from tests.test_runtime_kernels import random_weight
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from quantkit.backends.process.job import Unit
-from quantkit.validate.report import Report
-from quantkit.validate.run import ValidateRequest, validate
+from quantkit.validation.reports.report import Report
+from quantkit.validation.run import ValidateRequest, validate
 from tests.damage import DOWN, GATE, UP, K, V, patching, swapping
 
 SOBER = "canary_failures<=8"

@@ -13,7 +13,7 @@ from quantkit.errors import EXIT_CHECK
 from quantkit.recipe.gates import outcome
 
 if TYPE_CHECKING:
-    from quantkit.validate.report import Report
+    from quantkit.validation.reports.report import Report
 
 SAMPLES = 32
 
@@ -66,9 +66,9 @@ def validate_command(
     as_json: options.Json = False,
 ) -> None:
     """Measure a checkpoint against its baseline and hold its gates; exit 4 when one fails."""
-    from quantkit.validate.record import record
-    from quantkit.validate.run import ValidateRequest, validate
-    from quantkit.validate.write import check_reports, write_reports
+    from quantkit.validation.reports.record import record
+    from quantkit.validation.reports.write import check_reports, write_reports
+    from quantkit.validation.run import ValidateRequest, validate
 
     ui = Output(as_json=as_json)
     check_reports(report)

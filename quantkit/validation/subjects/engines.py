@@ -8,9 +8,14 @@ from quantkit.backends.environments.managed import spec_named
 from quantkit.errors import InputError
 from quantkit.runtime.serving.environments import ENGINES as SERVED
 from quantkit.runtime.serving.environments import find_interpreter
-from quantkit.validate.builtin import computing, has_vllm_operators, open_builtin, refuse_builtin
-from quantkit.validate.served import OPENERS, refuse_served
-from quantkit.validate.subject import Opener, Opening
+from quantkit.validation.subjects.base import Opener, Opening
+from quantkit.validation.subjects.builtin import (
+    computing,
+    has_vllm_operators,
+    open_builtin,
+    refuse_builtin,
+)
+from quantkit.validation.subjects.served import OPENERS, refuse_served
 
 ENGINES: dict[str, Opener] = {"builtin": open_builtin, **OPENERS}
 

@@ -9,11 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.recipe.gates import TASK_PREFIX
-from quantkit.validate.bootstrap import Measured, exact, missing, percentiles, resamples, sampled
-from quantkit.validate.canary import Answer
-from quantkit.validate.paired import lost
-from quantkit.validate.subject import Spread, Throughput
-from quantkit.validate.text import BaselineText, QuantizedText
+from quantkit.validation.ask.canary import Answer
+from quantkit.validation.ask.text import BaselineText, QuantizedText
+from quantkit.validation.judge.bootstrap import (
+    Measured,
+    exact,
+    missing,
+    percentiles,
+    resamples,
+    sampled,
+)
+from quantkit.validation.judge.paired import lost
+from quantkit.validation.subjects.base import Spread, Throughput
 from quantkit.verification import VerifyReport
 
 Floats = NDArray[np.float64]

@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.validate.bootstrap import FEWEST, LEVEL, Measured, sampled
+from quantkit.validation.judge.bootstrap import FEWEST, LEVEL, Measured, sampled
 
 Floats = NDArray[np.float64]
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from quantkit.errors import InputError
 from quantkit.recipe.gates import direction_of
-from quantkit.validate.bootstrap import FEWEST, Measured, sampled
-from quantkit.validate.paired import lost
+from quantkit.validation.judge.bootstrap import FEWEST, Measured, sampled
+from quantkit.validation.judge.paired import lost
 
 Moved = Literal["same", "noise", "undecided", "better", "worse"]
 

@@ -19,15 +19,11 @@ from quantkit.checkpoint.directory import Checkpoint, read_json
 from quantkit.checkpoint.network.config import positions
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.recipe.gates import Gate, parse_gate
-from quantkit.validate.bootstrap import missing
-from quantkit.validate.cachefile import BaselineCache
-from quantkit.validate.canary import canary_prompts, judge
-from quantkit.validate.choices import facts
-from quantkit.validate.data import eval_text, refuse_seen, seen_by_calibration
-from quantkit.validate.earlier import read_report
-from quantkit.validate.engines import engine_build, opener, refuse_unopenable
-from quantkit.validate.forecast import forecast, pace, seconds
-from quantkit.validate.measure import (
+from quantkit.validation.ask.cachefile import BaselineCache
+from quantkit.validation.ask.canary import canary_prompts, judge
+from quantkit.validation.ask.choices import facts
+from quantkit.validation.ask.data import eval_text, refuse_seen, seen_by_calibration
+from quantkit.validation.ask.questions import (
     BaselineAnswers,
     Lazy,
     QuantizedAnswers,
@@ -35,8 +31,10 @@ from quantkit.validate.measure import (
     ask_baseline,
     ask_quantized,
 )
-from quantkit.validate.memory import explained, needed_bytes, refuse_too_large
-from quantkit.validate.metrics import (
+from quantkit.validation.ask.tasks import choose_tasks
+from quantkit.validation.forecast import forecast, pace, seconds
+from quantkit.validation.judge.bootstrap import missing
+from quantkit.validation.judge.metrics import (
     OF_LOGITS,
     PerWindow,
     canary_metrics,
@@ -46,7 +44,10 @@ from quantkit.validate.metrics import (
     text_metrics,
     weight_metrics,
 )
-from quantkit.validate.preflight import (
+from quantkit.validation.judge.regression import compare, no_longer_measured, refuse_incomparable
+from quantkit.validation.judge.verdicts import accepted, chosen_gates, default_gates, hold
+from quantkit.validation.memory import explained, needed_bytes, refuse_too_large
+from quantkit.validation.preflight import (
     Candidate,
     check_integrity,
     open_candidate,
@@ -54,17 +55,16 @@ from quantkit.validate.preflight import (
     source_here,
     tokenizer_of,
 )
-from quantkit.validate.regression import compare, no_longer_measured, refuse_incomparable
-from quantkit.validate.report import (
+from quantkit.validation.reports.earlier import read_report
+from quantkit.validation.reports.report import (
     Both,
     Report,
     conversations,
     kl_histogram,
     recipe_digest,
 )
-from quantkit.validate.subject import Opening, Progress, Subject
-from quantkit.validate.tasks import choose_tasks
-from quantkit.validate.verdicts import accepted, chosen_gates, default_gates, hold
+from quantkit.validation.subjects.base import Opening, Progress, Subject
+from quantkit.validation.subjects.engines import engine_build, opener, refuse_unopenable
 from quantkit.verification import VerifyReport
 
 SAMPLES = 32

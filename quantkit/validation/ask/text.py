@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.validate.subject import Progress, Subject
+from quantkit.validation.subjects.base import Progress, Subject
 
 if TYPE_CHECKING:
     import torch

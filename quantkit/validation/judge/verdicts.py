@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.recipe.gates import TASK_PREFIX, Gate, GateSource, parse_gate
-from quantkit.validate.bootstrap import FEWEST, Measured
+from quantkit.validation.judge.bootstrap import FEWEST, Measured
 
 Verdict = Literal["pass", "fail", "undecided"]
 

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit import __version__
-from quantkit.validate.bootstrap import Measured
-from quantkit.validate.canary import Answer
-from quantkit.validate.metrics import PerWindow
-from quantkit.validate.regression import Change
-from quantkit.validate.subject import Throughput
-from quantkit.validate.verdicts import GateResult
+from quantkit.validation.ask.canary import Answer
+from quantkit.validation.judge.bootstrap import Measured
+from quantkit.validation.judge.metrics import PerWindow
+from quantkit.validation.judge.regression import Change
+from quantkit.validation.judge.verdicts import GateResult
+from quantkit.validation.subjects.base import Throughput
 from quantkit.verification import LayerFidelity
 
 SCHEMA_VERSION = 1

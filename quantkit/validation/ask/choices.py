@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.calibration.tokenizer import Tokenizer
-from quantkit.validate.builtin import next_logprobs
-from quantkit.validate.canary import padded
-from quantkit.validate.subject import Progress, Subject
-from quantkit.validate.text import WithLogits
+from quantkit.validation.ask.canary import padded
+from quantkit.validation.ask.text import WithLogits
+from quantkit.validation.subjects.base import Progress, Subject
+from quantkit.validation.subjects.builtin import next_logprobs
 
 BATCH = 64
 """Sequences a call; they are sorted by length first, so that little of it is padding."""
@@ -30,9 +30,11 @@ class Question:
 
 
 def facts(most: int | None = None) -> list[Question]:
-    """374 questions on capitals and chemical elements (from bsdgames; see data/NOTICE.txt), or
+    """374 questions on capitals and chemical elements (from bsdgames; see facts/NOTICE.txt), or
     `most` of them, spread evenly."""
-    text = files("quantkit.validate").joinpath("data/facts.jsonl").read_text(encoding="utf-8")
+    text = (
+        files("quantkit.validation.ask").joinpath("facts/facts.jsonl").read_text(encoding="utf-8")
+    )
     rows = [json.loads(line) for line in text.splitlines()]
     chosen = np.linspace(0, len(rows) - 1, min(most or len(rows), len(rows))).round().astype(int)
     return [

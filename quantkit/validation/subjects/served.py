@@ -18,10 +18,10 @@ from quantkit.formats.registry import detect, is_quantized
 from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec, find_interpreter
 from quantkit.runtime.serving.process import EngineProcess
-from quantkit.validate.subject import Opening, Progress, Throughput
+from quantkit.validation.subjects.base import Opening, Progress, Throughput
 
 if TYPE_CHECKING:
-    from quantkit.validate.subject import Opener
+    from quantkit.validation.subjects.base import Opener
 
 LONGEST = 4096
 """No text or prompt of a validation is longer, with what is generated."""
@@ -54,7 +54,7 @@ class Served:
 
     def throughput(self, progress: Progress | None = None) -> Throughput:
         """As `throughput.measure`; the first token is timed by runs of one token."""
-        from quantkit.validate.throughput import (
+        from quantkit.validation.subjects.throughput import (
             BATCHES,
             NEW_TOKENS,
             PROMPT_TOKENS,

@@ -9,7 +9,7 @@ from typing import Any
 
 from quantkit.errors import InputError
 from quantkit.recipe.gates import outcome
-from quantkit.validate.markdown import gate_row, kernels, measured, number
+from quantkit.validation.reports.markdown import gate_row, kernels, measured, number
 
 Document = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ def as_html(document: Document) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    from quantkit.validate import plots
+    from quantkit.validation.reports import plots
 
     figures = {
         "layers": plots.layers_figure(document),
@@ -39,7 +39,7 @@ def as_html(document: Document) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = files("quantkit.validate").joinpath("templates/report.html").read_text("utf-8")
+    source = files("quantkit.validation.reports").joinpath("report.html").read_text("utf-8")
     return environment.from_string(source).render(
         report=document,
         outcome=outcome(document["ok"], document["undecided"]),

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import Tokenizer
-from quantkit.validate import text as texts
-from quantkit.validate.cachefile import BaselineCache
-from quantkit.validate.canary import answer, answer_logprobs, answer_tokens
-from quantkit.validate.choices import Question, choice_logprobs, right
-from quantkit.validate.data import EvalText
-from quantkit.validate.subject import Subject, Throughput
-from quantkit.validate.tasks import TaskChoice, run_tasks
-from quantkit.validate.text import BaselineText, QuantizedText
+from quantkit.validation.ask import text as texts
+from quantkit.validation.ask.cachefile import BaselineCache
+from quantkit.validation.ask.canary import answer, answer_logprobs, answer_tokens
+from quantkit.validation.ask.choices import Question, choice_logprobs, right
+from quantkit.validation.ask.data import EvalText
+from quantkit.validation.ask.tasks import TaskChoice, run_tasks
+from quantkit.validation.ask.text import BaselineText, QuantizedText
+from quantkit.validation.subjects.base import Subject, Throughput
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from quantkit.calibration.chat import TemplateRefusalError, compile_template
 from quantkit.calibration.tokenizer import Tokenizer, read_tokenizer_info
-from quantkit.validate.subject import Progress, Subject
+from quantkit.validation.subjects.base import Progress, Subject
 
 NEW_TOKENS = 48
 QUESTIONS = (

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import InputError
-from quantkit.validate.junit import as_junit
-from quantkit.validate.markdown import as_markdown
+from quantkit.validation.reports.junit import as_junit
+from quantkit.validation.reports.markdown import as_markdown
 
 Document = Mapping[str, Any]
 
@@ -19,7 +19,7 @@ def _as_json(document: Document) -> str:
 
 
 def _as_html(document: Document) -> str:
-    from quantkit.validate.html import as_html
+    from quantkit.validation.reports.html import as_html
 
     return as_html(document)
 
@@ -50,7 +50,7 @@ def check_reports(paths: Sequence[Path]) -> None:
             )
         _probe(path)
         if path.suffix == ".html":
-            from quantkit.validate.html import require_matplotlib
+            from quantkit.validation.reports.html import require_matplotlib
 
             require_matplotlib()
 

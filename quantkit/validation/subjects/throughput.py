@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from quantkit.checkpoint.network.config import positions
-from quantkit.validate.subject import Progress, Spread, Throughput, ThroughputRow
+from quantkit.validation.subjects.base import Progress, Spread, Throughput, ThroughputRow
 
 if TYPE_CHECKING:
     import torch

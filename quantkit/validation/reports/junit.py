@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as ET  # only written, never parsed
 
-from quantkit.validate.markdown import gate_text, number
+from quantkit.validation.reports.markdown import gate_text, number
 
 
 def as_junit(document: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.gguf import GgufFile
 from quantkit.checkpoint.network.config import text_config
 from quantkit.errors import BackendError, InputError
-from quantkit.validate.builtin import BATCH_TOKENS
+from quantkit.validation.subjects.builtin import BATCH_TOKENS
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")

@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from quantkit.recipe.units import duration
-from quantkit.validate import text
-from quantkit.validate.canary import answer_tokens
-from quantkit.validate.measure import Questions
-from quantkit.validate.subject import Subject
-from quantkit.validate.throughput import BATCHES, NEW_TOKENS, PROMPT_TOKENS, REPEATS, fitting
+from quantkit.validation.ask import text
+from quantkit.validation.ask.canary import answer_tokens
+from quantkit.validation.ask.questions import Questions
+from quantkit.validation.subjects.base import Subject
+from quantkit.validation.subjects.throughput import (
+    BATCHES,
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    REPEATS,
+    fitting,
+)
 
 STEPS = 4
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from quantkit.errors import InputError
 from quantkit.recipe.documents import parse_json
-from quantkit.validate.report import KIND, SCHEMA_VERSION
+from quantkit.validation.reports.report import KIND, SCHEMA_VERSION
 
 _PARTS = ("checkpoint", "baseline", "text", "engine", "metrics", "windows", "right")
 

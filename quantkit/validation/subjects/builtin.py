@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit import __version__
-from quantkit.validate.subject import Opening, Progress, Throughput
+from quantkit.validation.subjects.base import Opening, Progress, Throughput
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ class Builtin:
         return [_until_stop(row, self.runtime.stop_tokens) for row in whole[:, width:].tolist()]
 
     def throughput(self, progress: Progress | None = None) -> Throughput:
-        from quantkit.validate.throughput import measure
+        from quantkit.validation.subjects.throughput import measure
 
         return measure(self.runtime, load_seconds=self.load_seconds, progress=progress)
 

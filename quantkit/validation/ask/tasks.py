@@ -19,8 +19,8 @@ import numpy as np
 
 from quantkit.calibration.tokenizer import Tokenizer
 from quantkit.errors import BackendError, InputError, QuantkitError
-from quantkit.validate.choices import continuation_logprobs
-from quantkit.validate.subject import Subject
+from quantkit.validation.ask.choices import continuation_logprobs
+from quantkit.validation.subjects.base import Subject
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

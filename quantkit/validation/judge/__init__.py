@@ -1,0 +1,1 @@
+"""How two models' answers are compared, and what is concluded."""

@@ -1,0 +1,1 @@
+"""The report of a validation, in every form that it is written."""

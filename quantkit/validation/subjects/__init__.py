@@ -1,0 +1,1 @@
+"""What can be asked: the built-in runtime, a serving engine, Transformers."""
