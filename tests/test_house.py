@@ -26,6 +26,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("runtime", "calibration"),
     ("pipeline",),
     ("validation",),
+    ("cli",),
 )  # fmt: skip
 """From the ground up. A room imports rooms of earlier rows, never one of its own row."""
 
@@ -113,6 +114,17 @@ def test_imports_point_one_way(file: Path) -> None:
     if room in WITHIN and inside[0] != "__init__":
         own = {place[1] for place in found if place[0] == room and len(place) > 1}
         assert own <= below(WITHIN[room], inside[0]), f"{file.name} imports {own}"
+
+
+def test_every_part_is_a_room_in_its_place() -> None:
+    """Eleven rooms and what stands beside them; inside the large ones every part is listed."""
+    rooms = {name for row in ROOMS for name in row}
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert found - {"__pycache__"} == rooms | GROUND | {"__main__"}
+    for room, rows in WITHIN.items():
+        listed = {name for row in rows for name in row}
+        parts = {p.stem for p in (PACKAGE / room).iterdir() if p.suffix == ".py" or p.is_dir()}
+        assert parts - {"__pycache__", "__init__"} == listed, room
 
 
 STANDARD_LIBRARY_ONLY = (
