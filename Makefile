@@ -23,7 +23,7 @@ soak: $(VENV)/.ready
 # The products of a CPU without AVX-512, on any CPU (saturating int8 sums are forced in the tests).
 test-avx2: $(VENV)/.ready
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q \
-		tests/test_float32_products.py tests/test_runtime_kernels.py
+		tests/backends/test_float32_products.py tests/runtime/test_kernels.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

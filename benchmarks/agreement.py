@@ -32,7 +32,7 @@ from quantkit.validation.ask.data import eval_text
 from quantkit.validation.subjects.base import Opening
 from quantkit.validation.subjects.builtin import Builtin
 from quantkit.validation.subjects.engines import opener
-from tests.helpers import cut_layers
+from tests.support.helpers import cut_layers
 
 SMALL = ("calibration.samples=16", "calibration.sequence_length=256")
 G64 = "group_size=64"

@@ -34,7 +34,7 @@ from quantkit.checkpoint.demo import demo_model
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in, open_gguf
 from quantkit.cli.methods import method_rows
-from tests.helpers import cut_layers
+from tests.support.helpers import cut_layers
 
 PLAIN = Path(__file__).with_name("plain_methods.py")
 TUNING = 20

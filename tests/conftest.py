@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.artifacts import artifacts
-from tests.cli import METHODS, QUICK, quantkit
-from tests.helpers import cut_layers
+from tests.support.artifacts import artifacts
+from tests.support.cli import METHODS, QUICK, quantkit
+from tests.support.helpers import cut_layers
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads starve the other processes
 os.environ["QUANTKIT_VLLM_OPERATORS"] = "off"  # their environment may appear while tests run
@@ -51,7 +51,8 @@ def small_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def outputs(
     small_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, Path]]:
-    """Method of `tests.cli.METHODS` → the checkpoint it made and the state file it saved."""
+    """Method of `tests.support.cli.METHODS` → the checkpoint it made and the state file it
+    saved."""
     made = {}
     root = tmp_path_factory.mktemp("outputs")
     for method, more in METHODS.items():
@@ -93,7 +94,8 @@ def operators(vllm_python: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.fixture(scope="session")
 def artifact(small_model: Path) -> Callable[[str], Path]:
-    """ "LIBRARY/NAME" → a checkpoint that the library itself wrote (see `tests.artifacts`)."""
+    """ "LIBRARY/NAME" → a checkpoint that the library itself wrote (see
+    `tests.support.artifacts`)."""
 
     def get(name: str) -> Path:
         library, _, checkpoint = name.partition("/")
@@ -106,7 +108,7 @@ def artifact(small_model: Path) -> Callable[[str], Path]:
 def checkpoints(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """8 and 4 bits, symmetric and with zero points."""
     from quantkit.checkpoint.schemes import SCHEMES
-    from tests.rtn import rtn
+    from tests.support.rtn import rtn
 
     root = tmp_path_factory.mktemp("checkpoints")
     grouped = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import QUICK
+from tests.support.cli import QUICK
 
 pytestmark = pytest.mark.library
 

@@ -1,0 +1,245 @@
+"""Real engines as processes: they agree with the builtin runtime, and their failures are clear."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from quantkit.backends.environments.device import has_nvidia_gpu
+from quantkit.backends.environments.managed import create, spec_named
+from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
+from quantkit.checkpoint.schemes import SCHEMES, Scheme
+from quantkit.errors import BackendError, InputError
+from quantkit.runtime.load import load
+from quantkit.runtime.serving.drivers.base import EngineOrder
+from quantkit.runtime.serving.drivers.sglang import prompt_logprobs
+from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec
+from quantkit.runtime.serving.process import EngineProcess
+from quantkit.validation.ask.canary import canary_prompts
+from quantkit.validation.ask.data import eval_text
+from quantkit.validation.subjects.base import Opening, Subject
+from quantkit.validation.subjects.builtin import Builtin
+from quantkit.validation.subjects.engines import opener
+from tests.runtime.test_launch import modelopt
+from tests.support.helpers import edit_json
+from tests.support.rtn import rtn
+
+
+@pytest.fixture(scope="module")
+def blocks_model(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
+    """A random Llama all of whose merged layers divide into blocks of 128, with a tokenizer."""
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("blocks") / "model"
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
+        tie_word_embeddings=False, eos_token_id=2,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model.to(torch.bfloat16).save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(small_model / name, out / name)
+    return out
+
+
+def perplexity(subject: Subject, windows: NDArray[np.int64]) -> float:
+    return float(np.exp(-subject.logprobs(windows).mean(dtype=np.float64)))
+
+
+CASES: dict[str, Scheme] = {
+    "w8a8_dynamic": SCHEMES["w8a8_dynamic"],
+    "w4a16": SCHEMES["w4a16"].with_weight(group_size=64),
+    "fp8_dynamic": SCHEMES["fp8_dynamic"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("vllm_python")
+def test_vllm_loads_and_agrees_with_the_builtin_runtime(
+    case: str, demo_model: Path, tmp_path: Path
+) -> None:
+    """On all layers: the perplexity of a cut network is in the millions, and 1 % of it is noise.
+
+    Quantized activations turn any rounding into steps of whole codes. What that noise is, the
+    builtin runtime's distance from itself with float32 activations says: vLLM is as near.
+    """
+    made = rtn(demo_model, tmp_path / "made", CASES[case])
+    tokenizer = load_tokenizer(read_tokenizer_info(made))
+    windows = eval_text(None, tokenizer, 8, 256).windows
+    prompts = canary_prompts(made, tokenizer)[1][:3]
+    builtin, vllm = opener("builtin")(made, Opening()), opener("vllm")(made, Opening())
+    try:
+        assert vllm.version == "0.32.0"
+        assert sum(vllm.kernels().values()) > 0
+        ours, theirs = builtin.logprobs(windows), vllm.logprobs(windows)
+        answers = vllm.generate(prompts, 2)
+        if case == "w4a16":
+            speed = vllm.throughput()
+            assert speed.memory_bytes > 0
+            assert all(row.decode_tokens_s.median > 0 for row in speed.rows)
+    finally:
+        vllm.close()
+    apart = theirs - ours
+    assert abs(apart.mean()) < max(0.01, 3 * apart.std() / apart.size**0.5)
+    judge = Builtin(load(made, device="cpu", dtype="float32"), 0.0)
+    exact = judge.logprobs(windows[:2])
+    noise = np.abs(ours[:2] - exact)
+    assert np.abs(theirs[:2] - exact).mean() < 1.25 * noise.mean()
+    assert [len(ids) for ids in answers] == [2, 2, 2]
+    tie = 2 * float(np.quantile(noise, 0.99))
+    assert same_or_tied(judge, prompts, builtin.generate(prompts, 2), answers, tie)
+
+
+@pytest.mark.skipif(
+    torch.cpu._is_amx_tile_supported(), reason="this CPU has AMX, which vLLM's kernel needs"
+)
+@pytest.mark.usefixtures("vllm_python")
+def test_vllm_says_why_it_cannot_load_fp8_blocks(blocks_model: Path, tmp_path: Path) -> None:
+    made = rtn(blocks_model, tmp_path / "made", SCHEMES["fp8_block"])
+    with pytest.raises(BackendError, match="requires AMX tile support") as caught:
+        opener("vllm")(made, Opening())
+    Path(caught.value.hint.removeprefix("read ")).unlink()
+
+
+def same_or_tied(
+    judge: Subject,
+    prompts: list[list[int]],
+    ours: list[list[int]],
+    theirs: list[list[int]],
+    tie: float,
+) -> bool:
+    """Whether answers agree up to the first pair of tokens less than `tie` nats apart."""
+    for prompt, one, other in zip(prompts, ours, theirs, strict=True):
+        at = next((i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), None)  # noqa: B905
+        if at is not None:
+            rows = np.array([[*prompt, *one[:at], answer[at]] for answer in (one, other)])
+            last = judge.logprobs(rows)[:, -1]
+            if abs(last[0] - last[1]) > tie:
+                return False
+    return True
+
+
+@pytest.fixture
+def transformers(small_model: Path) -> Iterator[Subject]:
+    subject = opener("transformers")(small_model, Opening())
+    yield subject
+    subject.close()
+
+
+@pytest.mark.engine
+def test_transformers_agrees_and_a_killed_engine_says_so(
+    transformers: Subject, small_model: Path
+) -> None:
+    tokenizer = load_tokenizer(read_tokenizer_info(small_model))
+    windows = eval_text(None, tokenizer, 2, 64).windows
+    builtin = opener("builtin")(small_model, Opening())
+    assert perplexity(transformers, windows) == pytest.approx(
+        perplexity(builtin, windows), rel=0.01
+    )
+    assert transformers.kernels() == {}
+    heard: list[tuple[int, int]] = []
+    transformers.logprobs(windows, lambda done, total: heard.append((done, total)))
+    assert heard == [(2, 2)]
+    children = psutil.Process().children()
+    engine = next(child for child in children if "serving/worker.py" in " ".join(child.cmdline()))
+    engine.kill()
+    with pytest.raises(BackendError, match=r"was killed by SIGKILL") as caught:
+        transformers.generate([[1, 2, 3]], 2)
+    assert caught.value.code == "engine.killed"
+    log = Path(caught.value.hint.removeprefix("read "))
+    assert log.is_file()
+
+
+@pytest.mark.engine
+def test_an_engine_that_fails_says_its_own_last_error(small_model: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(small_model, tmp_path / "broken")
+    edit_json(broken / "config.json", lambda config: config.update(model_type="no_such_model"))
+    with pytest.raises(BackendError, match="no_such_model") as caught:
+        opener("transformers")(broken, Opening())
+    assert (caught.value.code, caught.value.exit_code) == ("engine.failed", 3)
+    log = Path(caught.value.hint.removeprefix("read "))
+    assert "Traceback" in log.read_text()
+    log.unlink()
+
+
+def test_what_transformers_would_load_wrongly_is_refused(tmp_path: Path) -> None:
+    made = modelopt(tmp_path / "made", "FP8")
+    with pytest.raises(InputError, match="ignores quant_method modelopt"):
+        opener("transformers")(made, Opening())
+
+
+def test_a_missing_environment_is_answered_with_the_command(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
+    name = "vllm-cuda" if has_nvidia_gpu() else "vllm"
+    with pytest.raises(BackendError) as caught:
+        opener("vllm")(small_model, Opening())
+    assert caught.value.hint == f"quantkit env create {name}"
+    with pytest.raises(InputError, match="chooses its own"):
+        opener("vllm")(small_model, Opening(kernel="reference"))
+
+
+@pytest.mark.skipif(has_nvidia_gpu(), reason="this machine has a GPU, which SGLang can use")
+def test_sglang_is_refused_without_a_gpu(small_model: Path) -> None:
+    with pytest.raises(BackendError, match="SGLang cannot run on this machine") as caught:
+        opener("sglang")(small_model, Opening())
+    assert caught.value.code == "engine.unavailable"
+    with pytest.raises(BackendError, match="needs an NVIDIA GPU"):
+        create(spec_named("sglang"), None, print)
+
+
+DOCUMENTED = """
+class Engine:
+    def __init__(self, **settings):
+        assert settings["skip_tokenizer_init"] and settings["disable_radix_cache"], settings
+
+    def generate(self, *, input_ids, sampling_params, return_logprob=False, logprob_start_len=-1):
+        new = sampling_params["max_new_tokens"]
+        answers = []
+        for ids in input_ids:
+            meta = {"prompt_tokens": len(ids), "completion_tokens": new}
+            if return_logprob and logprob_start_len == 0:
+                scores = [None, *(-float(token) for token in ids[1:])]
+                meta["input_token_logprobs"] = [(s, t, None) for s, t in zip(scores, ids)]
+            answers.append({"output_ids": [ids[-1]] * new, "meta_info": meta})
+        return answers
+
+    def shutdown(self):
+        pass
+
+__version__ = "0.5.23"
+"""
+"""A module that answers as SGLang documents `Engine.generate`, where no GPU runs SGLang itself."""
+
+
+def test_the_sglang_driver_speaks_its_documented_interface(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sglang.py").write_text(DOCUMENTED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    engine: EngineProcessSpec = ENGINES["sglang"]
+    order = EngineOrder(engine.driver, str(tmp_path), "auto", (2,), 64, 1)
+    process = EngineProcess(engine, Path(shutil.which("python3") or ""), order)
+    assert process.version == "0.5.23"
+    assert process.logprobs([[5, 6, 7]] * 9, None) == [[-6.0, -7.0]] * 9
+    assert process.generate([[5, 6]], 3) == [[6, 6, 6]]
+    assert process.seconds([[5, 6]], 3) > 0
+    process.close()
+    assert not process.log.exists()
+
+
+def test_logprobs_of_other_tokens_are_not_believed() -> None:
+    answer = {"meta_info": {"input_token_logprobs": [[None, 5, None], [-0.5, 8, None]]}}
+    assert prompt_logprobs(answer, [5, 8]) == [-0.5]
+    with pytest.raises(ValueError, match="other tokens"):
+        prompt_logprobs(answer, [5, 9])
