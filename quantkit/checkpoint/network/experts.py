@@ -9,7 +9,6 @@ from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 from quantkit.checkpoint.network.config import text_config
 from quantkit.errors import InputError
 
-
 _UP = ("gate_up_proj", "up_proj", "gate_proj", "input_linear")
 _DOWN = ("down_proj", "output_linear")
 _FAMILIES = (
