@@ -128,6 +128,7 @@ def test_every_family_with_experts(family: str) -> None:
     if not counts:
         return
     sizes = {key: value for key, value in SIZES.items() if isinstance(stated.get(key), int)}
+    sizes |= {"head_dim": SIZES["head_dim"]} if "head_dim" in stated else {}
     tiny = type(text)(**sizes, **dict.fromkeys(counts, 4))
     build: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):

@@ -31,7 +31,7 @@ MOST_SHIFT = 0.3
 _SOUND_DB = {8: 25.0, 4: 15.0, 3: 9.0}
 """Bits → median SQNR over which a layer is sound as a whole; else single rows are not judged."""
 
-_SUSPECT_DB = {8: 10.0, 4: 3.0, 3: 0.0}
+_SUSPECT_DB = {8: 10.0, 4: 3.0, 3: 3.0}
 """Bits → SQNR under which a row is looked at. At 8 bits that alone condemns: real outputs have
 21 dB and more. At fewer bits GPTQ trades a row's weights for its output (−7 dB were seen, in rows
 that two implementations agree on), so that the row must also be another's or nobody's."""
@@ -39,13 +39,16 @@ that two implementations agree on), so that the row must also be another's or no
 _CHANCE = 4.0
 """Standard deviations (1 / √n for n numbers) up to which the cosine of unrelated rows may lie."""
 
+_CHANCE_OF_CELLS = 2.0
+"""The same for groups, of which GPTQ garbles some in part: one of forty lost groups goes unseen."""
+
 _EXCHANGED = 0.7
 """Cosine with another row of the source from which a suspect row is that row."""
 
 _MOST_SUSPECTS = 64
 """Rows compared with all others; the worst first."""
 
-_CELL_DB = {8: 10.0, 4: -3.0, 3: -3.0}
+_CELL_DB = {8: 10.0, 4: 0.0, 3: 0.0}
 """Bits → SQNR under which a group is garbage where the rest of its row is sound."""
 
 _COLUMN_TOLERANCE = 0.3
@@ -114,7 +117,7 @@ def garbled(
     rest_db = _decibels(rest[0], rest[1], rest[2])
     lost = (of_cells < _CELL_DB[bits]) & (rest_db > _SUSPECT_DB[bits] + 7)
     if bits < 8:
-        lost &= _cosine(*cells) < _CHANCE / (width / cells[0].shape[1]) ** 0.5
+        lost &= _cosine(*cells) < _CHANCE_OF_CELLS / (width / cells[0].shape[1]) ** 0.5
         lost &= of_cells.median(0, keepdim=True).values > _SUSPECT_DB[bits]
     if cells[0].shape[1] > 1 and bool(lost.any()):
         flat = int(of_cells.where(lost, inf).argmin())
