@@ -161,7 +161,7 @@ def _texts_reader(paths: list[Path], source: FileSource) -> Reader:
 
 def _rows_reader(paths: list[Path], source: FileSource) -> Reader:
     def read(seed: int) -> Iterator[Document | Dropped]:
-        tables = [read_rows(file, source.field) for file in paths]
+        tables = [read_rows(file, source.fields, source.more_fields) for file in paths]
         ends = list(accumulate(len(rows) for rows in tables))
         for index in shuffled(ends[-1], seed):
             table = bisect_right(ends, index)

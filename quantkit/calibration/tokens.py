@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Raised whenever the same input would give other tokens."""
 PREVIEW_CHARS = 500
 
@@ -145,7 +145,7 @@ def _encoder(info: TokenizerInfo, tokenizer: Tokenizer) -> Encode:
         if isinstance(document.content, str):
             return tokenizer.encode(document.content, True), False
         if render is not None:
-            return tokenizer.encode(render(document.content), False), True
+            return tokenizer.encode(render(document.content, document.tools), False), True
         if source.without_template == "error":
             raise InputError(
                 f"The calibration source {source.label} holds conversations, but the model "
