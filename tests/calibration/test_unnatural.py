@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from typer.testing import CliRunner
 
 from quantkit.calibration import TokenFile, build_tokens, load_calibration
@@ -17,7 +17,8 @@ from quantkit.calibration.unnatural import turn_marker
 from quantkit.cli.app import app
 from quantkit.errors import InputError
 
-WORDS = ["river", "stone", "amber", "quiet", "window", "lantern", "harbour", "meadow", "copper"]
+WORDS = ["river", "stone", "amber", "quiet", "window", "lantern", "harbour", "meadow"]
+WORDS += ["copper", "violet", "thunder", "paper"]
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}<tools>{{ tools | tojson }}{% endif %}"
     "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
@@ -36,6 +37,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", BOS)]
@@ -99,9 +101,8 @@ def test_text_that_is_rendered_already(model: Path, begin: str, told: str) -> No
     rows = [{"text": (begin if i % 2 else "") + words(i)} for i in range(20)]
     tokens = build(model, rows)
     [note] = tokens.summary["notes"]
-    assert (
-        f"50% (10 of 20) of its documents have been through a chat template already{told}." in note
-    )
+    assert f"50% (10 of 20) of its documents have been through a chat template already{told}." \
+        in note  # fmt: skip
     ids, _ = tokens.arrays()
     assert (ids[:, 0] == BOS).all()
     assert (ids[:, 1] != BOS).all()
@@ -167,7 +168,7 @@ def test_the_command_tells_the_notes(model: Path) -> None:
     file = model.parent / "ids.jsonl"
     rows = [{"text": identifier(i) if i % 4 == 0 else words(i)} for i in range(20)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = ["calibration", "build", str(file), "--model", str(model), "--set", "samples=1"]
+    asked = ["calibration", "build", str(file), "--model", str(model), "--set", "samples=2"]
     asked += ["--set", "sequence_length=512"]
     done = CliRunner().invoke(app, asked, catch_exceptions=False)
     assert "note: file ids.jsonl: " in done.stderr
