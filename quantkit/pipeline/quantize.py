@@ -69,8 +69,14 @@ def _mixture_asked(plan: Plan) -> CalibrationConfig | None:
     if not plan.method.calibrated or choice is None:
         return None
     from quantkit.calibration import load_calibration
+    from quantkit.calibration.config import FileSource
+    from quantkit.calibration.sources import files_of
 
-    return load_calibration(choice.name, choice.overrides())
+    config = load_calibration(choice.name, choice.overrides())
+    for source in config.sources:
+        if isinstance(source, FileSource):
+            files_of(source)
+    return config
 
 
 def quantize(request: Request, ui: Reporter) -> Outcome:
