@@ -16,7 +16,7 @@ TEXTS = {
     "chinese": "敏捷的棕色狐狸跳过了懒狗。今天天气很好。",
     "japanese": "素早い茶色の狐はのろまな犬を飛び越える。",
     "maths": "\\int_0^1 x^2 dx = 1/3, a_{12} + b_{34} = 271828182845904523536",
-    "paths": "/home/Ada/Projects/Qwen3-8B-W4A16/model-00001-of-00004.safetensors\n"
+    "paths": "/srv/Ada/Projects/Qwen3-8B-W4A16/model-00001-of-00004.safetensors\n"
     "src/main/java/org/Example2/InternalFrameInternalFrameTitlePane3.java",
     "links": "https://github.com/Example-Org/LongProjectName2/pull/48606/Files/Changed4Lines",
     "names": "Qwen3OmniMoeConvNeXtBlock MobileNetV2DeepLabV3Plus GetHTTPResponseCode2XXFromURL",
