@@ -8,9 +8,9 @@ https://huggingface.co/docs/transformers/chat_templating_writing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import Any
+from typing import Any, Protocol
 
 from quantkit.errors import InputError
 
@@ -22,7 +22,12 @@ class TemplateRefusalError(ValueError):
     """The template does not accept a conversation (roles out of order, for example)."""
 
 
-Render = Callable[[Sequence[Mapping[str, Any]]], str]
+class Render(Protocol):
+    """From messages, and the tools that are offered, to text."""
+
+    def __call__(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    ) -> str: ...
 
 
 def compile_template(
@@ -65,11 +70,11 @@ def compile_template(
             code="calibration.bad_template",
         ) from error
 
-    def render(messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
         try:
             return compiled.render(
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=generation_prompt,
                 **special_tokens,

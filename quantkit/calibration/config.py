@@ -88,23 +88,37 @@ class StdlibSource(_NamedTexts):
 
 
 class _Rows(_Source):
-    """Rows with a text in `text_field` (default: text), or with a conversation in
-    `messages_field`: a list of {role, content}."""
+    """Rows with a text in `text_field` (default: text), with a conversation in
+    `messages_field`: a list of {role, content}, or with one turn each of user and assistant in
+    `turn_fields`: the last is the answer, those before it are what was asked (of these only the
+    first must be there)."""
 
     text_field: str | None = None
     messages_field: str | None = None
+    turn_fields: list[str] | None = Field(None, min_length=2)
 
     @model_validator(mode="after")
     def _one_field(self) -> _Rows:
-        if self.text_field and self.messages_field:
-            raise ValueError("give text_field or messages_field, not both")
-        if self.messages_field and self.passage_chars:
+        given = [self.text_field, self.messages_field, self.turn_fields]
+        if sum(map(bool, given)) > 1:
+            raise ValueError("give one of text_field, messages_field and turn_fields")
+        if self.passage_chars and not self.text_field and any(given):
             raise ValueError("passage_chars cuts texts; conversations stay whole")
         return self
 
     @property
-    def field(self) -> str:
-        return self.messages_field or self.text_field or "text"
+    def fields(self) -> tuple[str, ...]:
+        """What a row must have."""
+        if self.turn_fields:
+            return (self.turn_fields[0], self.turn_fields[-1])
+        return (self.messages_field or self.text_field or "text",)
+
+    @property
+    def more_fields(self) -> tuple[str, ...]:
+        """What is read of a row that has it."""
+        if self.turn_fields:
+            return tuple(self.turn_fields[1:-1])
+        return ("tools",) if self.messages_field else ()
 
 
 class FileSource(_Rows):
@@ -125,7 +139,8 @@ class FileSource(_Rows):
 
     @model_validator(mode="after")
     def _no_field(self) -> FileSource:
-        if self.path.lower().endswith(".txt") and (self.text_field or self.messages_field):
+        named = self.text_field or self.messages_field or self.turn_fields
+        if self.path.lower().endswith(".txt") and named:
             raise ValueError("a .txt file has no fields")
         return self
 

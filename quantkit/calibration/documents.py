@@ -7,15 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.calibration.config import FileSource, HubSource
-from quantkit.calibration.shapes import Message, ShapeError, read_messages
+from quantkit.calibration.shapes import (
+    Message,
+    ShapeError,
+    is_blank,
+    read_messages,
+    read_tools,
+    read_turns,
+)
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a conversation that the model's chat template will render."""
+    """A text, or a conversation that the model's chat template will render with its tools."""
 
     name: str
     content: str | list[Message]
+    tools: list[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,23 +58,42 @@ def shuffled(count: int, seed: int) -> Iterator[int]:
 
 def from_row(row: Any, name: str, source: FileSource | HubSource) -> Iterator[Document | Dropped]:
     """The documents of one row: its conversation, or its text in passages."""
-    value = row.get(source.field) if isinstance(row, dict) else None
     if not isinstance(row, dict):
         yield Dropped(name, f"row is a {type(row).__name__}, not an object")
-    elif value is None:
-        yield Dropped(name, f"no {source.field}")
-    elif isinstance(value, str) and not value.strip():
-        yield Dropped(name, f"{source.field} is blank")
-    elif source.messages_field is None and isinstance(value, str):
+        return
+    for field in source.fields:
+        value = row.get(field)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            yield Dropped(name, f"no {field}" if value is None else f"{field} is blank")
+            return
+    field, value = source.fields[0], row[source.fields[0]]
+    if source.messages_field or source.turn_fields:
+        yield _conversation(row, name, source)
+    elif isinstance(value, str):
         for passage in passages(value, source.passage_chars):
             yield Document(name, passage)
-    elif source.messages_field is None:
-        yield Dropped(name, f"{source.field} is not a text")
     else:
-        try:
-            yield Document(name, read_messages(value))
-        except ShapeError as error:
-            yield Dropped(name, f"{source.field}: {error}")
+        yield Dropped(name, f"{field} is not a text")
+
+
+def _conversation(
+    row: dict[str, Any], name: str, source: FileSource | HubSource
+) -> Document | Dropped:
+    field = ", ".join(source.turn_fields or source.fields)
+    try:
+        if source.turn_fields:
+            *asked, answer = (row.get(name) for name in source.turn_fields)
+            messages = read_turns(asked, answer)
+        else:
+            messages = read_messages(row[field])
+    except ShapeError as error:
+        return Dropped(name, f"{field}: {error}")
+    if is_blank(messages):
+        return Dropped(name, f"{field} is blank")
+    try:
+        return Document(name, messages, read_tools(row.get("tools")))
+    except ShapeError as error:
+        return Dropped(name, f"tools: {error}")
 
 
 def passages(text: str, size: int | None) -> Sequence[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from quantkit.calibration.config import HubSource
 from quantkit.calibration.documents import Corpus, Document, Dropped, from_row
-from quantkit.calibration.rows import INSTALL, check_field
+from quantkit.calibration.rows import INSTALL, check_fields
 from quantkit.checkpoint.hub import hub_error
 from quantkit.errors import InputError
 
@@ -64,7 +64,7 @@ def _stream(source: HubSource, commit: str, seed: int) -> Iterator[Document | Dr
         ).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         for number, row in enumerate(stream):
             if number == 0:
-                check_field(source.name, source.field, list(row))
+                check_fields(source.name, source.fields, list(row))
             yield from from_row(row, f"{source.name} row {number + 1} of the stream", source)
     except InputError:
         raise

@@ -116,6 +116,8 @@ def _data_file(file: Path) -> dict[str, Any]:
     else:
         kind, field = guess_field(file)
         source[kind] = field
+        if kind == "turn_fields":
+            source["without_template"] = "plain"
     return {
         "name": file.stem,
         "description": f"The data file {file.name}",

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, overload
 
 from quantkit.calibration.shapes import (
+    CONTEXTS,
     READABLE,
     ShapeError,
+    find_turns,
     read_messages,
     resembles_conversation,
 )
@@ -29,12 +31,12 @@ MAX_CSV_FIELD = 1 << 30
 class JsonLines(Sequence[Any]):
     """The objects of a JSON lines file, parsed when asked for; blank lines are not rows.
 
-    `field` is the one whose text will be read: it must be text that UTF-8 can hold.
+    `fields` are those that will be read: their text must be text that UTF-8 can hold.
     """
 
-    def __init__(self, path: Path, field: str | None = None) -> None:
+    def __init__(self, path: Path, fields: Sequence[str] = ()) -> None:
         self.path = path
-        self.field = field
+        self.fields = fields
         self._starts = array("Q")
         self._lines = array("Q")
         start = 0
@@ -60,23 +62,24 @@ class JsonLines(Sequence[Any]):
             line = handle.readline()
         try:
             row = parse_json(line)
-            _check_text(row, self.field)
+            _check_text(row, self.fields)
         except ValueError as error:
             raise _unreadable(self.path, f"line {self._lines[index]}: {error}") from error
         return row
 
 
-def read_rows(path: Path, field: str) -> Sequence[Any]:
-    """The rows of a data file; each is an object that has at least `field`, if the file does.
+def read_rows(path: Path, fields: Sequence[str], more: Sequence[str] = ()) -> Sequence[Any]:
+    """The rows of a data file; each is an object that has at least `fields`, and `more`, if the
+    file does.
 
-    Raises InputError for a file that cannot be read, has no rows, or whose first row has no
-    `field` (the message names those it has).
+    Raises InputError for a file that cannot be read, has no rows, or whose first row lacks one
+    of `fields` (the message names those it has).
     """
     rows: Sequence[Any]
     if path.suffix.lower() == ".parquet":
-        rows = _read_parquet(path, field)
+        rows = _read_parquet(path, fields, more)
     else:
-        rows = _read_text_rows(path, field)
+        rows = _read_text_rows(path, (*fields, *more))
     if not rows:
         raise InputError(
             f"{path} has no rows.",
@@ -85,30 +88,32 @@ def read_rows(path: Path, field: str) -> Sequence[Any]:
         )
     if not isinstance(rows[0], Mapping):
         raise _unreadable(path, f"its first row is a {type(rows[0]).__name__}, not an object")
-    check_field(path.name, field, list(rows[0]))
+    check_fields(path.name, fields, list(rows[0]))
     return rows
 
 
-def check_field(where: str, field: str, fields: Sequence[str]) -> None:
-    """Raise InputError when rows lack the field that the calibration names."""
-    if field not in fields:
-        raise InputError(
-            f"{where} has no field {field!r}; its fields are {', '.join(fields) or '(none)'}.",
-            hint="set text_field or messages_field of the source to one of them",
-            code="calibration.no_field",
-        )
+def check_fields(where: str, fields: Sequence[str], present: Sequence[str]) -> None:
+    """Raise InputError when rows lack a field that the calibration names."""
+    for field in fields:
+        if field not in present:
+            raise InputError(
+                f"{where} has no field {field!r}; its fields are {', '.join(present) or '(none)'}.",
+                hint="set text_field, messages_field or turn_fields of the source to such",
+                code="calibration.no_field",
+            )
 
 
-def guess_field(path: Path) -> tuple[str, str]:
-    """`("messages_field" | "text_field", name)` for a data file that came without a calibration.
+def guess_field(path: Path) -> tuple[str, str | list[str]]:
+    """The key of a source, and its value, for a data file that came without a calibration:
+    `("messages_field" | "text_field", name)` or `("turn_fields", names)`.
 
-    The field `messages` or `text`, or the only one that holds such values in the first row.
+    The field `messages` or `text`; the fields of a question and its answer; or the only field
+    that holds a conversation or a text in the first row.
     """
-    if path.suffix.lower() == ".parquet":
-        rows: Sequence[Any] = _read_parquet(path, None, limit=1)
-    else:
-        rows = _read_text_rows(path)
-    row = rows[0] if rows and isinstance(rows[0], Mapping) else {}
+    row = _first_row(path)
+    pair = find_turns(row)
+    if pair and not {"messages", "text"} & row.keys():
+        return "turn_fields", pair
     turns = [name for name, value in row.items() if resembles_conversation(value)]
     conversations = [name for name in turns if _is_read(row[name])]
     if turns and not conversations:
@@ -147,6 +152,19 @@ def guess_field(path: Path) -> tuple[str, str]:
     )
 
 
+def _first_row(path: Path) -> dict[str, Any]:
+    """The first row, with a null for each context that only one of the next hundred has."""
+    if path.suffix.lower() == ".parquet":
+        rows: Sequence[Any] = _read_parquet(path, (), limit=1)
+    else:
+        rows = _read_text_rows(path)
+    if not rows or not isinstance(rows[0], Mapping):
+        return {}
+    later = (row for row in rows[1:100] if isinstance(row, Mapping))
+    named = {name for row in later for name in CONTEXTS if name in row}
+    return {**rows[0], **{name: None for name in sorted(named) if name not in rows[0]}}
+
+
 def _is_read(value: object) -> bool:
     try:
         read_messages(value)
@@ -155,7 +173,7 @@ def _is_read(value: object) -> bool:
     return True
 
 
-def _read_text_rows(path: Path, field: str | None = None) -> Sequence[Any]:
+def _read_text_rows(path: Path, fields: Sequence[str] = ()) -> Sequence[Any]:
     try:
         if path.suffix.lower() == ".csv":
             return _read_csv(path)
@@ -163,21 +181,23 @@ def _read_text_rows(path: Path, field: str | None = None) -> Sequence[Any]:
             rows = parse_json(path.read_text(encoding="utf-8-sig"))
             assert isinstance(rows, list)
             for number, row in enumerate(rows, 1):
-                _check_text(row, field, f"row {number}: ")
+                _check_text(row, fields, f"row {number}: ")
             return rows
     except (ValueError, OSError, csv.Error) as error:
         raise _unreadable(path, str(error)) from error
-    return JsonLines(path, field)
+    return JsonLines(path, fields)
 
 
-def _check_text(row: object, field: str | None, where: str = "") -> None:
-    """ValueError where the field holds half a surrogate pair, which JSON can say and UTF-8 not."""
-    value = row.get(field) if field is not None and isinstance(row, Mapping) else None
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        raise ValueError(f"{where}{field} holds {half}, half of a surrogate pair") from error
+def _check_text(row: object, fields: Sequence[str], where: str = "") -> None:
+    """ValueError where a field holds half a surrogate pair, which JSON can say and UTF-8 not."""
+    if not isinstance(row, Mapping):
+        return
+    for field in fields:
+        try:
+            json.dumps(row.get(field), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise ValueError(f"{where}{field} holds {half}, half of a surrogate pair") from error
 
 
 def _first_byte(path: Path) -> bytes:
@@ -194,7 +214,10 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
         csv.field_size_limit(before)
 
 
-def _read_parquet(path: Path, field: str | None, limit: int | None = None) -> list[dict[str, Any]]:
+def _read_parquet(
+    path: Path, fields: Sequence[str], more: Sequence[str] = (), limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Rows with the columns `fields`, and `more` where there are such; all where none is named."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -207,9 +230,9 @@ def _read_parquet(path: Path, field: str | None, limit: int | None = None) -> li
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        if field is not None:
-            check_field(path.name, field, names)
-        columns = names if field is None else [field]
+        check_fields(path.name, fields, names)
+        wanted = {*fields, *more}
+        columns = [name for name in names if name in wanted or not fields]
         if limit is None:
             return list(file.read(columns=columns).to_pylist())
         first = next(file.iter_batches(batch_size=limit, columns=columns), None)

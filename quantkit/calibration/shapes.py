@@ -6,6 +6,7 @@ value} that of ShareGPT exports.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ READABLE = (
     "[{type: text, text}], or null beside tool_calls"
 )
 FORMS = (("role", "content"), ("from", "value"))
+QUESTIONS = ("instruction", "prompt", "question", "query")
+CONTEXTS = ("input", "context")
+ANSWERS = ("output", "completion", "response", "answer")
+"""Fields of rows with one turn each, as Alpaca, Dolly, GSM8K and the like name them."""
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -49,6 +54,75 @@ def read_messages(value: object) -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise ShapeError(f"not {READABLE}")
     return [_message(turn) for turn in value]
+
+
+def find_turns(row: Mapping[str, Any]) -> list[str] | None:
+    """The fields of a row that are one question (with its context) and its answer, in this order;
+    None where it has no such pair, or more than one."""
+    asked = [name for name in QUESTIONS if _is_turn(row.get(name))]
+    answers = [name for name in ANSWERS if _is_turn(row.get(name))]
+    context = [name for name in CONTEXTS if name in row]
+    if len(asked) == 1 and len(answers) == 1 and len(context) <= 1:
+        return [*asked, *context, *answers]
+    if not asked and len(answers) == 1 and "input" in row and _is_turn(row["input"]):
+        return ["input", *answers]
+    return None
+
+
+def _is_turn(value: object) -> bool:
+    return isinstance(value, str) or resembles_conversation(value)
+
+
+def read_turns(asked: Sequence[object], answer: object) -> list[Message]:
+    """One turn of the user, its parts joined by blank lines, and one of the assistant.
+
+    Either may be a list of messages already. Raises ShapeError for another shape.
+    """
+    first, *more = asked
+    if not isinstance(first, str):
+        question = read_messages(first)
+    else:
+        parts = [part for part in (first, *more) if part is not None]
+        if not all(isinstance(part, str) for part in parts):
+            raise ShapeError("not a text")
+        text = "\n\n".join(str(part) for part in parts if str(part).strip())
+        question = [{"role": "user", "content": text}]
+    if isinstance(answer, str):
+        return [*question, {"role": "assistant", "content": answer}]
+    return [*question, *read_messages(answer)]
+
+
+def is_blank(messages: Sequence[Message]) -> bool:
+    """Whether nothing is said in a conversation, whatever its system message is."""
+    spoken = [m for m in messages if m["role"] not in ("system", "developer")] or messages
+    return not any(
+        (m["content"] or "").strip() or m.get("tool_calls") or m.get("reasoning_content")
+        for m in spoken
+    )
+
+
+def read_tools(value: object) -> list[Any] | None:
+    """The tools that a row offers to the assistant: a list of schemas, as such or as JSON.
+
+    Raises ShapeError for anything else.
+    """
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ShapeError("neither a list of tools nor JSON of one") from error
+    if value is None or value == "":
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ShapeError("neither a list of tools nor JSON of one")
+    return [_without_nulls(tool) for tool in value] or None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the nulls with which Parquet fills the keys that a schema lacks."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list) else value
 
 
 def _message(turn: object) -> Message:

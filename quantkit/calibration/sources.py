@@ -124,7 +124,8 @@ def _stdlib_source() -> dict[str, Path | str]:
     return {path.name: path for path in Path(sysconfig.get_path("stdlib")).glob("*.py")}
 
 
-def _open_files(source: FileSource) -> Corpus:
+def files_of(source: FileSource) -> list[Path]:
+    """The files that a source names. Raises InputError when there is none."""
     path = Path(source.path)
     paths = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
     paths = [file for file in paths if file.is_file()]
@@ -135,11 +136,16 @@ def _open_files(source: FileSource) -> Corpus:
             hint="paths are relative to the calibration file; correct the source's path",
             code="calibration.missing",
         )
+    return paths
+
+
+def _open_files(source: FileSource) -> Corpus:
+    paths = files_of(source)
     total = hashlib.sha256()
     for file in paths:
         with file.open("rb") as handle:
             total.update(hashlib.file_digest(handle, "sha256").digest())
-    reader = _texts_reader if path.suffix.lower() == ".txt" else _rows_reader
+    reader = _texts_reader if paths[0].suffix.lower() == ".txt" else _rows_reader
     return Corpus(total.hexdigest(), reader(paths, source))
 
 
@@ -161,7 +167,7 @@ def _texts_reader(paths: list[Path], source: FileSource) -> Reader:
 
 def _rows_reader(paths: list[Path], source: FileSource) -> Reader:
     def read(seed: int) -> Iterator[Document | Dropped]:
-        tables = [read_rows(file, source.field) for file in paths]
+        tables = [read_rows(file, source.fields, source.more_fields) for file in paths]
         ends = list(accumulate(len(rows) for rows in tables))
         for index in shuffled(ends[-1], seed):
             table = bisect_right(ends, index)

@@ -16,7 +16,6 @@ from quantkit import __version__
 from quantkit.calibration.chat import Render, TemplateRefusalError, compile_template
 from quantkit.calibration.config import CalibrationConfig, Source
 from quantkit.calibration.documents import Corpus, Document, Dropped, shuffled
-from quantkit.calibration.identifiers import is_identifiers
 from quantkit.calibration.sources import open_source
 from quantkit.calibration.tokenfile import TokenFile, read_token_file, write_token_file
 from quantkit.calibration.tokenizer import (
@@ -25,6 +24,7 @@ from quantkit.calibration.tokenizer import (
     load_tokenizer,
     read_tokenizer_info,
 )
+from quantkit.calibration.unnatural import MARKERS, Observed, turn_marker
 from quantkit.errors import InputError
 from quantkit.paths import cache_dir
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Raised whenever the same input would give other tokens."""
 PREVIEW_CHARS = 500
 
@@ -47,14 +47,17 @@ class SourceTokens:
 
     source: Source
     wanted: int
+    observed: Observed
     samples: list[list[int]] = field(default_factory=list)
     seen: int = 0
-    used: int = 0
     cut: int = 0
-    identifiers: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, str]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+
+    @property
+    def used(self) -> int:
+        return self.observed.documents
 
     def drop(self, name: str, reason: str) -> None:
         self.dropped[reason] += 1
@@ -89,11 +92,17 @@ def build_tokens(
     if (cached := read_token_file(path)) is not None:
         return cached
     tokenizer = load_tokenizer(info, trust_remote_code)
-    encode = _encoder(info, tokenizer)
+    render: Render | None = None
+    if info.chat_template is not None:
+        render = compile_template(info.chat_template, info.special_tokens)
+    encode = _encoder(info, tokenizer, render)
+    own = turn_marker(render, info.special_tokens) if render else None
+    markers = (*MARKERS, own) if own else MARKERS
     parts: list[SourceTokens] = []
     wanted = shares([source.weight for source in config.sources], config.samples)
     for index, (source, corpus) in enumerate(zip(config.sources, corpora, strict=True)):
-        part = SourceTokens(source, wanted[index])
+        observed = Observed(info.special_tokens.get("bos_token"), markers)
+        part = SourceTokens(source, wanted[index], observed)
         done = sum(len(earlier.samples) for earlier in parts)
         for count in _fill(part, corpus.read(config.seed + index), config, info, encode):
             if progress is not None:
@@ -135,17 +144,22 @@ def shares(weights: list[float], total: int) -> list[int]:
 Encode = Callable[[Document, Source], tuple[list[int], bool]]
 
 
-def _encoder(info: TokenizerInfo, tokenizer: Tokenizer) -> Encode:
+def _encoder(info: TokenizerInfo, tokenizer: Tokenizer, render: Render | None) -> Encode:
     """A document's ids, and whether the chat template already ended it."""
-    render: Render | None = None
-    if info.chat_template is not None:
-        render = compile_template(info.chat_template, info.special_tokens)
+    bos = info.special_tokens.get("bos_token")
+
+    def text_ids(text: str) -> list[int]:
+        ids = tokenizer.encode(text, True)
+        if bos and text.startswith(bos):
+            begin = tokenizer.encode(bos, False)
+            return ids[len(begin) :] if ids[: 2 * len(begin)] == 2 * begin else ids
+        return ids
 
     def encode(document: Document, source: Source) -> tuple[list[int], bool]:
         if isinstance(document.content, str):
-            return tokenizer.encode(document.content, True), False
+            return text_ids(document.content), False
         if render is not None:
-            return tokenizer.encode(render(document.content), False), True
+            return tokenizer.encode(render(document.content, document.tools), False), True
         if source.without_template == "error":
             raise InputError(
                 f"The calibration source {source.label} holds conversations, but the model "
@@ -154,7 +168,7 @@ def _encoder(info: TokenizerInfo, tokenizer: Tokenizer) -> Encode:
                 code="calibration.no_template",
             )
         text = "\n\n".join(message["content"] or "" for message in document.content)
-        return tokenizer.encode(text, True), False
+        return text_ids(text), False
 
     return encode
 
@@ -185,9 +199,7 @@ def _fill(
         if config.short == "drop" and len(ids) < length:
             part.drop(document.name, f"fewer than {length} tokens (short: drop)")
             continue
-        part.used += 1
-        if isinstance(document.content, str):
-            part.identifiers += is_identifiers(document.content)
+        part.observed.add(document)
         if config.short == "pack":
             packed += ids
             if not ended and ids[-1] != _eos(info):
@@ -231,10 +243,11 @@ def _check_count(part: SourceTokens, config: CalibrationConfig) -> None:
             hint=_empty_hint(part),
             code="calibration.empty_source",
         )
-    if part.identifiers == part.used:
+    if part.observed.only_identifiers:
         raise InputError(
-            f"The calibration source {label} holds identifiers, not text: all {part.used} "
-            "documents used are UUIDs, hex digests or base64.",
+            f"The calibration source {label} holds identifiers, not text: "
+            f"{part.observed.identifiers} of {part.used} documents used are UUIDs, hex digests or "
+            "base64.",
             hint="name its text_field or messages_field in a calibration file: "
             "quantkit calibration show default  # an example",
             code="calibration.identifiers",
@@ -312,13 +325,15 @@ def _summary(
                 "documents_seen": part.seen,
                 "documents_used": part.used,
                 "documents_dropped": dict(part.dropped),
-                "documents_of_identifiers": part.identifiers,
+                "documents_of_identifiers": part.observed.identifiers,
+                "documents_rendered_already": part.observed.rendered,
                 "dropped_examples": part.examples,
                 "tokens_cut": part.cut,
                 "preview": tokenizer.decode(part.samples[0])[:PREVIEW_CHARS],
             }
             for part, corpus in zip(parts, corpora, strict=True)
         ],
+        "notes": [note for part in parts for note in part.observed.notes(part.source.label)],
         "document_lengths": histogram([n for part in parts for n in part.lengths]),
         "versions": libraries,
     }

@@ -161,6 +161,8 @@ def _show_tokens(out: Output, tokens: TokenFile) -> None:
         ["source", "text"],
         [(part["source"], part["preview"][:300]) for part in summary["sources"]],
     )
+    for note in summary.get("notes", []):  # files of earlier versions have none
+        out.note(note)
     out.text(f"digest {tokens.digest}\nlicence {summary['licence']}\n{tokens.path}")
     out.document({**summary, "path": str(tokens.path)})
 

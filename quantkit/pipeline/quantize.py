@@ -69,8 +69,14 @@ def _mixture_asked(plan: Plan) -> CalibrationConfig | None:
     if not plan.method.calibrated or choice is None:
         return None
     from quantkit.calibration import load_calibration
+    from quantkit.calibration.config import FileSource
+    from quantkit.calibration.sources import files_of
 
-    return load_calibration(choice.name, choice.overrides())
+    config = load_calibration(choice.name, choice.overrides())
+    for source in config.sources:
+        if isinstance(source, FileSource):
+            files_of(source)
+    return config
 
 
 def quantize(request: Request, ui: Reporter) -> Outcome:
@@ -100,6 +106,7 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
         note = _state_note(request, plan, source, found, mixture)
         job = _job(request, plan, source, tokens, note)
         result = run_logged(job, partial, python, request.out, ui)
+        result.notes += tokens.summary["notes"] if tokens else []
         used = result.calibration != NO_DATA
         if used:
             _check_tokens(result, tokens)
@@ -165,12 +172,15 @@ def _tokens(request: Request, plan: Plan, source: Checkpoint, ui: Reporter) -> T
     from quantkit.calibration import build_tokens
 
     ui.stage(f"tokenize {config.name}", config.samples)
-    return build_tokens(
+    tokens = build_tokens(
         config,
         source.path,
         progress=lambda done, _total: ui.advance(done),
         trust_remote_code=request.trust_remote_code,
     )
+    for text in tokens.summary["notes"]:
+        ui.note(text)
+    return tokens
 
 
 def _mixture(plan: Plan, tokens: TokenFile | None) -> dict[str, Any] | None:

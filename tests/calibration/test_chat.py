@@ -34,6 +34,12 @@ def test_renders_as_transformers_does(template: str) -> None:
     assert [compile_template(template, SPECIAL)(TALK)] == rendered[0]
 
 
+def test_tools_reach_the_template() -> None:
+    render = compile_template("{{ tools | tojson }}{{ messages | length }}", SPECIAL)
+    assert render(TALK, [{"name": "f"}]) == '[{"name": "f"}]2'
+    assert render(TALK) == "null2"
+
+
 def test_the_date_does_not_change_the_tokens() -> None:
     render = compile_template("{{ strftime_now('%d %B %Y') }}", {})
     assert render(TALK) == "01 January 2025"

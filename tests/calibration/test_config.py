@@ -51,7 +51,7 @@ def test_what_the_issue_names_is_bundled_and_the_default_needs_no_network() -> N
         ("sources:\n  - {type: file, path: x.txt, text_field: a}\n", "no fields"),
         (
             "sources:\n  - {type: hub, name: a/b, text_field: a, messages_field: b}\n",
-            "text_field or messages_field, not both",
+            "one of text_field, messages_field and turn_fields",
         ),
         ("sources: []\n", "sources"),
         ("samples: 1\n" + SOURCE + "  - {type: stdlib, part: source}\n", "samples = 1"),
@@ -141,7 +141,7 @@ def test_a_data_file_finds_its_field(tmp_path: Path, row: str, kind: str, field:
 
 def test_a_data_file_with_two_possible_fields_is_not_guessed(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
-    file.write_text('{"question": "a", "answer": "b"}\n')
+    file.write_text('{"title": "a", "body": "b"}\n')
     error = refused(str(file))
     assert error.code == "calibration.no_field"
-    assert "question, answer" in error.message
+    assert "title, body" in error.message

@@ -210,8 +210,9 @@ def test_dropping_counts_with_reasons(small_model: Path, tmp_path: Path) -> None
     assert part["documents_seen"] == 6
     assert part["documents_dropped"] == {
         "fewer than 8 tokens (short: drop)": 1,
-        "fewer than 2 tokens (min_tokens)": 2,
+        "fewer than 2 tokens (min_tokens)": 1,
         "no text": 1,
+        "text is blank": 1,
         "text is not a text": 1,
     }
     assert len(part["dropped_examples"]) == 5

@@ -92,6 +92,30 @@ def test_a_wrong_setting_is_refused_by_both(
     assert (code, found) == (1, error)
 
 
+MIX = "samples: 1\nsources:\n  - {type: file, path: %s}\n"
+
+
+@pytest.mark.parametrize("name", ["nothere.jsonl", "nothere.yaml", "mix.yaml"])
+def test_calibration_data_that_is_not_there_ends_a_dry_run_as_the_run(
+    name: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    data, outs = tmp_path / "data", tmp_path / "outs"
+    for folder in (data, outs):
+        folder.mkdir()
+    (data / "mix.yaml").write_text(MIX % "nothere.jsonl")
+    (data / "good.yaml").write_text(MIX % "here.txt")
+    (data / "here.txt").write_text("words")
+    asked = (models["llama"], "--method", "llmcompressor_fp8", "--out", outs / "out")
+    flags = ("--calibration", data / name)
+    code, error, message = inside("quantize", *asked, *flags, "--dry-run")
+    assert (code, error) == (1, "calibration.missing")
+    assert "nothere" in message
+    assert inside("quantize", *asked, *flags) == (code, error, message)
+    good = ("--calibration", data / "good.yaml")
+    assert inside("quantize", *asked, *good, "--dry-run")[0] == 0
+    assert list(outs.iterdir()) == []
+
+
 def test_an_engine_that_refuses_is_told_in_the_same_words(
     models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -77,13 +77,13 @@ def read_texts(file: Path) -> list[str]:
     if file.suffix.lower() == ".txt":
         return [file.read_text(encoding="utf-8", errors="replace")]
     kind, field = guess_field(file)
-    if kind != "text_field":
+    if kind != "text_field" or not isinstance(field, str):
         raise InputError(
             f"{file.name} holds conversations; perplexity is measured on plain text.",
             hint="--data with a field named text",
             code="validate.data_conversations",
         )
-    return [str(row[field]) for row in read_rows(file, field)]
+    return [str(row[field]) for row in read_rows(file, [field])]
 
 
 def seen_by_calibration(
