@@ -1,4 +1,4 @@
-"""Let a checkpoint speak, with the kernels that serve it: `python load_and_generate.py DIR TEXT`."""
+"""Let a checkpoint speak: `python load_and_generate.py DIR TEXT`."""
 
 import sys
 
