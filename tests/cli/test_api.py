@@ -53,7 +53,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(out)  # type: ignore[arg-type]
+    network: Any = hf.LlamaForCausalLM
+    network(config).to(torch.bfloat16).save_pretrained(out)
     return out
 
 
@@ -114,21 +115,26 @@ def test_the_examples_run(llama: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert run("load_and_generate", str(out), "Hello").startswith("Hello")
 
 
-def without_times(value: Any) -> Any:
-    """A document without what two runs differ in."""
-    changing = ("seconds", "created", "stages", "peak_rss_bytes", "out", "path", "time")
+def without(value: Any, *keys: str) -> Any:
+    """A document without some of its keys."""
     if isinstance(value, dict):
-        return {key: without_times(v) for key, v in value.items() if key not in changing}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
+        return {key: without(v, *keys) for key, v in value.items() if key not in keys}
+    return [without(v, *keys) for v in value] if isinstance(value, list) else value
 
 
-def same(command: list[str | Path], document: dict[str, Any], capsys: Any, code: int = 0) -> None:
-    """What the command prints is what the function returned."""
+CHANGING = ("seconds", "stages", "peak_rss_bytes", "out", "path")
+"""What two runs of the same job differ in."""
+
+
+def same(
+    command: list[str | Path], document: dict[str, Any], capsys: Any, code: int = 0, *but: str
+) -> None:
+    """What the command prints is what the function returned, `but` for some keys."""
     capsys.readouterr()
     assert inside(*command, "--json")[0] == code
     printed = json.loads(capsys.readouterr().out)
-    assert json.loads(json.dumps(document)) == document
-    assert without_times(printed) == without_times(document)
+    returned = json.loads(json.dumps(document))
+    assert without(printed, *CHANGING, *but) == without(returned, *CHANGING, *but)
 
 
 def test_plan_and_verify_return_what_the_commands_print(
@@ -176,10 +182,8 @@ def test_validate_returns_what_the_command_prints(
     assert recorded["metrics"] == report.to_json()["metrics"]
     gates = [word for gate in SOBER for word in ("--gate", gate)]
     command: list[str | Path] = ["validate", quantized, "--baseline", llama, "--samples", "2"]
-    again = quantkit.validate(
-        quantized, baseline=str(llama), samples=2, gates=SOBER, throughput=False
-    )
-    same([*command, *gates, "--no-throughput"], again.to_json(), capsys, 0 if again.ok else 4)
+    code = 0 if report.ok else 4
+    same([*command, *gates, "--no-throughput"], report.to_json(), capsys, code, "notes")
 
 
 def test_a_report_that_cannot_be_written_keeps_what_was_measured(
