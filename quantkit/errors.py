@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 EXIT_OK = 0
 EXIT_INPUT = 1
@@ -34,6 +35,14 @@ class QuantkitError(Exception):
 
 class InputError(QuantkitError):
     """The request or the input is wrong (exit 1)."""
+
+
+class ReportError(InputError):
+    """A report file could not be written after the work; `result` is what it would have held."""
+
+    def __init__(self, message: str, *, hint: str, code: str, result: Any) -> None:
+        super().__init__(message, hint=hint, code=code)
+        self.result = result
 
 
 class BackendError(QuantkitError):

@@ -19,10 +19,9 @@ def demo_command(
 ) -> None:
     """Fetch SmolLM2-135M, quantize it, verify it, show the result."""
     from quantkit.checkpoint.demo import demo_model
-    from quantkit.cli.plan import chosen_recipe
     from quantkit.cli.quantize import show_outcome
     from quantkit.pipeline.quantize import quantize
-    from quantkit.pipeline.request import Request
+    from quantkit.pipeline.request import Request, chosen_recipe
 
     ui = Output(as_json=as_json)
     recipe = chosen_recipe(method, "", "", [*QUICK, *sets])

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from quantkit import api
 from quantkit.cli import options
 from quantkit.cli.output import Output
 
@@ -27,21 +28,19 @@ def export_command(
 ) -> None:
     """Export a saved state as a checkpoint, without calibrating again."""
     from quantkit.cli.quantize import show_outcome
-    from quantkit.pipeline.export import export
-    from quantkit.pipeline.request import ExportRequest
 
     ui = Output(as_json=as_json)
-    request = ExportRequest(
-        restore=restore,
-        out=out,
-        model=model,
-        device=device,
-        python=python,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-    )
     try:
-        outcome = export(request, ui)
+        outcome = api.export(
+            restore,
+            out=out,
+            model=model,
+            device=device,
+            python=python,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            progress=ui.follow,
+        )
     finally:
         ui.finish()
     show_outcome(ui, outcome)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn, TaskID
 
+    from quantkit.api import ProgressEvent
     from quantkit.backends.process.job import Unit
 
 PLAIN_INTERVAL_S = 5.0
@@ -113,6 +114,15 @@ class Output:
     def note(self, text: str) -> None:
         """Something that the user should know and that is kept in quantkit.json."""
         self.info(f"note: {text}")
+
+    def follow(self, event: ProgressEvent) -> None:
+        """Show what a function of `quantkit.api` tells: the progress callback of every command."""
+        if event.kind == "stage":
+            self.stage(event.stage, event.total, event.unit)
+        elif event.kind == "advance":
+            self.advance(event.done)
+        else:
+            self.note(event.note)
 
     def finish(self) -> None:
         """End the current stage and leave the terminal clean."""

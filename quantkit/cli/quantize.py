@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantkit import api
 from quantkit.cli import options
 from quantkit.cli.output import Output
-from quantkit.errors import InputError, command
-from quantkit.recipe.units import parse_bytes
+from quantkit.errors import command
 
 if TYPE_CHECKING:
     from quantkit.pipeline.request import Outcome
@@ -54,45 +54,52 @@ def quantize_command(
     as_json: options.Json = False,
 ) -> None:
     """Quantize a model into a Hugging Face checkpoint that is verified before it appears."""
-    from quantkit.cli.plan import chosen_recipe, show_plan
-    from quantkit.pipeline.quantize import preflight, quantize
-    from quantkit.pipeline.request import Request
-
     ui = Output(as_json=as_json)
-    request = Request(
-        model=model,
-        recipe=chosen_recipe(method, recipe, calibration, sets),
-        out=out,
-        checkpoint_save=checkpoint_save,
-        device=device,
-        python=python,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-        resume=resume,
-        memory=parse_bytes("--memory", memory) if memory else None,
-        jobs=jobs,
-        executor=_executor(executor),
-    )
     if dry_run:
-        show_plan(ui, *preflight(request))
+        from quantkit.cli.plan import show_plan
+        from quantkit.pipeline.request import executor_named
+        from quantkit.recipe.units import parse_bytes
+
+        executor_named(executor)
+        if memory:
+            parse_bytes("--memory", memory)
+        show_plan(
+            ui,
+            api.plan(
+                model,
+                method=method,
+                recipe=recipe,
+                set=sets,
+                calibration=calibration,
+                strict=True,
+                device=device,
+                checkpoint_save=checkpoint_save,
+                trust_remote_code=trust_remote_code,
+            ),
+        )
         return
     try:
-        outcome = quantize(request, ui)
+        outcome = api.quantize(
+            model,
+            method=method,
+            recipe=recipe,
+            out=out,
+            set=sets,
+            calibration=calibration,
+            device=device,
+            checkpoint_save=checkpoint_save,
+            python=python,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            resume=resume,
+            memory=memory or None,
+            jobs=jobs,
+            executor=executor,
+            progress=ui.follow,
+        )
     finally:
         ui.finish()
     show_outcome(ui, outcome)
-
-
-def _executor(name: str) -> Literal["local", "ray"]:
-    if name == "local":
-        return "local"
-    if name == "ray":
-        return "ray"
-    raise InputError(
-        f"--executor {name} does not exist.",
-        hint="--executor local, or --executor ray",
-        code="request.executor",
-    )
 
 
 def show_outcome(ui: Output, outcome: Outcome) -> None:
@@ -125,14 +132,7 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
         if note not in told:
             ui.info(f"note: {note}")
     ui.text(f"next: {command('verify', outcome.out)}")
-    ui.document(
-        {
-            "schema_version": 1,
-            "out": str(outcome.out),
-            "quantkit": outcome.provenance,
-            "verify": outcome.report.to_json(),
-        }
-    )
+    ui.document(outcome.to_json())
 
 
 def _times(outcome: Outcome) -> str:

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantkit import api
 from quantkit.cli import options
 from quantkit.cli.output import Output
-from quantkit.errors import EXIT_CHECK
+from quantkit.errors import EXIT_CHECK, ReportError
 from quantkit.recipe.gates import outcome
 
 if TYPE_CHECKING:
     from quantkit.validation.reports.report import Report
-
-SAMPLES = 32
 
 
 def validate_command(
@@ -41,7 +40,7 @@ def validate_command(
     ] = None,
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="Windows of 512 tokens, twelve facts each.")
-    ] = SAMPLES,
+    ] = api.SAMPLES,
     tasks: Annotated[
         list[str],
         typer.Option("--tasks", help="lm-eval tasks, or their YAML files; repeatable."),
@@ -66,35 +65,32 @@ def validate_command(
     as_json: options.Json = False,
 ) -> None:
     """Measure a checkpoint against its baseline and hold its gates; exit 4 when one fails."""
-    from quantkit.validation.reports.record import record
-    from quantkit.validation.reports.write import check_reports, write_reports
-    from quantkit.validation.run import ValidateRequest, validate
-
     ui = Output(as_json=as_json)
-    check_reports(report)
-    request = ValidateRequest(
-        path=directory,
-        baseline=baseline,
-        engine=engine,
-        kernel=kernel,
-        device=device,
-        data=data,
-        samples=samples,
-        tasks=tuple(name for entry in tasks for name in entry.split(",")),
-        limit=limit,
-        gates=tuple(gate),
-        against=against,
-        throughput=not no_throughput,
-    )
     try:
-        result = validate(request, ui)
+        result = api.validate(
+            directory,
+            baseline=baseline,
+            engine=engine,
+            kernel=kernel,
+            device=device,
+            data=data,
+            samples=samples,
+            tasks=tasks,
+            limit=limit,
+            gates=gate,
+            reports=report,
+            against=against,
+            throughput=not no_throughput,
+            progress=ui.follow,
+        )
+    except ReportError as error:
+        ui.finish()
+        _show(ui, error.result)
+        raise
     finally:
         ui.finish()
-    document = result.to_json()
-    record(directory, document)
     _show(ui, result)
-    write_reports(document, report)
-    ui.document(document)
+    ui.document(result.to_json())
     if not result.ok:
         raise typer.Exit(EXIT_CHECK)
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from quantkit import api
 from quantkit.cli import options
 from quantkit.cli.output import Output
 from quantkit.errors import EXIT_CHECK
@@ -27,18 +28,10 @@ def verify_command(
     as_json: options.Json = False,
 ) -> None:
     """Check a checkpoint's integrity; exit 4 when there is an error."""
-    from quantkit.checkpoint.hub import resolve_model
-    from quantkit.verification import verify
-
     ui = Output(as_json=as_json)
-    base = resolve_model(source) if source else None
-    ui.stage("verify")
     try:
-        report = verify(
-            directory,
-            base,
-            progress=lambda done, _total: ui.advance(done),
-            engines=options.engine_request(engine, tp, gpu),
+        report = api.verify(
+            directory, source=source, engine=engine, tp=tp, gpu=gpu, progress=ui.follow
         )
     finally:
         ui.finish()

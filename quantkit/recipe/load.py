@@ -7,6 +7,7 @@ pydantic with unknown keys refused, and stored as resolved in the checkpoint's `
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,27 @@ def read_recipe(name_or_path: str, sets: tuple[str, ...] = ()) -> tuple[Recipe, 
             code="recipe.invalid",
         )
     return recipe, origin
+
+
+def as_changes(values: Mapping[str, Any]) -> list[str]:
+    """Key path → value, as the texts that `--set` takes; `KEY+` appends.
+
+    Raises InputError for a value that YAML does not know, or a key that is none.
+    """
+    changes = []
+    for key, value in values.items():
+        try:
+            if not isinstance(key, str) or "=" in key:
+                raise ValueError("the key is no path such as calibration.samples")
+            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"{key!r}: {value!r} cannot be set: {' '.join(str(error).split())}.",
+                hint="plain values: None, bool, int, float, str, lists and dicts of them",
+                code="recipe.bad_set",
+            ) from error
+        changes.append(f"{key}={text.removesuffix('...' + chr(10)).strip()}")
+    return changes
 
 
 def _find(name_or_path: str) -> Path:

@@ -67,7 +67,6 @@ from quantkit.validation.subjects.base import Opening, Progress, Subject
 from quantkit.validation.subjects.engines import engine_build, opener, refuse_unopenable
 from quantkit.verification import VerifyReport
 
-SAMPLES = 32
 FACTS_A_SAMPLE = 12
 
 
@@ -86,7 +85,7 @@ class ValidateRequest:
     kernel: str = "auto"
     device: str = "auto"
     data: Path | None = None
-    samples: int = SAMPLES
+    samples: int = 32
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     gates: tuple[str, ...] = ()

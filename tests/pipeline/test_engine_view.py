@@ -13,11 +13,11 @@ import pytest
 
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.checkpoint.without_weights import open_headers
-from quantkit.cli.plan import chosen_recipe
 from quantkit.engines import LayerPart, Loadable, Verdict, judge
 from quantkit.engines.complete import completed
 from quantkit.pipeline.engine_view import verdicts
 from quantkit.pipeline.plan import make_plan
+from quantkit.pipeline.request import chosen_recipe
 from quantkit.verification import EngineRequest, VerifyReport, verify
 from tests.engines.broken_checkpoints import SEEDS, Seed
 from tests.engines.refused_plans import DENSE, PLANS, Asked
