@@ -310,7 +310,7 @@ def tiny_gguf(file: Path) -> None:
     from gguf import GGMLQuantizationType as Kind
 
     file.parent.mkdir(exist_ok=True)
-    letters = [chr(0x100 + n) for n in range(127)]
+    letters = [chr(0x61 + n) for n in range(126)]
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(64)
@@ -322,9 +322,9 @@ def tiny_gguf(file: Path) -> None:
     writer.add_rope_dimension_count(32)
     writer.add_vocab_size(130)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<s>", "</s>", *letters, letters[0] * 2])
+    writer.add_token_list(["<s>", "</s>", *letters, "ab", "cd"])
     writer.add_token_types([3, 3, *([1] * 128)])
-    writer.add_token_merges([f"{letters[0]} {letters[0]}"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     attention = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (64, 64))
