@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers as hf
 
 from quantkit.backends.registry import load_recipe
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
@@ -16,6 +18,9 @@ from quantkit.formats import compressed_tensors_config
 from quantkit.formats.base import LayerSpec
 from quantkit.pipeline.engine_view import ignore_list
 from quantkit.pipeline.plan import make_plan
+from quantkit.verification import EngineRequest, verify
+from tests.support.helpers import edit_json, edit_tensors
+from tests.support.rtn import rtn
 
 Json = dict[str, Any]
 CONFIG: Json = {
@@ -135,3 +140,31 @@ def test_granites_experts_are_listed_by_the_engines_names() -> None:
         loadable = Loadable(config, "compressed-tensors", written, parts)
         for verdict in judge(loadable, ("vllm", "sglang"), (1,)):
             assert verdict.loads == loads, verdict.reasons
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_16_bit_draft_layer_is_neither_quantized_nor_loaded(tmp_path: Path, listed: bool) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 128}
+    network = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_attention_heads=2))  # type: ignore[no-untyped-call]
+    network.bfloat16().save_pretrained(tmp_path / "model")
+    out = rtn(tmp_path / "model", tmp_path / "out", SCHEMES["fp8_dynamic"])
+    (out / "model.safetensors.index.json").unlink(missing_ok=True)
+    next(out.glob("*.safetensors")).rename(out / "model.safetensors")
+    draft = {"mtp.fc.weight": (64, 128), "mtp.layers.0.mlp.down_proj.weight": (64, 128)}
+    added = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in draft.items()}
+    edit_tensors(out, lambda tensors: tensors.update(added))
+
+    def declare(config: Json) -> None:
+        config["mtp_num_hidden_layers"] = 1
+        quantization = config["quantization_config"]
+        quantization["config_groups"]["group_0"]["targets"] = ["Linear"]
+        if listed:
+            quantization["ignore"] += [name.removesuffix(".weight") for name in draft]
+
+    edit_json(out / "config.json", declare)
+    report = verify(out, engines=EngineRequest(("vllm", "sglang"), (1,)))
+    codes = {finding.code for finding in report.findings}
+    assert ("declared.not_quantized" in codes) != listed
+    assert ("engine.loads" in codes) == listed
+    assert "structure.mtp_quantized" not in codes
