@@ -35,8 +35,8 @@ def expanded(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     """
     given = list(names)
     plain = [n for n in given if not n.startswith("re:") and not any(c in n for c in "*?[")]
-    merged = merged_aliases(plain)
     blocks = [*_whole_blocks(plain, expert_count(config)), *_fused_experts(plain)]
+    merged = merged_aliases([*plain, *blocks])  # a list that is expanded again stays as it is
     found = dict.fromkeys([*given, *merged, *blocks])
     for engine in engines().values():
         family = engine.family(config)

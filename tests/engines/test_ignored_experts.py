@@ -127,6 +127,7 @@ def test_granites_experts_are_listed_by_the_engines_names() -> None:
     asked = [f"{block}.experts.0.{leaf}_proj" for leaf in ("gate", "up", "down")]
     assert {f"{block}.input_linear", f"{block}.experts", *asked} <= set(listed)
     assert not any("shared_mlp.experts" in name for name in listed)
+    assert expanded(listed, config) == listed
     scheme = SCHEMES["fp8_dynamic"]
     parts = {
         m.name: LayerPart(
