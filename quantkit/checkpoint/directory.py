@@ -22,6 +22,7 @@ from quantkit.checkpoint.network.modules import Module, classify
 from quantkit.checkpoint.weight_files import (
     INDEX_SUFFIX,
     index_of,
+    missing_shard,
     reading_notes,
     refuse_adapter,
     snapshots,
@@ -266,11 +267,7 @@ def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
     for shard_name in sorted(set(weight_map.values())):
         shard = path / shard_name
         if not os.path.lexists(shard):
-            raise broken(
-                index_file,
-                f"lists the shard {shard_name}, which is absent",
-                "checkpoint.missing_shard",
-            )
+            raise missing_shard(path, index_file, weight_map)
         headers[shard_name] = read_header(shard)
     for name, shard_name in weight_map.items():
         info = headers[shard_name].get(name)

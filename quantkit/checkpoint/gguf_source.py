@@ -19,6 +19,7 @@ from typing import Any
 
 from quantkit.checkpoint.directory import is_sidecar
 from quantkit.checkpoint.gguf import GgufFile, open_gguf
+from quantkit.checkpoint.headers import read_json
 from quantkit.checkpoint.weight_files import DEQUANTIZED
 from quantkit.errors import InputError
 from quantkit.paths import cache_dir
@@ -58,20 +59,21 @@ def dequantized(file: Path) -> Path:
     Sidecars beside the file (its tokenizer, templates) replace those made from it. Raises
     InputError: `gguf.unreadable`, `gguf.architecture` where Transformers cannot read the model.
     """
-    held = _read(file)
+    held = read_source(file)
     sidecars = [p for p in sorted(file.parent.iterdir()) if p.is_file() and is_sidecar(p.name)]
     key = _digest([file, *sidecars])
     target = cache_dir() / "gguf" / key[:16] / file.stem
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(file, target.parent, bf16_bytes(held))
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         staged = Path(work) / file.stem
-        _convert_in_child(held, staged)
+        _in_child(held, staged)
         for path in sidecars:
             shutil.copyfile(path, staged / path.name)
-        types = Counter(tensor.type for tensor in held.tensors.values())
-        record = {"file": file.name, "sha256": _digest([file]), "types": dict(types.most_common())}
+        types = dict(_types(held))
+        record = {"file": file.name, "sha256": _digest([file]), "types": types}
         (staged / DEQUANTIZED).write_text(json.dumps(record, indent=2) + "\n")
         try:
             staged.rename(target)
@@ -81,7 +83,48 @@ def dequantized(file: Path) -> Path:
     return target
 
 
-def _read(file: Path) -> GgufFile:
+def config_of(held: GgufFile) -> dict[str, Any]:
+    """The config.json that Transformers makes of the file's metadata; no tensor is read.
+
+    Raises InputError (`gguf.architecture`) where it cannot.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        _in_child(held, Path(work) / "config.json")
+        return read_json(Path(work) / "config.json")
+
+
+def planning_note(held: GgufFile) -> str:
+    """What a plan of a GGUF file says of the work before it."""
+    kinds = ", ".join(kind for kind, _ in _types(held))
+    return (
+        f"the source is the GGUF file {held.file.name} ({kinds}): quantize dequantizes it to BF16 "
+        f"first, {bf16_bytes(held) / 1e9:.2f} GB in {cache_dir()}; its rounding stays in it"
+    )
+
+
+def bf16_bytes(held: GgufFile) -> int:
+    """Size of the dequantized weights."""
+    return 2 * sum(tensor.elements for tensor in held.tensors.values())
+
+
+def _types(held: GgufFile) -> list[tuple[str, int]]:
+    """ggml type → how many tensors, the most frequent first."""
+    return Counter(tensor.type for tensor in held.tensors.values()).most_common()
+
+
+def _check_space(file: Path, place: Path, size: int) -> None:
+    needed, free = round(size * 1.02) + 32_000_000, shutil.disk_usage(place).free
+    if free < needed:
+        raise InputError(
+            f"{place} has {free / 1e9:.2f} GB free; {file.name} dequantized to BF16 needs about "
+            f"{needed / 1e9:.2f} GB.",
+            hint="free some space, or set QUANTKIT_CACHE to a directory on a larger disk",
+            code="gguf.no_space",
+        )
+
+
+def read_source(file: Path) -> GgufFile:
+    """Header and metadata of a GGUF file. Raises InputError (`gguf.unreadable`)."""
     with file.open("rb") as handle:
         if handle.read(4) != _HEADER:
             raise _unreadable(file, "it does not begin with GGUF")
@@ -113,7 +156,8 @@ def _digest(files: list[Path]) -> str:
     return total.hexdigest()
 
 
-def _convert_in_child(held: GgufFile, target: Path) -> None:
+def _in_child(held: GgufFile, target: Path) -> None:
+    """Convert to the directory `target`, or write the config alone to `target` (*.json)."""
     file = held.file.name
     command = [
         sys.executable,
@@ -159,8 +203,20 @@ def save(model: Any, tokenizer: Any, target: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _save_config(source: Path, file: str, target: Path) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = AutoConfig.from_pretrained(source, gguf_file=file)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    target.write_text(json.dumps({"architectures": [architecture], **config.to_diff_dict()}))
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[3])
-    save(*load(Path(sys.argv[1]), sys.argv[2]), out)
-    for written in out.iterdir():
-        written.chmod(0o644)
+    if out.suffix == ".json":
+        _save_config(Path(sys.argv[1]), sys.argv[2], out)
+    else:
+        save(*load(Path(sys.argv[1]), sys.argv[2]), out)
+        for written in out.iterdir():
+            written.chmod(0o644)

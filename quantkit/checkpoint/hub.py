@@ -10,7 +10,7 @@ from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 from quantkit.checkpoint.gguf_source import dequantized, gguf_source
 from quantkit.checkpoint.headers import check_tiling, tensor_entry
 from quantkit.checkpoint.weight_files import refuse_adapter, snapshots
-from quantkit.checkpoint.without_weights import open_headers, remote_checkpoint
+from quantkit.checkpoint.without_weights import from_gguf, open_headers, remote_checkpoint
 from quantkit.errors import InputError
 
 FILES = [
@@ -24,7 +24,9 @@ NEVER = [
 
 
 def resolve_model(name: str, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
-    """The directory of a model: `name` itself when it exists (see `_local`), else a hub snapshot.
+    """The directory of a model: `name` itself when it exists, else a hub snapshot.
+
+    Of a folder of the hub's cache it is the only snapshot, of a GGUF file its dequantized copy.
 
     `name` on the hub is NAME or NAME@REVISION. Fetched are config, tokenizer, templates, licence
     and, with `weights`, *.safetensors; never pickled weights, and *.py only with
@@ -32,7 +34,9 @@ def resolve_model(name: str, *, weights: bool = True, trust_remote_code: bool = 
     model that is not found, is gated, or cannot be reached.
     """
     if Path(name).expanduser().exists():
-        return _local(Path(name).expanduser())
+        path = _local(Path(name).expanduser())
+        file = gguf_source(path)
+        return dequantized(file) if file else path
     repository, _, revision = name.partition("@")
     if _looks_local(repository):
         raise InputError(
@@ -64,8 +68,7 @@ def resolve_model(name: str, *, weights: bool = True, trust_remote_code: bool = 
 
 
 def _local(path: Path) -> Path:
-    """A directory as it is; of a folder of the hub's cache its only snapshot; of a GGUF file its
-    dequantized directory."""
+    """A path as it is; of a folder of the hub's cache its only snapshot."""
     cached = snapshots(path)
     if len(cached) > 1:
         listed = " or ".join(shlex.quote(str(entry)) for entry in cached[:3])
@@ -74,18 +77,20 @@ def _local(path: Path) -> Path:
             hint=f"give one of them: {listed}",
             code="hub.several_snapshots",
         )
-    path = cached[0] if cached else path
-    file = gguf_source(path)
-    return dequantized(file) if file else path
+    return cached[0] if cached else path
 
 
 def open_for_plan(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
-    """A model for planning: of a directory what is there (see `open_headers`); of a hub name the
-    config and, by range requests of a few kilobytes, the headers of its shards.
+    """A model for planning: of a directory what is there (see `open_headers`); of a GGUF file what
+    its header says; of a hub name the config and, by range requests of a few kilobytes, the headers
+    of its shards.
 
     Raises InputError as `resolve_model` and `open_headers`.
     """
     local = Path(name).expanduser().exists()
+    file = gguf_source(_local(Path(name).expanduser())) if local else None
+    if file is not None:
+        return from_gguf(file)
     path = resolve_model(name, weights=False, trust_remote_code=trust_remote_code)
     refuse_adapter(path)
     if local or any(path.glob("*.safetensors")):

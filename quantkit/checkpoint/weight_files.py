@@ -6,10 +6,10 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from quantkit.checkpoint.headers import broken, read_json
+from quantkit.checkpoint.headers import broken, read_header, read_json
 from quantkit.errors import InputError
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -70,6 +70,35 @@ def unindexed(path: Path) -> list[Path]:
         if absent:
             raise broken(path / absent[0], "is absent, its neighbours are not", _MISSING)
     return found
+
+
+def missing_shard(path: Path, index_file: Path, weight_map: Mapping[str, str]) -> InputError:
+    """The refusal of an index that names absent shards, and what it says of the others there."""
+    named = sorted(set(weight_map.values()))
+    absent = [file for file in named if not os.path.lexists(path / file)]
+    others = strangers(path, weight_map)
+    if not others:
+        return broken(index_file, f"lists the shard {absent[0]}, which is absent", _MISSING)
+    held = {name for file in others for name in read_header(path / file)}
+    whole = set(weight_map) <= held
+    told = "hold every tensor that it names" if whole else "hold other tensors"
+    return InputError(
+        f"{index_file} names {len(named)} shards, of which {len(absent)} are absent (the first is "
+        f"{absent[0]}), while others lie beside it and {told}: {', '.join(others[:3])}"
+        f"{' …' if len(others) > 3 else ''}.",
+        hint=f"the index is of another model: remove it ({shlex.join(['rm', str(index_file)])}), "
+        "the shards are read without"
+        if whole
+        else "download the shards that it names again, or give the directory of another copy",
+        code=_MISSING,
+    )
+
+
+def strangers(path: Path, weight_map: Mapping[str, str]) -> list[str]:
+    """Files that an index does not name and that would be read as the model without it."""
+    listed = set(weight_map.values())
+    found = (file.name for file in path.glob("*.safetensors"))
+    return sorted(name for name in found if name not in listed and not _foreign(name))
 
 
 _MISSING = "checkpoint.missing_shard"

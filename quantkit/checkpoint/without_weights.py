@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,18 @@ from quantkit.checkpoint.directory import (
     read_weight_map,
     with_inverse_scales,
 )
+from quantkit.checkpoint.gguf_source import (
+    bf16_bytes,
+    config_of,
+    planning_note,
+    read_source,
+)
 from quantkit.checkpoint.network.config import text_config
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, weight_block
 from quantkit.checkpoint.network.sizes import sizes
 from quantkit.checkpoint.network.tensor_names import derived_names, is_known
 from quantkit.checkpoint.network.tensor_shapes import derived_shape
-from quantkit.checkpoint.weight_files import refuse_adapter
+from quantkit.checkpoint.weight_files import missing_shard, refuse_adapter, strangers
 from quantkit.errors import InputError
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -42,6 +51,8 @@ def open_headers(path: Path) -> Checkpoint:
     if index is not None:
         weight_map = read_weight_map(path, index)
         absent = {file for file in weight_map.values() if not os.path.lexists(path / file)}
+        if absent and strangers(path, weight_map):
+            raise missing_shard(path, index, weight_map)
         return _with_absent(path, weight_map, absent) if absent else open_checkpoint(path)
     if path.is_dir():
         refuse_adapter(path)
@@ -65,6 +76,28 @@ def from_config(path: Path, config: dict[str, Any]) -> Checkpoint:
     return Checkpoint(path, config, tensors, derived="config.json")
 
 
+def from_gguf(file: Path) -> Checkpoint:
+    """What a GGUF file will be once dequantized, by its header and the family's rules.
+
+    Raises InputError: `gguf.unreadable`, `gguf.architecture` (Transformers cannot read it) and
+    `plan.underivable` (no rules for the family: the plan needs the conversion).
+    """
+    held = read_source(file)
+    config = config_of(held)
+    if not is_known(config):
+        there = file.with_name(f"{file.stem}-bf16")
+        convert = [sys.executable, "-m", "quantkit.checkpoint.gguf_source", str(file.parent)]
+        raise InputError(
+            f"The names of the tensors of {file} cannot be derived for the family "
+            f"{config.get('model_type', 'unknown')!r}: a plan needs it dequantized "
+            f"({bf16_bytes(held) / 1e9:.2f} GB in BF16).",
+            hint=f"{shlex.join([*convert, file.name, str(there)])}  # then give {there} as MODEL",
+            code="plan.underivable",
+        )
+    derived = from_config(file, config)
+    return replace(derived, derived="the GGUF header", notes=(planning_note(held),))
+
+
 def _with_absent(path: Path, weight_map: Mapping[str, str], absent: set[str]) -> Checkpoint:
     config = read_model_config(path / "config.json")
     tensors: dict[str, TensorInfo] = {}
@@ -74,27 +107,9 @@ def _with_absent(path: Path, weight_map: Mapping[str, str], absent: set[str]) ->
         names = [name for name, place in weight_map.items() if place == file]
         tensors |= _derived(path / file, names, config, weight_map)
     ordered = {name: tensors[name] for name in weight_map if name in tensors}
-    notes = tuple(_strangers(path, weight_map, absent))
-    if len(absent) < len(set(weight_map.values())):
-        return Checkpoint(
-            path, config, ordered, derived="the index and present shards", notes=notes
-        )
-    return Checkpoint(path, config, ordered, derived="the index and config.json", notes=notes)
-
-
-def _strangers(path: Path, weight_map: Mapping[str, str], absent: set[str]) -> Iterator[str]:
-    """Says that shards lie there which the index does not name, while it names absent ones."""
-    listed = set(weight_map.values())
-    others = sorted(f.name for f in path.glob("*.safetensors") if f.name not in listed)
-    if not others:
-        return
-    held = {name for file in others for name in read_header(path / file)}
-    of_the_index = " and hold every tensor that it names" if set(weight_map) <= held else ""
-    yield (
-        f"the index names {len(absent)} shards that are missing (the first is "
-        f"{min(absent)}), while others lie here{of_the_index}: {', '.join(others[:3])}"
-        f"{' …' if len(others) > 3 else ''}; quantize will refuse this until the index fits"
-    )
+    present = len(absent) < len(set(weight_map.values()))
+    rest = "present shards" if present else "config.json"
+    return Checkpoint(path, config, ordered, derived=f"the index and {rest}")
 
 
 def _derived(

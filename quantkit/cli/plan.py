@@ -73,7 +73,7 @@ def show_plan(ui: Output, report: PlanReport) -> None:
             ("memory", f"about {estimate.memory / 1e9:.1f} GB"),
             *([("time", f"about {seconds['total']:.0f} s, by one measured layer")]
               if seconds else []),
-            *([("shapes", f"derived from {source.derived}: the weights are not here")]
+            *([("shapes", f"derived from {source.derived}: no weights were read")]
               if source.derived else []),
             *([("left out", f"{' and '.join(incomplete)}: their names are not derived, so they are "
                 "not in the ignore list; add model.safetensors.index.json")] if incomplete else []),

@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from quantkit.engines.names import renamed
+from quantkit.checkpoint.network.config import expert_count
+from quantkit.engines.names import expert_block, renamed
 from quantkit.engines.rules import Family, engines
 
 
@@ -34,8 +35,9 @@ def expanded(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     """
     given = list(names)
     plain = [n for n in given if not n.startswith("re:") and not any(c in n for c in "*?[")]
-    merged = merged_aliases(plain)
-    found = dict.fromkeys([*given, *merged, *_experts(plain)])
+    blocks = [*_whole_blocks(plain, expert_count(config)), *_fused_experts(plain)]
+    merged = merged_aliases([*plain, *blocks])  # a list that is expanded again stays as it is
+    found = dict.fromkeys([*given, *merged, *blocks])
     for engine in engines().values():
         family = engine.family(config)
         if not family.rename and not family.maps:
@@ -71,8 +73,27 @@ def _written_as(wanted: str, family: Family) -> str:
     return wanted if renamed(wanted, family.maps) == wanted else wanted.partition(".")[2] or wanted
 
 
-def _experts(names: Iterable[str]) -> list[str]:
-    """For experts stored in one tensor: the names by which an engine asks for a single one."""
-    blocks = {n.rpartition(".")[0] for n in names if n.endswith(".experts.gate_up_proj")}
+def _fused_experts(names: Iterable[str]) -> list[str]:
+    """For experts stored in one tensor: the block, and the names by which an engine asks for a
+    single one."""
+    first = (".gate_up_proj", ".input_linear")
+    blocks = {expert_block(name) for name in names if name.endswith(first)} - {None}
     leaves = ("gate_proj", "up_proj", "down_proj")
-    return [f"{block}.0.{leaf}" for block in sorted(blocks) for leaf in leaves]
+    return [
+        name
+        for block in sorted(map(str, blocks))
+        for name in (block, *(f"{block}.0.{leaf}" for leaf in leaves))
+    ]
+
+
+def _whole_blocks(names: Iterable[str], count: int) -> list[str]:
+    """The blocks of which all `count` experts are named, each with the same layers: some readers
+    know the block alone."""
+    named: dict[str, dict[str, set[str]]] = {}
+    for name in names:
+        block, found, rest = name.rpartition(".experts.")
+        number, dot, leaf = rest.partition(".")
+        if found and dot and number.isdigit():
+            named.setdefault(f"{block}.experts", {}).setdefault(leaf, set()).add(number)
+    whole = {str(number) for number in range(count)}
+    return [block for block, leaves in named.items() if all(n >= whole for n in leaves.values())]

@@ -113,6 +113,16 @@ def _layer(
 
 
 def _expert_block(part: LayerPart) -> str | None:
-    """`x.experts.7.up_proj` and `x.experts.up_proj` → `x.experts`; None for other modules."""
-    head, found, _ = part.name.rpartition(".experts.")
-    return f"{head}.experts" if found and part.kind in ("linear", "experts") else None
+    return expert_block(part.name) if part.kind in ("linear", "experts") else None
+
+
+def expert_block(name: str) -> str | None:
+    """`x.experts.7.up_proj` and `x.experts.up_proj` → `x.experts`; None for other modules.
+
+    Granite's `x_moe.input_linear` and `.output_linear` are `x_moe.experts` in the engines.
+    """
+    head, found, _ = name.rpartition(".experts.")
+    parent, _, leaf = name.rpartition(".")
+    if not found and leaf in ("input_linear", "output_linear") and parent.endswith("moe"):
+        return f"{parent}.experts"
+    return f"{head}.experts" if found else None

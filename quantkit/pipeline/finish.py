@@ -17,6 +17,7 @@ from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.request import Outcome, Request
 from quantkit.pipeline.seal import CARD, provenance, seal, write_json
 from quantkit.verification import EngineRequest, PlannedLayers, VerifyReport, Written, verify
+from quantkit.verification.configuration.completeness import faults
 
 
 def finish(
@@ -62,7 +63,11 @@ def finish(
     document = provenance(
         partial,
         plan,
-        source={"name": base or source.path.name, "fingerprint": fingerprint},
+        source={
+            "name": base or source.path.name,
+            "fingerprint": fingerprint,
+            **_source_faults(report),
+        },
         calibration=dict(calibration) if calibration else None,
         result=result,
         digests=dict(written.digests) if written else held.digests(),
@@ -72,6 +77,12 @@ def finish(
     write_json(partial / PROVENANCE, document)
     (partial / CARD).write_text(model_card(plan, source, base, document), encoding="utf-8")
     return Outcome(request.out, plan, report, document)
+
+
+def _source_faults(report: VerifyReport) -> dict[str, Any]:
+    """What the source lacked already, so that a later `verify` of the output alone knows it."""
+    found = [{"code": code, "where": where} for code, where in faults(report.findings)]
+    return {"faults": found} if found else {}
 
 
 def _asked(plan: Plan) -> EngineRequest | None:

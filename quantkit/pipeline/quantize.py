@@ -25,6 +25,7 @@ from quantkit.pipeline.plan import Plan, kept_layers, make_plan, refuse_beyond_d
 from quantkit.pipeline.publish import check_apart, check_space, check_target, staged
 from quantkit.pipeline.request import Outcome, Request
 from quantkit.pipeline.stream import check_stream, stream
+from quantkit.verification.configuration.completeness import refuse_incomplete
 
 if TYPE_CHECKING:
     from quantkit.calibration import CalibrationConfig, TokenFile
@@ -55,6 +56,7 @@ def _decide(request: Request, source: Checkpoint) -> Plan:
         trust_remote_code=request.trust_remote_code,
         state=request.checkpoint_save is not None,
     )
+    refuse_incomplete(source)
     if plan.backend.dense_only:
         refuse_beyond_dense(source, plan, request.model)
     if plan.backend.adapter is None:

@@ -92,7 +92,7 @@ def provenance(
     out: Path,
     plan: Plan,
     *,
-    source: dict[str, str],
+    source: dict[str, Any],
     calibration: dict[str, Any] | None,
     result: Result,
     digests: dict[str, str],

@@ -39,7 +39,7 @@ def measured_seconds(
     if source.derived or layers < len(_TRIALS):
         raise InputError(
             f"--measure times real layers, and of {source.path.name} "
-            + ("the weights are not here." if source.derived else f"there are {layers}."),
+            + ("no weights can be read yet." if source.derived else f"there are {layers}."),
             hint="leave out --measure, or give a directory with the weights",
             code="plan.measure",
         )

@@ -28,6 +28,8 @@ def check_engines(subject: QuantizedCheckpoint, asked: EngineRequest | None) -> 
     this = candidate(subject)
     gpu = gpu_named(asked.gpu) if asked and asked.gpu else None
     names = asked.engines if asked else tuple(engines())
+    # A draft layer so declared stops the engine only once it is asked to speculate with it.
+    stranded = any(map(subject.is_float, subject.declaration.layers))
     for verdict in judge(this, names, asked.sizes if asked else (1,), gpu):
         told = asked is not None or (verdict.loads or _reads(engines()[verdict.engine], this))
         for caution in verdict.cautions if told else ():
@@ -35,7 +37,7 @@ def check_engines(subject: QuantizedCheckpoint, asked: EngineRequest | None) -> 
         for note in verdict.notes if told else ():
             yield info("engine.note", note, "")
         if verdict.loads:
-            if asked:
+            if asked and not stranded:
                 yield info("engine.loads", f"{verdict.title} (rules of {verdict.version})", "")
         elif asked:
             yield from _findings(verdict, error)

@@ -123,9 +123,11 @@ def _check(
     findings += _check_something_is_quantized(subject)
     declared, broken = check_declared(subject)
     findings += declared
-    findings += completeness.check_completeness(subject, base.checkpoint if base else None)
-    findings += check_structure(subject, broken)
     seal, malformed = digests.read_seal(checkpoint)
+    findings += completeness.check_completeness(
+        subject, base.checkpoint if base else None, seal.source_faults if seal else ()
+    )
+    findings += check_structure(subject, broken)
     findings += malformed
     plan = plan or (seal.plan if seal else None)
     if plan is not None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,10 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.backends.registry import load_recipe
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
+from quantkit.checkpoint.gguf import open_gguf
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
 from quantkit.errors import InputError
 from quantkit.formats.registry import detect
 from quantkit.pipeline.plan import Plan, make_plan
+from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.request import Request
+from quantkit.verification import verify
 from quantkit.verification.files.sidecars import check_alone
 from tests.support.helpers import edit_json, edit_tensors
 
@@ -229,15 +235,32 @@ def test_a_cache_folder_means_its_only_snapshot(model: Path, tmp_path: Path) -> 
     assert caught.value.code == "hub.several_snapshots"
 
 
-def test_a_plan_says_that_the_index_does_not_fit_the_shards(model: Path) -> None:
+def write_index(model: Path, names: Iterable[str], file: str) -> None:
+    document = {"weight_map": dict.fromkeys(names, file)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_index_of_other_shards_is_refused_by_plan_and_quantize(model: Path, whole: bool) -> None:
+    before = planned(model)[0].tensors
+    write_index(model, [*before, *([] if whole else ["lost"])], "model-00001-of-00009.safetensors")
+    error = fails(model)
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(model)
+    assert (error.message, error.hint) == (caught.value.message, caught.value.hint)
+    assert error.code == "checkpoint.missing_shard"
+    assert "model-00001-of-00009.safetensors" in error.message
+    assert ("hold every tensor" in error.message) == whole
+    if whole:
+        subprocess.run(shlex.split(error.hint.partition("(")[2].partition(")")[0]), check=True)
+        assert planned(model)[0].tensors == before
+
+
+def test_an_index_alone_or_beside_mistrals_copy_is_planned(model: Path) -> None:
     names = planned(model)[0].tensors
-    weight_map = dict.fromkeys(names, "model-00001-of-00009.safetensors")
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    notes = " ".join(planned(model)[1].notes)
-    assert "model-00001-of-00009.safetensors" in notes
-    assert "hold every tensor" in notes
-    (model / "model.safetensors").unlink()
-    assert not planned(model)[1].notes
+    write_index(model, names, "model-00001-of-00009.safetensors")
+    (model / "model.safetensors").rename(model / "consolidated.safetensors")
+    assert planned(model)[1].layers
 
 
 @pytest.mark.parametrize("name", ["TokenizersBackend", "PreTrainedTokenizerFast"])
@@ -278,3 +301,80 @@ def test_a_gguf_that_is_no_source_is_named(
         error = fails(path)
         assert error.code == code
         assert "tiny.gguf" in error.message
+
+
+def tiny_gguf(file: Path) -> None:
+    """A Llama of two layers in Q8_0 with a byte-level tokenizer of its own."""
+    import gguf
+    import numpy as np
+    from gguf import GGMLQuantizationType as Kind
+
+    file.parent.mkdir(exist_ok=True)
+    letters = [chr(0x61 + n) for n in range(126)]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(32)
+    writer.add_vocab_size(130)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", *letters, "ab", "cd"])
+    writer.add_token_types([3, 3, *([1] * 128)])
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    attention = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (64, 64))
+    inner = {"ffn_gate": (128, 64), "ffn_up": (128, 64), "ffn_down": (64, 128)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (130, 64), "output": (130, 64), "output_norm": (64,),
+    }  # fmt: skip
+    for layer in range(2):
+        for leaf, shape in (attention | inner | {"attn_norm": (64,), "ffn_norm": (64,)}).items():
+            shapes[f"blk.{layer}.{leaf}"] = shape
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = random.standard_normal(shape, dtype=np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", np.ones(shape, dtype=np.float32))
+        else:
+            packed = gguf.quants.quantize(values, Kind.Q8_0)
+            writer.add_tensor(f"{name}.weight", packed, raw_dtype=Kind.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_is_planned_by_its_header_and_quantized_as_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "in" / "tiny.gguf"
+    tiny_gguf(file)
+    source, plan = planned(file)
+    assert not (tmp_path / "cache").exists()
+    assert any("tiny.gguf (Q8_0, F32): quantize dequantizes" in note for note in plan.notes)
+    free = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: free._replace(free=1_000))
+        with pytest.raises(InputError) as caught:
+            resolve_model(str(file))
+    assert caught.value.code == "gguf.no_space"
+    out = tmp_path / "out"
+    request = Request(model=str(file), recipe=load_recipe("rtn_fp8_dynamic"), out=out)
+    outcome = quantize(request, Mock())
+    assert outcome.plan.layers == plan.layers
+    assert outcome.plan.kept.keys() == plan.kept.keys()
+    assert any("tiny.gguf (Q8_0, F32; SHA-256" in note for note in outcome.plan.notes)
+    made = resolve_model(str(file.parent))
+    shapes = {name: info.shape for name, info in open_checkpoint(made).tensors.items()}
+    assert shapes == {name: info.shape for name, info in source.tensors.items()}
+    held = open_gguf(file.parent).tensors["blk.1.ffn_down.weight"].values()
+    read = open_checkpoint(made).tensor("model.layers.1.mlp.down_proj.weight")
+    assert torch.equal(read, torch.from_numpy(held).bfloat16())
+    assert verify(out, made).ok
+    assert verify(out).ok

@@ -51,7 +51,7 @@ def members(layer: EngineLayer, family: Family) -> tuple[str, ...]:
 def expert_names(layer: EngineLayer) -> list[str]:
     """The names by which compressed-tensors configurations are asked about a block of experts."""
     leaves = dict.fromkeys(part.name.rpartition(".")[2] for part in layer.parts)
-    if "gate_up_proj" in leaves:
+    if not leaves.keys().isdisjoint(("gate_up_proj", "input_linear")):
         leaves = dict.fromkeys(("gate_proj", "up_proj", "down_proj"))
     return [f"{layer.name}.0.{leaf}" for leaf in leaves]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -109,13 +109,16 @@ def auto_round(family: Family, candidate: Loadable) -> SettingsReader:
             return of(layer.name, True)
         inside = not layer.head and (not starts or layer.name.startswith(tuple(starts)))
         if layer.experts:
-            found = {of(name, inside) for name in extra if name.startswith(layer.name)}
-            return MIXED if len(found) > 1 else next(iter(found), of(layer.name, inside))
-        found = {of(name, inside) for name in members(layer, family)}
-        settled = {(b.quantized, b.settings) for b in found}
-        return MIXED if len(settled) > 1 else next(iter(found))
+            found = [of(name, inside) for name in extra if name.startswith(layer.name)]
+            return _agreed(found or [of(layer.name, inside)])
+        return _agreed([of(name, inside) for name in members(layer, family)])
 
     return read
+
+
+def _agreed(found: Sequence[Reading]) -> Reading:
+    """What all say; the entries by which they say it may differ."""
+    return found[0] if len({(b.quantized, b.settings) for b in found}) == 1 else MIXED
 
 
 def _flat(listed: Any) -> list[str]:

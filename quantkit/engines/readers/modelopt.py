@@ -43,6 +43,8 @@ def modelopt(family: Family, candidate: Loadable, *, substring: bool) -> Setting
 
     def anywhere(name: str) -> str | None:
         short = name.removeprefix("language_model.")
+        if not substring and not plain.isdisjoint((name, short)):
+            return name if name in plain else short
         for entry, pattern in globs:
             if substring and (entry in name or entry in short):
                 return entry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,13 @@ from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import is_tied, text_config
 from quantkit.checkpoint.network.modules import layer_index
 from quantkit.checkpoint.tensors import same_bytes
+from quantkit.errors import InputError
 from quantkit.formats.quantized import QuantizedCheckpoint, as_subject
+from quantkit.formats.registry import writer_named
 from quantkit.verification.findings import Finding, error
+
+Fault = tuple[str, str | None]
+"""Code and place of a finding."""
 
 _COPY_AGAIN = "export the checkpoint again, and verify it with --source MODEL"
 _INPUT_IS_HIDDEN = {
@@ -23,17 +28,44 @@ _OUTPUT_IS_HIDDEN = {"o_proj", "down_proj", "w2"}
 _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_layers")
 
 
-def check_completeness(subject: QuantizedCheckpoint, source: Checkpoint | None) -> list[Finding]:
+def check_completeness(
+    subject: QuantizedCheckpoint, source: Checkpoint | None, sealed: Collection[Fault] = ()
+) -> list[Finding]:
     """Findings on missing layers, modules, embeddings and heads, and on impossible shapes.
 
     What a known source lacks too (its promised multi-token-prediction layers, parts that were
-    pruned) is worth a warning only.
+    pruned) is worth a warning only; without it what quantkit.json says of it (`sealed`).
     """
     found = _check(subject)
-    if source is None or not found:
+    if not found:
         return found
-    before = {(f.code, f.where) for f in _check(as_subject(source, subject.layout))}
-    return [replace(f, severity="warning") if (f.code, f.where) in before else f for f in found]
+    before = set(sealed)
+    if source is not None:
+        before = set(faults(_check(as_subject(source, subject.layout))))
+    return [replace(f, severity="warning") if _fault(f) in before else f for f in found]
+
+
+def faults(findings: Iterable[Finding]) -> list[Fault]:
+    """The findings of this check in the form in which quantkit.json keeps them."""
+    return [_fault(f) for f in findings if f.code.startswith("complete.")]
+
+
+def _fault(finding: Finding) -> Fault:
+    return finding.code, finding.where
+
+
+def refuse_incomplete(source: Checkpoint) -> None:
+    """InputError (`plan.incomplete`) for a 16-bit source that no engine can start from, as far as
+    its headers tell: a layer, the embedding, the final norm or an untied head is nowhere."""
+    subject = as_subject(source, writer_named("compressed-tensors"))
+    text = text_config(source.config)
+    found = [*_check_layers(_by_layer(subject, text), text), *_check_ends(subject, text)]
+    if found:
+        raise InputError(
+            f"{source.path} is no whole model: {'; '.join(f.message for f in found)}.",
+            hint="take config.json and weights from the same model, as it was published",
+            code="plan.incomplete",
+        )
 
 
 def _check(subject: QuantizedCheckpoint) -> list[Finding]:
@@ -43,6 +75,7 @@ def _check(subject: QuantizedCheckpoint) -> list[Finding]:
         *_check_layers(layers, text),
         *_check_peers(layers, text),
         *_check_ends(subject, text),
+        *_check_tied_head(subject),
         *_check_mtp(subject, text),
         *_check_shapes(subject, text),
     ]
@@ -153,15 +186,15 @@ def _check_ends(subject: QuantizedCheckpoint, text: Mapping[str, Any]) -> Iterat
             "config.json says that the output head is not tied, and the checkpoint has none",
             "restore tie_word_embeddings of the source's config.json, or export the head",
         )
-    if heads and tied:
-        yield from _check_tied_head(subject, heads, kinds["embedding"])
 
 
-def _check_tied_head(
-    subject: QuantizedCheckpoint, heads: list[str], embeddings: list[str]
-) -> Iterator[Finding]:
+def _check_tied_head(subject: QuantizedCheckpoint) -> Iterator[Finding]:
     """A tied head that is written out must be the embedding."""
-    for head in heads:
+    if not is_tied(subject.checkpoint.config):
+        return
+    modules = subject.modules.items()
+    embeddings = [name for name, module in modules if module.kind == "embedding"]
+    for head in (name for name, module in modules if module.kind == "head"):
         weight = subject.parts[head].get("weight")
         rows = [subject.parts[e]["weight"] for e in embeddings if "weight" in subject.parts[e]]
         same_shape = [e for e in rows if weight is not None and e.shape == weight.shape]

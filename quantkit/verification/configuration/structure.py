@@ -32,7 +32,7 @@ def check_structure(subject: QuantizedCheckpoint, broken: set[str]) -> list[Find
 def _check_kinds(subject: QuantizedCheckpoint) -> Iterator[Finding]:
     by_kind: dict[str, list[str]] = defaultdict(list)
     for name in subject.declaration.layers:
-        if name in subject.modules:
+        if name in subject.modules and not subject.is_float(name):
             by_kind[subject.modules[name].kind].append(name)
     for name in by_kind["router"]:
         yield error(

@@ -45,6 +45,8 @@ class Seal:
     plan: PlannedLayers | None
     calibration: Mapping[str, Any] | None
     needs_calibration: bool
+    source_faults: frozenset[tuple[str, str | None]] = frozenset()
+    """Code and place of what the source lacked already."""
 
 
 def read_seal(checkpoint: Sealed) -> tuple[Seal | None, list[Finding]]:
@@ -91,7 +93,22 @@ def _parse(document: dict[str, Any]) -> Seal:
         name for name, scheme in SCHEMES.items()
         if scheme.input and scheme.input.granularity == "tensor" and not scheme.input.dynamic
     }  # fmt: skip
-    return Seal(tensors, files, plan, calibration, not names.isdisjoint(static))
+    needs = not names.isdisjoint(static)
+    return Seal(tensors, files, plan, calibration, needs, _source_faults(document))
+
+
+def _source_faults(document: Mapping[str, Any]) -> frozenset[tuple[str, str | None]]:
+    source = document.get("source")
+    listed = source.get("faults") or [] if isinstance(source, dict) else []
+    if not isinstance(listed, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("code"), str) for entry in listed
+    ):
+        raise ValueError("source.faults is no list of findings")
+    return frozenset((entry["code"], _text(entry.get("where"))) for entry in listed)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _digests(document: Mapping[str, Any], key: str) -> dict[str, str]:
