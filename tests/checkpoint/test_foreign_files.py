@@ -327,14 +327,20 @@ def tiny_gguf(file: Path) -> None:
     writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    attention = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (64, 64))
-    inner = {"ffn_gate": (128, 64), "ffn_up": (128, 64), "ffn_down": (64, 128)}
+    attention: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("attn_q", "attn_k", "attn_v", "attn_output"), (64, 64)
+    )
+    inner: dict[str, tuple[int, ...]] = {
+        "ffn_gate": (128, 64),
+        "ffn_up": (128, 64),
+        "ffn_down": (64, 128),
+    }
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd": (130, 64), "output": (130, 64), "output_norm": (64,),
     }  # fmt: skip
+    block = attention | inner | {"attn_norm": (64,), "ffn_norm": (64,)}
     for layer in range(2):
-        for leaf, shape in (attention | inner | {"attn_norm": (64,), "ffn_norm": (64,)}).items():
-            shapes[f"blk.{layer}.{leaf}"] = shape
+        shapes |= {f"blk.{layer}.{leaf}": shape for leaf, shape in block.items()}
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
         values = random.standard_normal(shape, dtype=np.float32)

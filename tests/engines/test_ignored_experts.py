@@ -146,8 +146,9 @@ def test_granites_experts_are_listed_by_the_engines_names() -> None:
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_16_bit_draft_layer_is_neither_quantized_nor_loaded(tmp_path: Path, listed: bool) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 128}
-    network = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_attention_heads=2))  # type: ignore[no-untyped-call]
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    sizes |= {"vocab_size": 128, "num_attention_heads": 2}
+    network = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))  # type: ignore[no-untyped-call]
     network.bfloat16().save_pretrained(tmp_path / "model")
     out = rtn(tmp_path / "model", tmp_path / "out", SCHEMES["fp8_dynamic"])
     (out / "model.safetensors.index.json").unlink(missing_ok=True)

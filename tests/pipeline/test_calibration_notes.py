@@ -11,9 +11,8 @@ import pytest
 
 from quantkit.backends.process.job import NO_DATA, Result
 from quantkit.cli.output import Output
-from quantkit.cli.plan import chosen_recipe
 from quantkit.pipeline import quantize as pipeline
-from quantkit.pipeline.request import Request
+from quantkit.pipeline.request import Request, chosen_recipe
 
 
 @pytest.mark.parametrize("identifiers", [True, False])
