@@ -125,7 +125,7 @@ def test_the_command_line_lists_checks_and_refuses() -> None:
     assert run.code == 3
     assert "not made yet" in run.out
     refused(quantkit("env", "create", "nosuch"), 1, "msmodelslim")
-    pins = ROOT / "quantkit" / "environments" / "msmodelslim.txt"
+    pins = ROOT / "quantkit" / "backends" / "environments" / "msmodelslim.txt"
     refused(
         quantkit("env", "create", "msmodelslim", "--wheels", "nowhere"), 1,
         f"hint: pip download --dest nowhere --requirement {pins}",

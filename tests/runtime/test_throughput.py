@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantkit.backends.process.float32_products import slow_bfloat16
 from quantkit.runtime.load import load
 from quantkit.validation.subjects import throughput
 from quantkit.validation.subjects.throughput import Clock, measure
@@ -52,9 +53,11 @@ def test_memory_counts_each_weight_once(small_model: Path, artifact: Callable[[s
     assert found == pytest.approx(2 * stored, rel=0.01)  # float32; the head is the embedding
     path = artifact("llmcompressor/w4a16")
     quantized = load(path, kernel="reference").memory_bytes
+    # Where the CPU multiplies bfloat16, the head lies in oneDNN's arrangement beside the embedding.
+    head = 0 if slow_bfloat16() else 2 * 4096 * 576
     assert quantized == pytest.approx(
-        sum(f.stat().st_size for f in path.glob("*.safetensors")) + 2 * 4096 * 576, rel=0.05
-    )  # the head in oneDNN's arrangement beside the embedding
+        sum(f.stat().st_size for f in path.glob("*.safetensors")) + head, rel=0.05
+    )
 
 
 def test_a_streamer_sees_the_prompts_and_every_step(small_model: Path) -> None:
