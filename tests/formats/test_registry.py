@@ -40,9 +40,7 @@ def test_detection_refuses_what_it_does_not_know(
     both = copy_checkpoint(artifact("llmcompressor/w8a8"), tmp_path / "both")
     side = (artifact("modelopt/fp8_kv") / "hf_quant_config.json").read_text()
     (both / "hf_quant_config.json").write_text(side)
-    with pytest.raises(
-        InputError, match=r"contradict each other: .*compressed-tensors.*modelopt"
-    ) as caught:
+    with pytest.raises(InputError, match=r"contradict each other: .*modelopt") as caught:
         detect(open_checkpoint(both))
     assert caught.value.code == "format.contradiction"
 

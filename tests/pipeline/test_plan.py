@@ -66,7 +66,7 @@ def test_towers_and_mtp_layers_are_found_by_structure(small_model: Path, tmp_pat
     model = copy_checkpoint(small_model, tmp_path / "model")
     edit_json(model / "config.json", lambda c: c.update(num_hidden_layers=2))
     added = ("visual.blocks.0.mlp.fc1.weight", "mtp.0.proj.weight")
-    edit_tensors(model, lambda t: t.update(dict.fromkeys(added, torch.zeros(8, 4))))
+    edit_tensors(model, lambda t: t.update({name: torch.zeros(8, 4) for name in added}))
     plan = plan_for(model)
     assert plan.kept["visual.blocks.0.mlp.fc1"].startswith("tower")
     assert plan.kept["mtp.0.proj"].startswith("mtp")
