@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantkit.backends.environments.device import has_nvidia_gpu
 from quantkit.backends.environments.managed import create, spec_named
+from quantkit.backends.process.float32_products import slow_bfloat16
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.errors import BackendError, InputError
@@ -70,7 +71,9 @@ def test_vllm_loads_and_agrees_with_the_builtin_runtime(
     """On all layers: the perplexity of a cut network is in the millions, and 1 % of it is noise.
 
     Quantized activations turn any rounding into steps of whole codes. What that noise is, the
-    builtin runtime's distance from itself with float32 activations says: vLLM is as near.
+    builtin runtime's distance from itself with float32 activations says: vLLM is as near. Where the
+    builtin one multiplies in float32, it is nearer: vLLM's AVX2 operators are off by 1.3 to 1.5 ×
+    as much (`vllm_ops/cpu.py`).
     """
     made = rtn(demo_model, tmp_path / "made", CASES[case])
     tokenizer = load_tokenizer(read_tokenizer_info(made))
@@ -93,7 +96,8 @@ def test_vllm_loads_and_agrees_with_the_builtin_runtime(
     judge = Builtin(load(made, device="cpu", dtype="float32"), 0.0)
     exact = judge.logprobs(windows[:2])
     noise = np.abs(ours[:2] - exact)
-    assert np.abs(theirs[:2] - exact).mean() < 1.25 * noise.mean()
+    as_near = 1.6 if slow_bfloat16() else 1.25
+    assert np.abs(theirs[:2] - exact).mean() < as_near * noise.mean()
     assert [len(ids) for ids in answers] == [2, 2, 2]
     tie = 2 * float(np.quantile(noise, 0.99))
     assert same_or_tied(judge, prompts, builtin.generate(prompts, 2), answers, tie)

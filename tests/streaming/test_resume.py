@@ -193,8 +193,10 @@ def sharded_files(source: Path) -> int:
     items = sorted(load_file(last).items())
     half = len(items) // 2
     save_file(dict(items[:half]), last)
-    save_file(dict(items[half:]), source / "model-00005-of-00005.safetensors")
-    (source / "model.safetensors.index.json").unlink()
+    added = "model-00005-of-00005.safetensors"
+    save_file(dict(items[half:]), source / added)
+    moved = dict.fromkeys((name for name, _ in items[half:]), added)
+    edit_json(source / "model.safetensors.index.json", lambda i: i["weight_map"].update(moved))
     return len(open_checkpoint(source).files)
 
 
