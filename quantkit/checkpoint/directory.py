@@ -77,9 +77,14 @@ class Checkpoint:
         return found if isinstance(found, dict) else None
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, by name."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @cached_property
     def modules(self) -> list[Module]:
         """Every module with a weight, as names and shapes tell; of a 16-bit checkpoint."""
-        return classify({name: info.shape for name, info in self.tensors.items()}, self.config)
+        return classify(self.shapes, self.config)
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:

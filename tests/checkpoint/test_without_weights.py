@@ -293,4 +293,8 @@ def test_time_is_estimated_from_real_layers(tmp_path: Path) -> None:
     assert seconds["total"] == pytest.approx(seconds["once"] + 12 * seconds["per_layer"], abs=0.2)
     assert seconds["total"] > 0
     bare = index_only(real, tmp_path / "index")
-    refused(quantkit("plan", bare, "--method", "rtn_fp8_dynamic", "--measure"), 1, "no weights can be read")
+    refused(
+        quantkit("plan", bare, "--method", "rtn_fp8_dynamic", "--measure"),
+        1,
+        "no weights can be read",
+    )

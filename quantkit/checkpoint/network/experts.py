@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,14 +45,13 @@ def input_first(
 def held_input_first(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> bool:
     """Whether a fused tensor of this unpacked shape holds inputs first; where nothing tells, it is
     taken as it lies (`verify` warns of that)."""
-    shapes = {other: info.shape for other, info in checkpoint.tensors.items()} | {name: shape}
+    shapes = ChainMap({name: shape}, checkpoint.shapes)
     return bool(input_first(shapes, checkpoint.config, name))
 
 
 def stored_transposed(tensor: TensorInfo, checkpoint: Checkpoint) -> bool:
     """Whether a fused expert tensor holds experts as [in, out]; InputError when nothing tells."""
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    found = input_first(shapes, checkpoint.config, tensor.name)
+    found = input_first(checkpoint.shapes, checkpoint.config, tensor.name)
     if found is None:
         hidden = text_config(checkpoint.config).get("hidden_size")
         what = f"does not show which dimension is the input (the hidden size is {hidden})"

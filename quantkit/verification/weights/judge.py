@@ -51,6 +51,9 @@ _MOST_SUSPECTS = 64
 _CELL_DB = {8: 10.0, 4: 0.0, 3: 0.0}
 """Bits → SQNR under which a group is garbage where the rest of its row is sound."""
 
+_REST_DB = {8: 17.0, 4: 10.0, 3: 10.0}
+"""Bits → SQNR over which the rest of a row is sound."""
+
 _COLUMN_TOLERANCE = 0.3
 _ALIGNED = 0.85
 """cos² between target and actual above which a cell is a scaled copy of what it should be."""
@@ -115,7 +118,7 @@ def garbled(
         return _unlike("rows", strange.unsqueeze(1), of_rows, f"row {worst}", worst)
     rest = tuple(one - part for one, part in zip(whole, cells, strict=True))
     rest_db = _decibels(rest[0], rest[1], rest[2])
-    lost = (of_cells < _CELL_DB[bits]) & (rest_db > _SUSPECT_DB[bits] + 7)
+    lost = (of_cells < _CELL_DB[bits]) & (rest_db > _REST_DB[bits])
     if bits < 8:
         lost &= _cosine(*cells) < _CHANCE_OF_CELLS / (width / cells[0].shape[1]) ** 0.5
         lost &= of_cells.median(0, keepdim=True).values > _SUSPECT_DB[bits]

@@ -115,8 +115,7 @@ class SourceModel:
         return len(whole.shape) == 3 and self._input_first(whole) is None
 
     def _input_first(self, info: TensorInfo) -> bool | None:
-        shapes = {name: other.shape for name, other in self.checkpoint.tensors.items()}
-        return input_first(shapes, self.checkpoint.config, info.name)
+        return input_first(self.checkpoint.shapes, self.checkpoint.config, info.name)
 
     def weight(self, parts: list[SourcePiece]) -> torch.Tensor:
         """The pieces' rows together, [out, in], in the dtype of the file (dequantized: float32)."""
