@@ -28,7 +28,7 @@ def make_env(tmp_path: Path, pip: str) -> subprocess.CompletedProcess[str]:
     python.write_text(PYTHON)
     python.chmod(0o755)
     return subprocess.run(
-        ["make", "env", f"VENV={tmp_path / 'env'}", f"PYTHON={python}"],
+        ["make", "--no-print-directory", "env", f"VENV={tmp_path / 'env'}", f"PYTHON={python}"],
         cwd=ROOT, env={**os.environ, "PIP": pip, "MAKEFLAGS": ""}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip

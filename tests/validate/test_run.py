@@ -118,10 +118,13 @@ def test_another_build_of_an_engine_has_a_cache_of_its_own(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("quantkit.validation.subjects.engines.computing", lambda: "")
     assert engine_build("transformers") == ""
     for reason, build in {"not made": "", None: spec_named("vllm").path.name}.items():
         monkeypatch.setattr("quantkit.runtime.vllm_ops.cpu.missing", lambda why=reason: why)
         assert engine_build("builtin") == build
+    monkeypatch.setattr("quantkit.validation.subjects.engines.computing", lambda: "in float32")
+    assert engine_build("builtin") == f"{spec_named('vllm').path.name} in float32"
     with pytest.raises(BackendError, match="not made yet"):
         engine_build("vllm")
     python = spec_named("vllm").python
