@@ -16,7 +16,7 @@ from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.checkpoint.directory import Checkpoint, read_json
-from quantkit.checkpoint.network.config import expert_count, positions
+from quantkit.checkpoint.network.config import experts_per_token, positions
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.recipe.gates import Gate, parse_gate
 from quantkit.validation.ask.cachefile import BaselineCache
@@ -291,8 +291,8 @@ def _gates(
     """The scheme's gates, the recipe's and the command's (of a metric the last one counts), and
     warnings of what the recipe loosens."""
     recipe = (candidate.provenance or {}).get("recipe") or {}
-    mixture = expert_count(candidate.baseline.config) > 0
-    defaults = default_gates({layer.scheme for layer in integrity.layers}, mixture=mixture)
+    chosen = experts_per_token(candidate.baseline.config)
+    defaults = default_gates({layer.scheme for layer in integrity.layers}, chosen)
     stated = [parse_gate(text, "recipe") for text in recipe.get("gates") or []]
     counted, warnings = accepted(stated, defaults)
     return chosen_gates(defaults, counted, asked), warnings
