@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "quantkit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"__init__", "errors", "paths"}
+GROUND = {"__init__", "errors"}
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("engines",),

@@ -25,8 +25,8 @@ from quantkit.calibration.tokenizer import (
     read_tokenizer_info,
 )
 from quantkit.calibration.unnatural import MARKERS, Observed, turn_marker
+from quantkit.checkpoint.paths import cache_dir
 from quantkit.errors import InputError
-from quantkit.paths import cache_dir
 
 if TYPE_CHECKING:
     import numpy as np
