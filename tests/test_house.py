@@ -202,7 +202,7 @@ FLAGS = {
     "launch": {"--engine", "--tp", "--exec", "--json"},
     "platforms": {"--method", "--gpu", "--json"},
     "kernels": {"--kernel", "--device", "--json"},
-    "demo": {"--method", "--out", "--set", "--json"},
+    "demo": {"--method", "--out", "--set", "--moe", "--json"},
 }  # fmt: skip
 """Scripts depend on these: a flag is added here on purpose or not at all."""
 
