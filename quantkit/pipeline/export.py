@@ -3,7 +3,7 @@ amounts to."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
         method="export",
         model=str(source.path.resolve()),
         out="",
-        scheme={},
+        scheme=None,
         device=resolve_device(request.device),
         restore=str(request.restore.resolve()),
         trust_remote_code=request.trust_remote_code,
@@ -81,9 +81,9 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
         job = replace(
             job,
             method=recipe.name,
-            scheme=asdict(recipe.resolved_scheme()),
+            scheme=recipe.resolved_scheme(),
             kv_cache=recipe.kv_cache,
-            layers={name: asdict(scheme) for name, scheme in plan.layers.items()},
+            layers=dict(plan.layers),
             keep=kept_layers(source, plan),
             options=recipe.options,
             shard_size=recipe.shard_bytes(),

@@ -7,7 +7,7 @@ refused is refused before the long job; nothing appears under the output's name 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,9 +213,9 @@ def _job(
         method=recipe.name,
         model=str(source.path.resolve()),
         out="",
-        scheme=asdict(recipe.resolved_scheme()),
+        scheme=recipe.resolved_scheme(),
         kv_cache=recipe.kv_cache,
-        layers={name: asdict(scheme) for name, scheme in plan.layers.items()},
+        layers=dict(plan.layers),
         keep=kept_layers(source, plan),
         options=recipe.options,
         tokens=str(tokens.path) if tokens else None,
