@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import GgufFile, GgufTensor, open_gguf
-from quantkit.checkpoint.network.config import is_tied, text_config
+from quantkit.checkpoint.network.config import is_tied
+from quantkit.checkpoint.network.families import family_of
+from quantkit.checkpoint.network.language import text_config
 from quantkit.errors import InputError
 from quantkit.verification.files.digests import check_seal, read_seal
 from quantkit.verification.findings import (
@@ -46,9 +48,6 @@ _FROM_CONFIG = {
     "vocab_size": "vocab_size",
 }
 """Key of the file without its architecture → key of the source's config."""
-_PERMUTED = ("llama",)
-_PLAIN = (*_PERMUTED, "qwen2", "qwen3", "mistral3", "phi3", "olmo2")
-"""Architectures whose other weights are stored as the source has them."""
 _FLOORS = {"8": 16.0, "6": 16.0, "5": 12.0, "4": 9.0, "3": 6.5, "2": 0.0}
 """First digit of a type's name → SQNR in dB under which a tensor counts as broken."""
 _RELATIVE = 1e-5
@@ -83,7 +82,7 @@ def verify_gguf(
     report.findings += malformed
     if seal is not None:
         report.findings += check_seal(held, seal)
-    if source is None or held.architecture not in _PLAIN:
+    if source is None or not family_of(held.architecture).gguf:
         report.findings += _check_values(held)
     if source is not None and not report.errors:
         base = open_checkpoint(source)
@@ -202,7 +201,7 @@ def _compare(
             report.findings.append(
                 error("plan.not_quantized", f"{module} was to be quantized and is {kind}", AGAIN)
             )
-    if held.architecture not in _PLAIN:
+    if not family_of(held.architecture).gguf:
         said = f"values of the architecture {held.architecture} are not compared with the source"
         report.findings.append(info("gguf.values_not_compared", said, "evaluate it in llama.cpp"))
         return
@@ -280,7 +279,7 @@ def source_values(held: GgufFile, pair: Pair) -> torch.Tensor:
 
 def _heads(held: GgufFile, name: str) -> int:
     """Heads whose rows are permuted in this tensor, 0 when they are not."""
-    if held.architecture not in _PERMUTED:
+    if family_of(held.architecture).gguf != "permuted":
         return 0
     arch, count = held.architecture, held.metadata[f"{held.architecture}.attention.head_count"]
     if ".q_proj." in name:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint, read_json
-from quantkit.checkpoint.network.config import positions, text_config
+from quantkit.checkpoint.network.config import positions
+from quantkit.checkpoint.network.language import text_config
 from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
 from quantkit.formats.registry import detect, is_quantized
