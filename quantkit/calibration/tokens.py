@@ -25,6 +25,7 @@ from quantkit.calibration.tokenizer import (
     read_tokenizer_info,
 )
 from quantkit.calibration.unnatural import MARKERS, Observed, turn_marker
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 from quantkit.paths import cache_dir
 
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 ALGORITHM = 3
 """Raised whenever the same input would give other tokens."""
 PREVIEW_CHARS = 500
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass

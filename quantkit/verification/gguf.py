@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from quantkit.checkpoint.gguf import GgufFile, GgufTensor, open_gguf
 from quantkit.checkpoint.network.config import is_tied
 from quantkit.checkpoint.network.families import family_of
 from quantkit.checkpoint.network.language import text_config
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 from quantkit.verification.files.digests import check_seal, read_seal
 from quantkit.verification.findings import (
@@ -65,7 +66,7 @@ def verify_gguf(
     path: Path,
     source: Path | None,
     plan: PlannedLayers | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> VerifyReport:
     """`verify` for a directory that holds one GGUF file; see there."""
     start = time.monotonic()
@@ -188,7 +189,7 @@ def _compare(
     held: GgufFile,
     base: Checkpoint,
     plan: PlannedLayers | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     """Every tensor of the source against what is stored under llama.cpp's name of it."""
     pairs, findings = source_pairs(held, base)

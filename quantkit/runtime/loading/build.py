@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,13 +9,12 @@ from torch import nn
 
 from quantkit.checkpoint.network.config import is_tied
 from quantkit.checkpoint.network.families import family_of
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 from quantkit.runtime.linear.modules import PlainLinear
 from quantkit.runtime.loading.make_layers import LayerMaker
 from quantkit.runtime.loading.memory import release
 from quantkit.runtime.network.decoder import Block, CacheScales, Decoder, Shape
-
-Progress = Callable[[int, int], None]
 
 
 def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = None) -> Decoder:
