@@ -16,6 +16,7 @@ from quantkit.backends.registry import MODELOPT, Backend
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import resolve_model
 from quantkit.checkpoint.network.modules import classify, linear_modules
+from quantkit.checkpoint.provenance import Calibration
 from quantkit.checkpoint.scan import scan
 from quantkit.errors import BackendError, InputError, command
 from quantkit.formats.registry import detect
@@ -115,11 +116,11 @@ def stored_recipe(note: dict[str, Any], state: Path) -> Recipe:
         ) from error
 
 
-def state_calibration(note: dict[str, Any] | None) -> dict[str, Any]:
+def state_calibration(note: dict[str, Any] | None) -> Calibration | None:
     """The calibration that a state remembers; "unknown" for one that was made elsewhere."""
     if note is None:
-        return {"name": "unknown", "digest": None}
-    return {**note.get("calibration", {}), **(note.get("mixture") or {})}
+        return Calibration(name="unknown")
+    return Calibration.of({**note.get("calibration", {}), **(note.get("mixture") or {})})
 
 
 def plan_of_export(out: Path, source: Checkpoint, backend: Backend) -> Plan:
