@@ -24,7 +24,7 @@ from quantkit.checkpoint.sources import remember_source
 from quantkit.errors import CheckError
 from quantkit.pipeline.card import hub_name, model_card
 from quantkit.pipeline.plan import Plan
-from quantkit.pipeline.request import Outcome, Request
+from quantkit.pipeline.request import Outcome
 from quantkit.pipeline.seal import file_digests, seal
 from quantkit.verification import EngineRequest, PlannedLayers, VerifyReport, Written, verify
 from quantkit.verification.configuration.completeness import faults
@@ -32,7 +32,8 @@ from quantkit.verification.configuration.completeness import faults
 
 def finish(
     partial: Path,
-    request: Request,
+    out: Path,
+    model: str,
     plan: Plan,
     source: Checkpoint,
     fingerprint: str,
@@ -40,15 +41,18 @@ def finish(
     result: Result,
     ui: Reporter,
     written: Written | None = None,
+    *,
+    trust_remote_code: bool,
 ) -> Outcome:
     """Make what the library wrote into `partial` a checkpoint that stands on its own.
 
-    `fingerprint` is the source's; `written` is what a writer measured in its own pass.
+    `out` is where it will be published, `model` the source as it was asked for; `fingerprint` is
+    the source's; `written` is what a writer measured in its own pass.
     Raises CheckError when the result does not verify.
     """
     notes = [*plan.notes, *result.notes]
     ui.stage("seal")
-    for text in (sealed := seal(partial, source, trust_remote_code=request.trust_remote_code)):
+    for text in (sealed := seal(partial, source, trust_remote_code=trust_remote_code)):
         ui.note(text)
     notes += sealed
     ui.stage("verify", len(plan.layers))
@@ -65,11 +69,11 @@ def finish(
         engines=_asked(plan),
     )
     if not report.ok:
-        raise _not_verified(report, request.out)
+        raise _not_verified(report, out)
     held = open_gguf(partial) if gguf_in(partial) else open_checkpoint(partial)
-    if Path(request.model).expanduser().exists():
+    if Path(model).expanduser().exists():
         remember_source(source.path, fingerprint)
-    base = hub_name(request.model, source)
+    base = hub_name(model, source)
     made = Provenance(
         schema_version=SCHEMA_VERSION,
         quantkit_version=__version__,
@@ -92,7 +96,7 @@ def finish(
     )
     write(partial, made)
     (partial / CARD).write_text(model_card(plan, source, base, made), encoding="utf-8")
-    return Outcome(request.out, plan, report, made)
+    return Outcome(out, plan, report, made)
 
 
 def _asked(plan: Plan) -> EngineRequest | None:

@@ -113,7 +113,18 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
             _check_tokens(result, tokens)
         seen = {**result.calibration, **mixture} if mixture and used else {}
         calibration = Calibration.of(seen)
-        return finish(partial, request, plan, source, found.fingerprint, calibration, result, ui)
+        return finish(
+            partial,
+            request.out,
+            request.model,
+            plan,
+            source,
+            found.fingerprint,
+            calibration,
+            result,
+            ui,
+            trust_remote_code=request.trust_remote_code,
+        )
 
 
 def _refuse_stream_flags(request: Request, plan: Plan) -> None:

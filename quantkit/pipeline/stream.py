@@ -64,7 +64,8 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
             (partial / name).unlink(missing_ok=True)
         outcome = finish(
             partial,
-            request,
+            request.out,
+            request.model,
             plan,
             source,
             source.fingerprint(done.source_digests),
@@ -72,6 +73,7 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
             _result(done),
             ui,
             Written(done.digests, done.source_digests, done.sqnr_db),
+            trust_remote_code=request.trust_remote_code,
         )
         clear_state(partial)
         return outcome
