@@ -17,6 +17,7 @@ from quantkit.backends.process.job import NO_DATA, Job, Reporter, Result
 from quantkit.backends.process.parent import run_worker
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
+from quantkit.checkpoint.provenance import LOG, Calibration
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.errors import BackendError, InputError
 from quantkit.pipeline.engine_view import check_engines
@@ -29,8 +30,6 @@ from quantkit.verification.configuration.completeness import refuse_incomplete
 
 if TYPE_CHECKING:
     from quantkit.calibration import CalibrationConfig, TokenFile
-
-LOG = "quantkit.log"
 
 
 def preflight(request: Request) -> tuple[Checkpoint, Plan]:
@@ -112,8 +111,20 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
         used = result.calibration != NO_DATA
         if used:
             _check_tokens(result, tokens)
-        calibration = {**result.calibration, **mixture} if mixture and used else None
-        return finish(partial, request, plan, source, found.fingerprint, calibration, result, ui)
+        seen = {**result.calibration, **mixture} if mixture and used else {}
+        calibration = Calibration.of(seen)
+        return finish(
+            partial,
+            request.out,
+            request.model,
+            plan,
+            source,
+            found.fingerprint,
+            calibration,
+            result,
+            ui,
+            trust_remote_code=request.trust_remote_code,
+        )
 
 
 def _refuse_stream_flags(request: Request, plan: Plan) -> None:
