@@ -34,6 +34,16 @@ _DEFAULTS: Mapping[str, Mapping[str, int]] = {
 not those that follow from others (head_dim from the hidden size)."""
 
 
+_TIED = (
+    "biogpt", "bloom", "cohere", "cohere2", "cohere2_moe", "ctrl", "ernie4_5", "ernie4_5_moe",
+    "falcon", "falcon_mamba", "gpt2", "gpt_bigcode", "gpt_neo", "jetmoe", "lfm2", "lfm2_moe",
+    "mamba", "minicpm3", "mpt", "openai-gpt", "opt", "recurrent_gemma", "smollm3", "starcoder2",
+    "vaultgemma", "xglm", "youtu", "zamba", "zamba2", "zaya",
+)  # fmt: skip
+"""Families, Gemma's aside, whose config class ties the output head to the embedding where
+config.json is silent (Transformers 5.17)."""
+
+
 def text_size(config: Mapping[str, Any], key: str) -> int:
     """A size of the language model: as config.json states it, else its family's default, else 0."""
     text = text_config(config)
@@ -64,13 +74,26 @@ def expert_count(config: Mapping[str, Any]) -> int:
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the output head shares the embedding's weight.
 
-    The outermost statement counts; Transformers' default is True for configs that are silent in
-    families that tie (Gemma), and False for the others.
+    The outermost statement counts; for configs that are silent, the default of their family.
     """
     for level in (config, text_config(config)):
         if isinstance(level.get("tie_word_embeddings"), bool):
             return bool(level["tie_word_embeddings"])
-    return str(text_config(config).get("model_type", "")).startswith("gemma")
+    kind = str(text_config(config).get("model_type", ""))
+    return kind.startswith("gemma") or kind in _TIED
+
+
+def missing_head(config: Mapping[str, Any], has_head: bool) -> str | None:
+    """What to say of a causal language model that has no output head, and does not say that the
+    embedding is one; None for others."""
+    stated = "tie_word_embeddings" in config or "tie_word_embeddings" in text_config(config)
+    generates = "ForCausalLM" in str(config.get("architectures") or "")
+    if has_head or stated or not generates or is_tied(config):
+        return None
+    return (
+        "no tensor is an output head, and config.json does not say that the embedding is one "
+        "(tie_word_embeddings): engines may start with a random head; state it, true or false"
+    )
 
 
 def _integer(value: object) -> int:
