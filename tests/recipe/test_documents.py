@@ -38,7 +38,8 @@ def test_what_holds_no_keys_is_refused(kind: str, text: str, telling: str, tmp_p
 
 WHOLE = {
     "recipe": "backend: modelopt\nscheme: fp8\n",
-    "calibration": "samples: 1\nsequence_length: 8\nsources: [{type: file, path: x.txt, passage_chars: 200}]\n",
+    "calibration": "samples: 1\nsequence_length: 8\n"
+    "sources: [{type: file, path: x.txt, passage_chars: 200}]\n",
 }
 
 
