@@ -15,8 +15,8 @@ from quantkit import __version__
 from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import read_tokenizer_info
-from quantkit.checkpoint.directory import Checkpoint, read_json
-from quantkit.checkpoint.network.config import positions
+from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.network.config import positions, stop_tokens
 from quantkit.checkpoint.progress import Progress
 from quantkit.checkpoint.provenance import Provenance
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
@@ -193,7 +193,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
             subject.close()
     if cache.hits:
         report.notes.append(f"{cache.hits} measurements of the baseline came from the cache")
-    _fill(report, integrity, questions, theirs, ours, _stop_tokens(base))
+    _fill(report, integrity, questions, theirs, ours, set(stop_tokens(base.path, base.config)))
     absent = missing("this run did not measure it")
     report.gates = [
         hold(
@@ -355,13 +355,6 @@ def _notes(candidate: Candidate, fingerprint: str, seen: float | None) -> list[s
     if seen is None:
         notes.append("whether calibration saw the text is unknown: its tokens are not at hand")
     return notes
-
-
-def _stop_tokens(base: Checkpoint) -> set[int]:
-    file = base.path / "generation_config.json"
-    stated = read_json(file).get("eos_token_id") if file.is_file() else None
-    found = base.config.get("eos_token_id") if stated is None else stated
-    return {token for token in (found if isinstance(found, list) else [found]) if token is not None}
 
 
 def _versions() -> tuple[str, ...]:

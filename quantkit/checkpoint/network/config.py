@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.headers import read_json
 from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.language import text_config
 
@@ -21,6 +23,15 @@ def positions(config: Mapping[str, Any]) -> int | None:
     keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
     stated = [inner[key] for key in keys if isinstance(inner.get(key), int) and inner[key] > 0]
     return stated[0] if stated else None
+
+
+def stop_tokens(directory: Path, config: Mapping[str, Any]) -> list[int]:
+    """End-of-text ids: those of the directory's generation_config.json, else of `config`."""
+    file = directory / "generation_config.json"
+    stated = read_json(file).get("eos_token_id") if file.is_file() else None
+    found = config.get("eos_token_id") if stated is None else stated
+    every = found if isinstance(found, list) else [found]
+    return [token for token in every if token is not None]
 
 
 def expert_count(config: Mapping[str, Any]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,8 +134,3 @@ def _tokens_again(provenance: Provenance, model: Path) -> TokenFile | None:
         return build_tokens(load_calibration(choice.name, choice.overrides()), model)
     except (InputError, ValidationError):
         return None
-
-
-def texts_digest(texts: Sequence[str]) -> str:
-    """SHA-256 over texts in order."""
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
