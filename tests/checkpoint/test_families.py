@@ -29,9 +29,7 @@ OTHER_MEANINGS = {
     ("verification/gguf.py", "gpt2"),  # a tokenizer's name
 }
 """Strings that are a `model_type` of Transformers too, where they mean something else."""
-BUILT = sorted(
-    kind for f in FAMILIES if not f.towers for kind in f.types if kind in CONFIG_MAPPING.keys()
-)
+BUILT = sorted(kind for f in FAMILIES if not f.towers for kind in f.types if kind in CONFIG_MAPPING)
 
 
 def test_no_other_file_names_a_model_type() -> None:
