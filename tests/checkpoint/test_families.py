@@ -23,6 +23,9 @@ HERE = Path(families.__file__).parent
 TYPES = {kind for found in FAMILIES for kind in found.types}
 OTHER_MEANINGS = {
     ("checkpoint/network/modules.py", "vit"),  # the name of a tower
+    ("checkpoint/upcycle.py", "llama"),  # what it reads, and what it writes
+    ("checkpoint/upcycle.py", "mixtral"),
+    ("checkpoint/upcycle.py", "qwen2_moe"),
     ("validation/ask/questions.py", "canary"),
     ("validation/forecast.py", "canary"),
     ("validation/reports/report.py", "canary"),

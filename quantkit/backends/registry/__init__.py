@@ -21,7 +21,7 @@ from quantkit.backends.registry.msmodelslim import MSMODELSLIM
 from quantkit.backends.registry.rtn import RTN
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
-from quantkit.recipe.load import explain, read_recipe
+from quantkit.recipe.load import explain_recipe, read_recipe
 from quantkit.recipe.model import Recipe
 
 __all__ = [
@@ -100,5 +100,5 @@ def checked(recipe: Recipe, origin: str) -> Recipe:
     try:
         options = backend.options.model_validate(recipe.options)
     except ValidationError as error:
-        raise explain(error, origin, backend.options, prefix="options") from error
+        raise explain_recipe(error, origin, backend.options, "options") from error
     return recipe.model_copy(update={"options": options.model_dump(exclude_none=True)})

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.backends.process.parent import child_environment, oom_kills
+from quantkit.checkpoint.paths import cache_dir
 from quantkit.checkpoint.progress import Progress
 from quantkit.errors import BackendError
-from quantkit.paths import cache_dir
 from quantkit.runtime.serving import worker
 from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import EngineProcessSpec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -162,8 +161,3 @@ def short_name(name: str) -> str:
     while start < len(parts) - 1 and parts[start] in _WRAPPERS:
         start += 1
     return ".".join(parts[start:])
-
-
-def used_tensors(parts: Mapping[str, list[SourcePiece]]) -> set[str]:
-    """The names of the source tensors that some module's weight is read from."""
-    return {part.info.name for pieces in parts.values() for part in pieces}
