@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
 import quantkit
-from quantkit.backends.child import Child, log_text
+from quantkit.backends.child import Child
 from quantkit.backends.streaming.job import Slice, StreamOptions, WorkOrder
 from quantkit.backends.streaming.memory import MemoryWatch
 from quantkit.checkpoint.paths import new_log
@@ -108,25 +110,23 @@ LEAVE_SECONDS = 10.0
 class Workers:
     """Worker processes for one run, as a context: they start at once and end with it (`Child`).
 
-    When this process is killed they end by themselves: their sockets close. What a worker that was
-    lost or failed wrote stays in a log that the error names.
+    When this process is killed they end by themselves: their sockets close. What workers wrote is
+    kept in a log, which the error names, when one was lost or failed.
     """
 
     def __init__(self, count: int, device: str, options: StreamOptions) -> None:
         self.memory = MemoryWatch()
         self._options = options
-        self._log = new_log("streaming")
-        self._told_why = False
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the context
         pairs = [socket.socketpair() for _ in range(count)]
         theirs = [their.detach() for _, their in pairs]
         root = str(Path(quantkit.__file__).parent.parent)
-        with self._log.open("wb") as log:
-            self._child = Child(
-                [sys.executable, "-P", "-c", _START, root, device, *map(str, theirs)],
-                log=log,
-                descriptors=theirs,
-                own_session=False,
-            )
+        self._child = Child(
+            [sys.executable, "-P", "-c", _START, root, device, *map(str, theirs)],
+            log=self._log,
+            descriptors=theirs,
+            own_session=False,
+        )
         self._sockets = [Connection(ours.detach()) for ours, _ in pairs]
 
     def __enter__(self) -> Workers:
@@ -136,8 +136,7 @@ class Workers:
         for connection in self._sockets:
             connection.close()
         self._child.end(patience=LEAVE_SECONDS if kind is None else 0.0)
-        if not self._told_why:
-            self._log.unlink(missing_ok=True)
+        self._log.close()
 
     def start(self) -> None:
         """See `Crew`."""
@@ -198,25 +197,34 @@ class Workers:
             raise InputError(content[0], hint=content[1], code=content[2])
         if kind == "os":
             raise OSError(content[0], content[1])
-        self._told_why = True
-        with self._log.open("a", encoding="utf-8") as log:
-            log.write(content[0])
+        log = self._kept_log(content[0])
         raise BackendError(
             f"A streaming worker failed: {content[0].strip().splitlines()[-1]}",
-            hint=f"read {self._log}; finished files are kept: --resume goes on from them",
+            hint=f"read {log}; finished files are kept, --resume goes on from them",
             code="stream.worker_failed",
         )
 
     def _lost(self) -> BackendError:
         what = "A streaming worker was killed or could not start (out of memory?)."
-        told = log_text(self._log).strip().splitlines()
+        told = self._written().strip().splitlines()
         if self._child.memory_ran_out():
             what = "A streaming worker was killed: the machine or its container ran out of memory."
         elif told:
-            self._told_why = True
-            what = f"A streaming worker was killed or could not start: {told[-1]} ({self._log})."
+            log = self._kept_log()
+            what = f"A streaming worker was killed or could not start: {told[-1]} ({log})."
         return BackendError(
             f"{what} Finished files are kept.",
             hint="run the same command with --resume, and with a lower --jobs if memory was short",
             code="stream.worker_lost",
         )
+
+    def _written(self) -> str:
+        """What the workers wrote; they go on from where they are."""
+        file = self._log.fileno()
+        return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
+
+    def _kept_log(self, more: str = "") -> Path:
+        """A file with what the workers wrote, and `more`."""
+        log = new_log("streaming")
+        log.write_text(self._written() + more, encoding="utf-8")
+        return log
