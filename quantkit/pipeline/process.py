@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import NO_DATA, Job, Reporter, Result
 from quantkit.backends.process.parent import run_worker
 from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.provenance import LOG, Calibration
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.errors import BackendError, InputError
 from quantkit.pipeline.finish import finish
@@ -21,8 +22,6 @@ from quantkit.pipeline.request import Outcome, Request
 
 if TYPE_CHECKING:
     from quantkit.calibration import CalibrationConfig, TokenFile
-
-LOG = "quantkit.log"
 
 
 def check(source: Checkpoint, plan: Plan) -> None:  # noqa: ARG001 - see `Way`
@@ -54,8 +53,20 @@ def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outco
         used = result.calibration != NO_DATA
         if used:
             _check_tokens(result, tokens)
-        calibration = {**result.calibration, **mixture} if mixture and used else None
-        return finish(partial, request, plan, source, found.fingerprint, calibration, result, ui)
+        seen = {**result.calibration, **mixture} if mixture and used else {}
+        calibration = Calibration.of(seen)
+        return finish(
+            partial,
+            request.out,
+            request.model,
+            plan,
+            source,
+            found.fingerprint,
+            calibration,
+            result,
+            ui,
+            trust_remote_code=request.trust_remote_code,
+        )
 
 
 def _mixture_asked(plan: Plan) -> CalibrationConfig | None:
@@ -170,9 +181,9 @@ def _job(
         method=recipe.name,
         model=str(source.path.resolve()),
         out="",
-        scheme=asdict(recipe.resolved_scheme()),
+        scheme=recipe.resolved_scheme(),
         kv_cache=recipe.kv_cache,
-        layers={name: asdict(scheme) for name, scheme in plan.layers.items()},
+        layers=dict(plan.layers),
         keep=kept_layers(source, plan),
         options=recipe.options,
         tokens=str(tokens.path) if tokens else None,

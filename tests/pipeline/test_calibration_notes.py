@@ -36,7 +36,7 @@ def test_identifiers_are_told_and_kept(
         assert ("identifiers" in capsys.readouterr().err) == identifiers
         return Result(calibration=dict(NO_DATA))
 
-    def end(*arguments: Any) -> None:
+    def end(*arguments: Any, trust_remote_code: bool) -> None:
         kept.extend(next(a for a in arguments if isinstance(a, Result)).notes)
 
     monkeypatch.setattr(process, "run_logged", worker)

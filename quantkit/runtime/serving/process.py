@@ -6,19 +6,18 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from quantkit.backends.child import Child, log_text
 from quantkit.checkpoint.paths import new_log
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import BackendError
 from quantkit.runtime.serving import worker
 from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import EngineProcessSpec
-
-Progress = Callable[[int, int], None]
 
 _ERROR_LINE = re.compile(r"^\S*(?:Error|Exception|Interrupt)\b.*")
 _PREFIX = re.compile(r"^\([^)]*\) (?:ERROR|WARNING|INFO) \S+ \S+ \[[^]]*\] ?")
