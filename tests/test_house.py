@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "quantkit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"__init__", "errors", "paths"}
+GROUND = {"__init__", "errors"}
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("engines",),
@@ -208,7 +208,7 @@ FLAGS = {
     "launch": {"--engine", "--tp", "--exec", "--json"},
     "platforms": {"--method", "--gpu", "--json"},
     "kernels": {"--kernel", "--device", "--json"},
-    "demo": {"--method", "--out", "--set", "--json"},
+    "demo": {"--method", "--out", "--set", "--moe", "--json"},
 }  # fmt: skip
 """Scripts depend on these: a flag is added here on purpose or not at all."""
 

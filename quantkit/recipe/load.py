@@ -17,9 +17,9 @@ from pydantic import (
     ValidationError,
 )
 
+from quantkit.checkpoint.paths import data_dir
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
-from quantkit.paths import data_dir
 from quantkit.recipe.documents import (
     Location,
     TooDeepError,

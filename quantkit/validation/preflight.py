@@ -12,14 +12,15 @@ from quantkit.calibration.tokenizer import Tokenizer, load_tokenizer, read_token
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import GgufFile, gguf_in, open_gguf
 from quantkit.checkpoint.hub import resolve_model
-from quantkit.checkpoint.network.config import text_config, text_size
+from quantkit.checkpoint.network.config import text_size
+from quantkit.checkpoint.network.language import text_config
+from quantkit.checkpoint.progress import Progress
 from quantkit.checkpoint.provenance import Provenance, Source, read
 from quantkit.checkpoint.scan import Scan, scan
 from quantkit.checkpoint.sources import source_of
 from quantkit.errors import InputError, command
 from quantkit.formats.registry import is_quantized
 from quantkit.verification import VerifyReport, verify
-from quantkit.verification.run import Progress
 
 SHAPE_KEYS = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",

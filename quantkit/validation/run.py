@@ -17,6 +17,7 @@ from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import positions, stop_tokens
+from quantkit.checkpoint.progress import Progress
 from quantkit.checkpoint.provenance import Provenance
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.recipe.gates import Gate, parse_gate
@@ -64,7 +65,7 @@ from quantkit.validation.reports.report import (
     kl_histogram,
     recipe_digest,
 )
-from quantkit.validation.subjects.base import Opening, Progress, Subject
+from quantkit.validation.subjects.base import Opening, Subject
 from quantkit.validation.subjects.engines import engine_build, opener, refuse_unopenable
 from quantkit.verification import VerifyReport
 

@@ -16,9 +16,9 @@ from quantkit.calibration.heldout import HELD_OUT_FROM, held_out_texts, seen_sha
 from quantkit.calibration.rows import guess_field, read_rows
 from quantkit.calibration.tokenfile import TokenFile, read_token_file
 from quantkit.calibration.tokenizer import Tokenizer
+from quantkit.checkpoint.paths import cache_dir
 from quantkit.checkpoint.provenance import Provenance
 from quantkit.errors import InputError
-from quantkit.paths import cache_dir
 from quantkit.recipe.model import Recipe
 
 WINDOW = 512
