@@ -15,7 +15,7 @@ from quantkit.calibration.config import (
     CalibrationConfig,
     FileSource,
 )
-from quantkit.calibration.rows import guess_field
+from quantkit.calibration.rows import guess_fields
 from quantkit.checkpoint.paths import data_dir
 from quantkit.errors import InputError
 from quantkit.recipe.documents import Location, explain, meant, read_yaml_object
@@ -107,9 +107,8 @@ def _data_file(file: Path) -> dict[str, Any]:
     if file.suffix.lower() == ".txt":
         source["passage_chars"] = DATA_FILE_PASSAGE
     else:
-        kind, field = guess_field(file)
-        source[kind] = field
-        if kind == "turn_fields":
+        source |= guess_fields(file)
+        if "turn_fields" in source:
             source["without_template"] = "plain"
     return {
         "name": file.stem,

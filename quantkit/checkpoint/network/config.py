@@ -57,5 +57,18 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return family(config).tied
 
 
+def missing_head(config: Mapping[str, Any], has_head: bool) -> str | None:
+    """What to say of a causal language model that has no output head, and does not say that the
+    embedding is one; None for others."""
+    stated = "tie_word_embeddings" in config or "tie_word_embeddings" in text_config(config)
+    generates = "ForCausalLM" in str(config.get("architectures") or "")
+    if has_head or stated or not generates or is_tied(config):
+        return None
+    return (
+        "no tensor is an output head, and config.json does not say that the embedding is one "
+        "(tie_word_embeddings): engines may start with a random head; state it, true or false"
+    )
+
+
 def _integer(value: object) -> int:
     return value if isinstance(value, int) else 0

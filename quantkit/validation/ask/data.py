@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.heldout import HELD_OUT_FROM, held_out_texts, seen_share
-from quantkit.calibration.rows import guess_field, read_rows
+from quantkit.calibration.rows import guess_fields, read_rows
 from quantkit.calibration.tokenfile import TokenFile, read_token_file
 from quantkit.calibration.tokenizer import Tokenizer
 from quantkit.checkpoint.paths import cache_dir
@@ -75,8 +75,8 @@ def read_texts(file: Path) -> list[str]:
         )
     if file.suffix.lower() == ".txt":
         return [file.read_text(encoding="utf-8", errors="replace")]
-    kind, field = guess_field(file)
-    if kind != "text_field" or not isinstance(field, str):
+    field = guess_fields(file).get("text_field")
+    if not isinstance(field, str):
         raise InputError(
             f"{file.name} holds conversations; perplexity is measured on plain text.",
             hint="--data with a field named text",

@@ -43,9 +43,19 @@ class SourcePiece:
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A source checkpoint in 16 bit, or in DeepSeek's FP8 blocks (`weight_scale_inv`)."""
+    """A source checkpoint in 16 bit, or in DeepSeek's FP8 blocks (`weight_scale_inv`).
+
+    `halves` says that gate and up of an expert are the halves of its fused rows, even where the
+    family's alternate.
+    """
 
     checkpoint: Checkpoint
+    halves: bool = False
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether gate and up are every other row of a fused tensor."""
+        return family(self.checkpoint.config).experts.interleaved and not self.halves
 
     @cached_property
     def _by_short_name(self) -> dict[str, str]:
@@ -92,9 +102,8 @@ class SourceModel:
             return [self._slice(down, int(index))]
         both = self._fused(f"{head}.experts.gate_up_proj")
         if leaf in _HALVES and both is not None:
-            interleaved = family(self.checkpoint.config).experts.interleaved
             part = self._slice(both, int(index))
-            return [replace(part, half=_HALVES[leaf], interleaved=interleaved)]
+            return [replace(part, half=_HALVES[leaf], interleaved=self.interleaved)]
         return []
 
     def _fused(self, module: str) -> TensorInfo | None:
