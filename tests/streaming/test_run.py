@@ -18,7 +18,7 @@ from quantkit.backends.streaming.job import Piece, ShardTask, Slice, StreamOptio
 from quantkit.backends.streaming.resources import worker_count
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo, open_checkpoint
 from quantkit.errors import BackendError, InputError
-from quantkit.formats import awq, compressed_tensors, compressed_tensors_config, gptq
+from quantkit.formats import awq, compressed_tensors, compressed_tensors_config
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.dequantize import dequantize
 from tests.support.helpers import copy_checkpoint, edit_tensors
@@ -32,6 +32,7 @@ from tests.support.streaming import (
     tensors_of,
     write_model,
 )
+from tests.support.written import WRITERS
 
 SCHEMES = (
     "fp8_dynamic", "fp8_block", "w8a8_dynamic", "w8a16", "w8a16::asymmetric", "w4a16:64",
@@ -78,7 +79,6 @@ def test_gptq_and_awq_layouts(layout: str, small_model: Path, tmp_path: Path) ->
     result = stream(small_model, tmp_path / layout, scheme, layout=layout)
     stream(small_model, tmp_path / "plain", scheme)
     ours, plain = tensors_of(tmp_path / layout), tensors_of(tmp_path / "plain")
-    written = {"gptq": gptq, "awq": awq}[layout]
     for name in ("model.layers.0.mlp.down_proj", "model.layers.2.self_attn.k_proj"):
         shape = shape_of(open_checkpoint(small_model), name)
         spec = LayerSpec(scheme_named(scheme), "pack-quantized", shape)
@@ -86,7 +86,7 @@ def test_gptq_and_awq_layouts(layout: str, small_model: Path, tmp_path: Path) ->
         parts = {s: plain[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in plain}
         weight = compressed_tensors.read(parts, spec)
         packing = "gptq" if layout == "gptq" else awq.PACKING
-        expected = written.write(
+        expected = WRITERS[layout](
             weight, LayerSpec(spec.scheme, packing, shape), torch.bfloat16
         )  # fmt: skip
         for suffix, tensor in expected.items():
