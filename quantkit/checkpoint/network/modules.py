@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quantkit.checkpoint.network.config import expert_count, text_size
+from quantkit.checkpoint.network.families import tower_names
 from quantkit.checkpoint.network.patterns import matches
 
 Kind = Literal[
@@ -90,6 +91,7 @@ def classify(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -
         experts=expert_count(config),
         layers=text_size(config, "num_hidden_layers"),
         expert_parents=parents_of_experts,
+        towers=tower_names(config),
     )
     found = []
     for tensor, shape in shapes.items():
@@ -128,9 +130,11 @@ def fused_groups(names: Collection[str]) -> list[tuple[str, ...]]:
     return groups
 
 
-def in_tower(name: str) -> bool:
-    """Whether a module or tensor belongs to a vision or audio tower."""
-    return not _TOWERS.isdisjoint(name.split("."))
+def in_tower(name: str, own: frozenset[str]) -> bool:
+    """Whether a module or tensor belongs to a vision or audio tower; `own` are the names of its
+    family's (`tower_names`)."""
+    parts = name.split(".")
+    return not (_TOWERS.isdisjoint(parts) and own.isdisjoint(parts))
 
 
 def expert_groups(names: Collection[str]) -> list[tuple[str, ...]]:
@@ -155,6 +159,7 @@ class _Context:
     experts: int
     layers: int
     expert_parents: set[str]
+    towers: frozenset[str]
 
 
 def _module_of(tensor: str, shape: tuple[int, ...]) -> str | None:
@@ -169,7 +174,7 @@ def _module_of(tensor: str, shape: tuple[int, ...]) -> str | None:
 def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
     parts = name.split(".")
     leaf, parent = parts[-1], ".".join(parts[:-1])
-    if in_tower(name):
+    if in_tower(name, context.towers):
         return "tower"
     index = layer_index(name)
     beyond = index is not None and 0 < context.layers <= index

@@ -47,7 +47,7 @@ class Family:
     norms: the norms of a layer. norm_offset: what a norm adds to its weight.
     transposed: whether linear layers are stored as [in, out] (Conv1D).
     sliding: whether all layers attend to a window where the config states one.
-    towers: modules outside of the language model, beside those that many families have.
+    towers: parts of the names of modules outside of the language model that other families lack.
     network: which network of the runtime computes it; None: Transformers' own module.
     gguf: how a GGUF file of this architecture holds the weights: as they are, or with the rows of
     queries and keys permuted; None: otherwise.
