@@ -98,7 +98,7 @@ def read_config(source: CheckpointReader) -> Any:
     """
     from transformers import AutoConfig
 
-    stated = dict(source.checkpoint.config)
+    stated = _with_floats(source.checkpoint.config)
     kind = stated.pop("model_type", None)
     stated.pop("quantization_config", None)
     try:
@@ -109,6 +109,15 @@ def read_config(source: CheckpointReader) -> Any:
     if not isinstance(heads, int) or heads < 1:
         raise _unreadable(source, f"num_attention_heads is {heads!r}")
     return config
+
+
+def _with_floats(value: Any) -> Any:
+    """A config as Transformers writes it, `{"__float__": "Infinity"}` being the number."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(inner) for key, inner in value.items()}
+    return [_with_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _unreadable(source: CheckpointReader, why: str) -> InputError:

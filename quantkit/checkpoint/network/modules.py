@@ -35,7 +35,7 @@ FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
 _HEADS = {"lm_head", "output", "embed_out", "output_layer", "score", "head"}
 _ROUTERS = {"router", "shared_expert_gate", "gate_up_router", "wg"}
 _SMALL_GATES = {"in_proj_a", "in_proj_b", "in_proj_ba"}
-_CONTROLS = {"x_proj", "dt_proj"}
+CONTROLS = {"x_proj", "dt_proj"}
 """What steers a state-space layer (Jamba, Mamba): small, and as fragile as a router."""
 FUSED_EXPERTS = ("gate_up_proj", "down_proj", "gate_proj", "up_proj")
 """Leaves of fused 3-D expert tensors that are written as a layer an expert."""
@@ -195,7 +195,7 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
         return "embedding"
     beside_experts = parent in context.expert_parents and leaf != "experts"
     routes = beside_experts and shape[0] in (context.experts, 1)
-    if routes or leaf in _SMALL_GATES | _CONTROLS or leaf.endswith("_coefs") or _routes(parts):
+    if routes or leaf in _SMALL_GATES | CONTROLS or leaf.endswith("_coefs") or _routes(parts):
         return "router"
     return "linear"
 
