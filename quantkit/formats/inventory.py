@@ -56,13 +56,6 @@ def take(checkpoint: Checkpoint, suffixes: frozenset[str]) -> Inventory:
     return Inventory(modules, frozenset(holders))
 
 
-def tensor_name(module: str, suffix: str, spec: LayerSpec) -> str:
-    """The full name of a declared layer's tensor (the inverse of `take`)."""
-    if spec.experts:
-        return module if suffix == "weight" else f"{module}_{suffix}"
-    return f"{module}.{suffix}"
-
-
 def linears(
     inventory: Inventory,
     config: Mapping[str, Any],

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from quantkit.backends.process.job import Job, JobError, JobInputError, Reporter
+from quantkit.checkpoint.schemes import NumberFormat, Scheme
 
 _TELLING = re.compile(
     r"skip|fall(s|ing)?[ -]?back|fallback|round-to-nearest|disabl|unsupported|not support|failed",
@@ -32,6 +33,29 @@ def seed_everything(job: Job) -> None:
     random.seed(job.seed)
     np.random.seed(job.seed)
     torch.manual_seed(job.seed)
+
+
+def usual_scheme(job: Job) -> Scheme:
+    """The recipe's scheme, which a job that quantizes always has."""
+    assert job.scheme is not None
+    return job.scheme
+
+
+def modules_by_scheme(job: Job) -> dict[Scheme, list[str]]:
+    """The modules of the plan that share a scheme, in the plan's order."""
+    groups: dict[Scheme, list[str]] = {}
+    for name, scheme in job.layers.items():
+        groups.setdefault(scheme, []).append(name)
+    return groups
+
+
+def bits_and_group(number: NumberFormat) -> dict[str, Any]:
+    """An integer format in the words of GPTQModel and AutoRound (group -1: the whole row)."""
+    return {
+        "bits": number.bits,
+        "group_size": number.group_size or -1,
+        "sym": number.symmetric,
+    }
 
 
 def load_model(job: Job) -> Any:
