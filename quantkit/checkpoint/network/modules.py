@@ -33,7 +33,9 @@ FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
 """Siblings that serving engines merge into one linear layer."""
 
 _HEADS = {"lm_head", "output", "embed_out", "output_layer", "score", "head"}
-_ROUTERS = {"router", "shared_expert_gate", "gate_up_router", "wg"}
+_ROUTERS = {"shared_expert_gate", "gate_up_router", "wg", "moe_gate", "expert_gate"}
+_ROUTING = {"router", "routing", "gating"}
+"""Words of a compound name (`modality_router`, `gating_network`)."""
 _SMALL_GATES = {"in_proj_a", "in_proj_b", "in_proj_ba"}
 CONTROLS = {"x_proj", "dt_proj"}
 """What steers a state-space layer (Jamba, Mamba): small, and as fragile as a router."""
@@ -201,11 +203,11 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
 
 
 def _routes(parts: list[str]) -> bool:
-    """Whether a component of a path routes: `gate`, `router` in any compound (`modality_router`),
-    as in `router.layer` and `gate.router_mlp`. The gate of an attention multiplies its output, and
+    """Whether a component of a path routes: `gate`, `router` in any compound, as in `router.layer`
+    and `gate.router_mlp`. The gate of an attention multiplies its output, and
     routes nothing."""
     inside = {"self_attn", "attn", "attention"}.isdisjoint(parts)
     return any(
-        part in _ROUTERS or (part == "gate" and inside) or "router" in part.split("_")
+        part in _ROUTERS or (part == "gate" and inside) or _ROUTING & set(part.split("_"))
         for part in parts
     )
