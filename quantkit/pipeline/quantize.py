@@ -19,9 +19,10 @@ from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.errors import BackendError, InputError
+from quantkit.pipeline.beyond_dense import refuse_beyond_dense
 from quantkit.pipeline.engine_view import check_engines
 from quantkit.pipeline.finish import finish
-from quantkit.pipeline.plan import Plan, kept_layers, make_plan, refuse_beyond_dense
+from quantkit.pipeline.plan import Plan, kept_layers, make_plan, plan_of_layers
 from quantkit.pipeline.publish import check_apart, check_space, check_target, staged
 from quantkit.pipeline.request import Outcome, Request
 from quantkit.pipeline.stream import check_stream, stream
@@ -57,8 +58,7 @@ def _decide(request: Request, source: Checkpoint) -> Plan:
         state=request.checkpoint_save is not None,
     )
     refuse_incomplete(source)
-    if plan.backend.dense_only:
-        refuse_beyond_dense(source, plan, request.model)
+    refuse_beyond_dense(source, plan, request.model)
     if plan.backend.adapter is None:
         check_stream(source, plan)
     _mixture_asked(plan)
@@ -109,11 +109,22 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
         job = _job(request, plan, source, tokens, note)
         result = run_logged(job, partial, python, request.out, ui)
         result.notes += tokens.summary["notes"] if tokens else []
+        plan = without(plan, source, result.kept)
         used = result.calibration != NO_DATA
         if used:
             _check_tokens(result, tokens)
         calibration = {**result.calibration, **mixture} if mixture and used else None
         return finish(partial, request, plan, source, found.fingerprint, calibration, result, ui)
+
+
+def without(plan: Plan, source: Checkpoint, kept: list[str]) -> Plan:
+    """The plan as the backend followed it: less the layers that the data made it keep."""
+    if not kept:
+        return plan
+    why = f"experts of the layer saw fewer than {plan.recipe.expert_floor} calibration tokens"
+    layers = {name: scheme for name, scheme in plan.layers.items() if name not in kept}
+    reasons = {**plan.kept, **dict.fromkeys(kept, why)}
+    return plan_of_layers(source, plan.recipe, layers, reasons, plan.notes)
 
 
 def _refuse_stream_flags(request: Request, plan: Plan) -> None:
@@ -220,6 +231,9 @@ def _job(
         options=recipe.options,
         tokens=str(tokens.path) if tokens else None,
         batch_size=recipe.calibration.batch_size if recipe.calibration else 1,
+        experts=recipe.experts,
+        expert_floor=recipe.expert_floor,
+        on_unseen=recipe.on_unseen,
         device=resolve_device(request.device),
         seed=recipe.seed,
         shard_size=recipe.shard_bytes(),

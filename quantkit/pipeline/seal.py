@@ -110,6 +110,7 @@ def provenance(
         **({"compute": result.compute} if result.compute else {}),
         "seed": plan.recipe.seed,
         "calibration": calibration,
+        **({"experts": result.experts} if result.experts else {}),
         "plan": {
             "quantized": {name: scheme.name for name, scheme in plan.layers.items()},
             "kept": dict(plan.kept),
