@@ -18,8 +18,8 @@ from quantkit.calibration.config import (
     FileSource,
 )
 from quantkit.calibration.rows import guess_field
+from quantkit.checkpoint.paths import data_dir
 from quantkit.errors import InputError
-from quantkit.paths import data_dir
 from quantkit.recipe.documents import parse_yaml
 
 EXAMPLE = "quantkit calibration show default  # every key with its value"

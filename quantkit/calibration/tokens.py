@@ -25,8 +25,9 @@ from quantkit.calibration.tokenizer import (
     read_tokenizer_info,
 )
 from quantkit.calibration.unnatural import MARKERS, Observed, turn_marker
+from quantkit.checkpoint.paths import cache_dir
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
-from quantkit.paths import cache_dir
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 ALGORITHM = 3
 """Raised whenever the same input would give other tokens."""
 PREVIEW_CHARS = 500
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
+from quantkit.checkpoint.progress import BytesDone
 from quantkit.errors import InputError
 
 _EXPONENT: dict[str, tuple[str, int]] = {
@@ -32,7 +32,7 @@ class Scan:
     bad: dict[str, int]
 
 
-def scan(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) -> Scan:
+def scan(checkpoint: Checkpoint, progress: BytesDone | None = None) -> Scan:
     """Read every tensor once, on two threads; `progress` gets the bytes done so far."""
     infos = [checkpoint.tensors[name] for name in sorted(checkpoint.tensors)]
     digests: dict[str, str] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 Element = Literal["int2", "int3", "int4", "int8", "fp8_e4m3", "fp4_e2m1"]
 Granularity = Literal["tensor", "channel", "group", "block", "token"]
@@ -37,6 +37,12 @@ class NumberFormat:
     symmetric: bool = True
     dynamic: bool = False
     scale: ScaleFormat = "float"
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> NumberFormat:
+        """The format whose fields (`asdict`) went through JSON, where a tuple becomes a list."""
+        block = values.get("block")
+        return cls(**{**values, "block": tuple(block) if block else None})
 
     @property
     def bits(self) -> int:
@@ -74,6 +80,16 @@ class Scheme:
     name: str
     weight: NumberFormat
     input: NumberFormat | None = None
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Scheme:
+        """The scheme whose fields (`asdict`) went through JSON."""
+        weight, given = values["weight"], values.get("input")
+        return cls(
+            values["name"],
+            NumberFormat.from_json(weight),
+            NumberFormat.from_json(given) if given else None,
+        )
 
     def with_weight(self, **changes: object) -> Scheme:
         """This scheme with fields of its weight format replaced (`group_size`, `symmetric`)."""

@@ -28,8 +28,8 @@ from quantkit.checkpoint.gguf_source import (
     planning_note,
     read_source,
 )
-from quantkit.checkpoint.network.config import text_config
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, weight_block
+from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.sizes import sizes
 from quantkit.checkpoint.network.tensor_names import derived_names, is_known
 from quantkit.checkpoint.network.tensor_shapes import derived_shape

@@ -106,16 +106,16 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
     """The table of a finished run, and what to type next."""
     from quantkit.engines import SILENT_GARBAGE
 
-    plan, results = outcome.plan, outcome.provenance["results"]
-    sqnr = results.get("weight_sqnr_db", {})
+    plan, results = outcome.plan, outcome.provenance.results
+    sqnr = results.weight_sqnr_db
     rows = [
         ("checkpoint", outcome.out),
         ("method", f"{plan.recipe.name} ({plan.backend.distribution}, {plan.method.algorithm})"),
-        ("weights", f"{results['source_bytes'] / 1e6:.0f} MB → {results['weight_bytes'] / 1e6:.0f} "
-                    f"MB, {results['bits_per_weight']:.2f} bits a weight in quantized layers"),
+        ("weights", f"{results.source_bytes / 1e6:.0f} MB → {results.weight_bytes / 1e6:.0f} "
+                    f"MB, {results.bits_per_weight:.2f} bits a weight in quantized layers"),
         ("layers", f"{len(plan.layers)} quantized, {len(plan.kept)} kept in 16 bit"),
         ("calibration", _calibration_line(outcome)),
-        ("weight SQNR", f"mean {sqnr['mean']} dB, worst {sqnr['min']} dB in {sqnr['worst_layer']}"
+        ("weight SQNR", f"mean {sqnr.mean} dB, worst {sqnr.min} dB in {sqnr.worst_layer}"
                         if sqnr else "not measured"),
         ("verified", f"{outcome.report.tensors_checked} tensors, no errors"),
         ("time", _times(outcome)),
@@ -136,17 +136,17 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
 
 
 def _times(outcome: Outcome) -> str:
-    stages = outcome.provenance["stages"]
-    return ", ".join(f"{stage['name']} {stage['seconds']:.1f} s" for stage in stages)
+    stages = outcome.provenance.stages
+    return ", ".join(f"{stage.name} {stage.seconds:.1f} s" for stage in stages)
 
 
 def _calibration_line(outcome: Outcome) -> str:
-    calibration = outcome.provenance["calibration"]
+    calibration = outcome.provenance.calibration
     if not calibration:
         return "none needed"
-    if not calibration.get("digest"):
+    if not calibration.digest:
         return "unknown (the state was made elsewhere)"
     return (
-        f"{calibration['name']}: {calibration['samples']} samples, "
-        f"{calibration['tokens']} tokens, digest {calibration['digest'][:12]}"
+        f"{calibration.name}: {calibration.samples} samples, "
+        f"{calibration.tokens} tokens, digest {calibration.digest[:12]}"
     )

@@ -11,11 +11,11 @@ from quantkit.engines.names import EngineLayer
 from quantkit.engines.readers import reader
 from quantkit.engines.readers.base import Reading, SettingsReader
 from quantkit.engines.reasons import Reason
-from quantkit.engines.rules import EngineRules, Family
+from quantkit.engines.rules import EngineFamily, EngineRules
 
 
 def check_names(
-    engine: EngineRules, family: Family, candidate: Loadable, layers: Sequence[EngineLayer]
+    engine: EngineRules, family: EngineFamily, candidate: Loadable, layers: Sequence[EngineLayer]
 ) -> Iterator[Reason]:
     """Reasons of codes `engine.mixed_group`, `engine.ignore_unmatched`, `engine.ignore_overreach`,
     `engine.target_mismatch` and `engine.quantized_router`."""
@@ -101,7 +101,7 @@ def _why_plain(layout: str, layer: EngineLayer, belief: Reading) -> tuple[str, s
     return "no target names it", f"add {layer.name!r} to {_NAMED_IN.get(layout, 'the targets')}"
 
 
-def _built_plain(family: Family, layer: EngineLayer) -> bool:
+def _built_plain(family: EngineFamily, layer: EngineLayer) -> bool:
     tower = family.plain_towers and layer.parts[0].kind == "tower"
     return layer.leaf in family.plain or tower
 

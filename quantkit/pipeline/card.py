@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 
 from quantkit import __version__
 from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.provenance import CARD, Calibration, Provenance
 from quantkit.engines import SILENT_GARBAGE, Support
 from quantkit.pipeline.plan import Plan
 from quantkit.recipe.gates import outcome
@@ -34,7 +35,7 @@ def hub_name(asked_for: str, source: Checkpoint) -> str | None:
 
 def front_matter(source: Checkpoint) -> dict[str, Any]:
     """The YAML head of the source model's README, empty when there is none."""
-    card = source.path / "README.md"
+    card = source.path / CARD
     if not card.is_file():
         return {}
     parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
@@ -51,7 +52,7 @@ def model_card(
     plan: Plan,
     source: Checkpoint,
     base: str | None,
-    provenance: dict[str, Any],
+    provenance: Provenance,
 ) -> str:
     """The README.md of a finished checkpoint."""
     recipe = plan.recipe
@@ -66,7 +67,7 @@ def model_card(
         "tags": ["quantkit", recipe.backend, recipe.scheme],
     }
     title = f"{(base or source.path.name).split('/')[-1]}, {recipe.name}"
-    version = provenance["versions"].get(plan.backend.distribution, "")
+    version = provenance.versions.get(plan.backend.distribution, "")
     library = f"{plan.backend.distribution} {version}".strip()
     return "\n".join(
         [
@@ -86,17 +87,17 @@ def model_card(
             *_measured_section(provenance),
             _MADE,
             "",
-            *_calibration(provenance["calibration"]),
+            *_calibration(provenance.calibration),
             f"- {len(plan.layers)} linear layers quantized, {len(plan.kept)} kept in 16 bit.",
             f"- Seed {recipe.seed}; the resolved recipe, library versions and a digest of every "
             "tensor are in `quantkit.json`.",
-            *(f"- {note}" for note in provenance["notes"]),
+            *(f"- {note}" for note in provenance.notes),
             "",
         ]
     )
 
 
-def with_measured(card: str, provenance: dict[str, Any]) -> str:
+def with_measured(card: str, provenance: Provenance) -> str:
     """A card of ours with the section of measurements written anew; another's card as it is."""
     before, start, rest = card.partition(f"\n{_MEASURED}\n")
     _, end, after = rest.partition(f"\n{_MADE}\n")
@@ -105,10 +106,10 @@ def with_measured(card: str, provenance: dict[str, Any]) -> str:
     return "\n".join([before, *_measured_section(provenance), _MADE, after])
 
 
-def _measured_section(provenance: dict[str, Any]) -> list[str]:
+def _measured_section(provenance: Provenance) -> list[str]:
     lines = [_MEASURED, "", "| what | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in _measured(provenance)]
-    found = provenance["results"].get("validation")
+    found = provenance.results.validation
     if found is None:
         return [*lines, "", "Accuracy and throughput were not measured.", ""]
     text, engine = found["text"], found["engine"]
@@ -125,7 +126,7 @@ def _measured_section(provenance: dict[str, Any]) -> list[str]:
     ]
 
 
-def _validated(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _validated(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What `quantkit validate` measured; weights-only runs say so."""
     values, metrics = found["values"], found["metrics"]
     only = " (weights only)" if found["engine"]["weights_only"] else ""
@@ -148,18 +149,20 @@ def _validated(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"{title} speed on {found['engine']['device']}", f"{value:.2f} × the baseline's"
 
 
-def _measured(provenance: dict[str, Any]) -> list[tuple[str, str]]:
-    results = provenance["results"]
+def _measured(provenance: Provenance) -> list[tuple[str, str]]:
+    results = provenance.results
+    if not results.source_bytes:  # an old file, or one that was edited
+        return []
     rows = [
-        ("size of the weights", f"{results['weight_bytes'] / 1e6:.0f} MB "
-         f"({results['weight_bytes'] / results['source_bytes']:.2f} of the source)"),
-        ("bits a weight in quantized layers", f"{results['bits_per_weight']:.2f}"),
+        ("size of the weights", f"{results.weight_bytes / 1e6:.0f} MB "
+         f"({results.weight_bytes / results.source_bytes:.2f} of the source)"),
+        ("bits a weight in quantized layers", f"{results.bits_per_weight:.2f}"),
     ]  # fmt: skip
-    sqnr = results.get("weight_sqnr_db")
+    sqnr = results.weight_sqnr_db
     if sqnr:
         rows.append(
             ("weight SQNR against the source, mean / worst layer",
-             f"{sqnr['mean']:.1f} dB / {sqnr['min']:.1f} dB ({sqnr['worst_layer']})")
+             f"{sqnr.mean:.1f} dB / {sqnr.min:.1f} dB ({sqnr.worst_layer})")
         )  # fmt: skip
     return rows
 
@@ -183,12 +186,12 @@ def _serving(loads: Support, layout: str) -> list[str]:
     return lines
 
 
-def _calibration(calibration: dict[str, Any] | None) -> list[str]:
+def _calibration(calibration: Calibration | None) -> list[str]:
     if not calibration:
         return ["- No calibration."]
-    if not calibration.get("digest"):
+    if not calibration.digest:
         return ["- Calibration unknown: the state was made elsewhere."]
     return [
-        f"- Calibrated with `{calibration['name']}`: {calibration['samples']} samples, "
-        f"{calibration['tokens']} tokens, digest `{calibration['digest'][:16]}`."
+        f"- Calibrated with `{calibration.name}`: {calibration.samples} samples, "
+        f"{calibration.tokens} tokens, digest `{calibration.digest[:16]}`."
     ]

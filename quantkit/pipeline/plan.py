@@ -15,6 +15,7 @@ from pathlib import Path
 from quantkit.backends.registry import Backend, Method, backend_named, refusals
 from quantkit.checkpoint.consistency import refuse_contradictions
 from quantkit.checkpoint.directory import DTYPE_BITS, Checkpoint
+from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, states_blocks
 from quantkit.checkpoint.network.modules import (
     FUSED_EXPERTS,
@@ -35,7 +36,6 @@ GROUP_SIZES = (256, 128, 64, 32, 16)
 METHODS_HINT = "quantkit methods  # what each method writes and needs"
 _DEQUANTIZING = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 """quant_method → the class of Transformers 5.17 that dequantizes it on loading."""
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def make_plan(
         readable = "; rtn_* reads it" if _in_fp8_blocks(checkpoint) else ""
         start = f"; start from its 16-bit original{readable}"
         reasons.append(f"the model is quantized already ({found}){start}")
-    if checkpoint.config.get("model_type") in _TRANSPOSED:
+    if family(checkpoint.config).transposed:
         reasons.append(
             f"{checkpoint.config['model_type']} stores its linear layers transposed (Conv1D), "
             "which no layout here holds"

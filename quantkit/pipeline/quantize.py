@@ -7,7 +7,7 @@ refused is refused before the long job; nothing appears under the output's name 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from quantkit.backends.process.job import NO_DATA, Job, Reporter, Result
 from quantkit.backends.process.parent import run_worker
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
+from quantkit.checkpoint.provenance import LOG, Calibration
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.errors import BackendError, InputError
 from quantkit.pipeline.beyond_dense import refuse_beyond_dense
@@ -30,8 +31,6 @@ from quantkit.verification.configuration.completeness import refuse_incomplete
 
 if TYPE_CHECKING:
     from quantkit.calibration import CalibrationConfig, TokenFile
-
-LOG = "quantkit.log"
 
 
 def preflight(request: Request) -> tuple[Checkpoint, Plan]:
@@ -113,8 +112,20 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
         used = result.calibration != NO_DATA
         if used:
             _check_tokens(result, tokens)
-        calibration = {**result.calibration, **mixture} if mixture and used else None
-        return finish(partial, request, plan, source, found.fingerprint, calibration, result, ui)
+        seen = {**result.calibration, **mixture} if mixture and used else {}
+        calibration = Calibration.of(seen)
+        return finish(
+            partial,
+            request.out,
+            request.model,
+            plan,
+            source,
+            found.fingerprint,
+            calibration,
+            result,
+            ui,
+            trust_remote_code=request.trust_remote_code,
+        )
 
 
 def without(plan: Plan, source: Checkpoint, kept: list[str]) -> Plan:
@@ -224,9 +235,9 @@ def _job(
         method=recipe.name,
         model=str(source.path.resolve()),
         out="",
-        scheme=asdict(recipe.resolved_scheme()),
+        scheme=recipe.resolved_scheme(),
         kv_cache=recipe.kv_cache,
-        layers={name: asdict(scheme) for name, scheme in plan.layers.items()},
+        layers=dict(plan.layers),
         keep=kept_layers(source, plan),
         options=recipe.options,
         tokens=str(tokens.path) if tokens else None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from quantkit import __version__
 from quantkit.backends.process.job import Reporter, Result
 from quantkit.checkpoint.directory import Checkpoint
-from quantkit.checkpoint.provenance import PROVENANCE
+from quantkit.checkpoint.provenance import CARD, PROVENANCE
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.registry import packing, writer_named
 from quantkit.pipeline.engine_view import ignore_list
@@ -18,7 +18,7 @@ from quantkit.pipeline.finish import finish
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.publish import check_space, staged
 from quantkit.pipeline.request import Outcome, Request
-from quantkit.pipeline.seal import CARD, write_json
+from quantkit.pipeline.seal import write_json
 from quantkit.verification import Written
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
             (partial / name).unlink(missing_ok=True)
         outcome = finish(
             partial,
-            request,
+            request.out,
+            request.model,
             plan,
             source,
             source.fingerprint(done.source_digests),
@@ -72,6 +73,7 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
             _result(done),
             ui,
             Written(done.digests, done.source_digests, done.sqnr_db),
+            trust_remote_code=request.trust_remote_code,
         )
         clear_state(partial)
         return outcome

@@ -17,7 +17,7 @@ from typing import Any
 
 from quantkit.backends.process.job import Reporter
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
-from quantkit.checkpoint.network.config import text_config
+from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import layer_index
 from quantkit.errors import InputError
 from quantkit.pipeline.plan import Plan

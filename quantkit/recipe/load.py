@@ -18,9 +18,9 @@ from pydantic import (
     ValidationError,
 )
 
+from quantkit.checkpoint.paths import data_dir
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
-from quantkit.paths import data_dir
 from quantkit.recipe.documents import TooDeepError, parse_yaml
 from quantkit.recipe.model import CalibrationChoice, Override, Recipe
 

@@ -9,9 +9,10 @@ import torch
 
 from quantkit.checkpoint.directory import open_checkpoint, read_json
 from quantkit.checkpoint.gguf import gguf_in
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 from quantkit.runtime.linear.kernels import dequantized
-from quantkit.runtime.loading.build import Progress, build_decoder
+from quantkit.runtime.loading.build import build_decoder
 from quantkit.runtime.loading.fuse import Fuse
 from quantkit.runtime.loading.gguf import open_gguf_source
 from quantkit.runtime.loading.hosted import build_hosted

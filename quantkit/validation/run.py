@@ -17,6 +17,8 @@ from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.checkpoint.directory import Checkpoint, read_json
 from quantkit.checkpoint.network.config import positions
+from quantkit.checkpoint.progress import Progress
+from quantkit.checkpoint.provenance import Provenance
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.recipe.gates import Gate, parse_gate
 from quantkit.validation.ask.cachefile import BaselineCache
@@ -63,7 +65,7 @@ from quantkit.validation.reports.report import (
     kl_histogram,
     recipe_digest,
 )
-from quantkit.validation.subjects.base import Opening, Progress, Subject
+from quantkit.validation.subjects.base import Opening, Subject
 from quantkit.validation.subjects.engines import engine_build, opener, refuse_unopenable
 from quantkit.verification import VerifyReport
 
@@ -286,9 +288,9 @@ def _gates(
 ) -> tuple[list[Gate], list[str]]:
     """The scheme's gates, the recipe's and the command's (of a metric the last one counts), and
     warnings of what the recipe loosens."""
-    recipe = (candidate.provenance or {}).get("recipe") or {}
+    gates = candidate.provenance.gates if candidate.provenance else ()
     defaults = default_gates({layer.scheme for layer in integrity.layers})
-    stated = [parse_gate(text, "recipe") for text in recipe.get("gates") or []]
+    stated = [parse_gate(text, "recipe") for text in gates]
     counted, warnings = accepted(stated, defaults)
     return chosen_gates(defaults, counted, asked), warnings
 
@@ -322,12 +324,11 @@ def _check_memory(candidate: Candidate, kernel: str, device: str) -> tuple[int, 
 
 
 def _describe(candidate: Candidate, integrity: VerifyReport) -> dict[str, Any]:
-    provenance = candidate.provenance or {}
-    recipe = provenance.get("recipe")
+    provenance = candidate.provenance or Provenance()
     return {
         "name": candidate.path.resolve().name,
-        "method": provenance.get("method"),
-        "recipe_digest": recipe_digest(recipe),
+        "method": provenance.method,
+        "recipe_digest": recipe_digest(provenance.recipe),
         "layout": integrity.format,
         "schemes": dict(Counter(layer.scheme for layer in integrity.layers)),
         "weight_bytes": candidate.held.weight_bytes,
@@ -342,16 +343,14 @@ def _scanned(base: Checkpoint, ui: Reporter) -> Scan:
 def _name(asked: str, candidate: Candidate) -> str:
     """The baseline as it, or else quantkit.json, names it, a directory by its last part: reports
     are published."""
-    source = (candidate.provenance or {}).get("source") or {}
-    named = asked or str(source.get("name", ""))
+    named = asked or candidate.source.name
     base = candidate.baseline
     return base.path.resolve().name if Path(named).expanduser().exists() else named
 
 
 def _notes(candidate: Candidate, fingerprint: str, seen: float | None) -> list[str]:
     notes = []
-    source = (candidate.provenance or {}).get("source") or {}
-    if candidate.provenance is not None and source.get("fingerprint") != fingerprint:
+    if candidate.provenance is not None and candidate.source.fingerprint != fingerprint:
         notes.append("the baseline is not the model that this checkpoint was made from")
     if seen is None:
         notes.append("whether calibration saw the text is unknown: its tokens are not at hand")

@@ -72,7 +72,7 @@ def job(tmp_path: Path, adapter: str, **changes: object) -> Job:
         "method": "modelopt_fp8",
         "model": str(tmp_path / "model"),
         "out": str(tmp_path / "out"),
-        "scheme": {},
+        "scheme": None,
     }
     return Job(**{**fields, **changes})  # type: ignore[arg-type]
 
@@ -148,7 +148,8 @@ def test_worker_sees_its_own_environment_only(
     assert seen["session"] is True
     ours = {name for name in seen["modules"] if name.startswith("quantkit")}
     process_side = {"quantkit.backends.process", "quantkit.backends.process.job"}
-    assert ours == {"quantkit", "quantkit.backends"} | process_side
+    schemes = {"quantkit.checkpoint", "quantkit.checkpoint.schemes"}
+    assert ours == {"quantkit", "quantkit.backends"} | process_side | schemes
     foreign = {name.partition(".")[0] for name in seen["modules"]} - sys.stdlib_module_names
     assert foreign == {"quantkit", "worker_adapters", "__main__"} - sys.stdlib_module_names
 

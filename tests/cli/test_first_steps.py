@@ -85,3 +85,11 @@ def test_a_plan_has_no_empty_cell(tmp_path: Path) -> None:
             if row.startswith("│")]  # fmt: skip
     assert {"vLLM loads it", "SGLang loads it"} <= {label for label, _ in rows}
     assert all(text for _, text in rows), rows
+
+
+def test_the_demo_quantizes_a_mixture_of_experts(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = quantkit("demo", "--moe", "--method", "rtn_fp8_dynamic", "--out", out, "--json")
+    assert run.code == 0, run.err
+    assert run.document["verify"]["ok"]
+    assert any(".experts.3." in layer["module"] for layer in run.document["verify"]["layers"])

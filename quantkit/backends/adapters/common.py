@@ -6,7 +6,7 @@ import logging
 import random
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from quantkit.backends.process.job import Job, JobError, Reporter
+from quantkit.checkpoint.schemes import NumberFormat, Scheme
 
 _TELLING = re.compile(
     r"skip|fall(s|ing)?[ -]?back|fallback|round-to-nearest|disabl|unsupported|not support|failed",
@@ -32,6 +33,29 @@ def seed_everything(job: Job) -> None:
     random.seed(job.seed)
     np.random.seed(job.seed)
     torch.manual_seed(job.seed)
+
+
+def usual_scheme(job: Job) -> Scheme:
+    """The recipe's scheme, which a job that quantizes always has."""
+    assert job.scheme is not None
+    return job.scheme
+
+
+def modules_by_scheme(layers: Mapping[str, Scheme]) -> dict[Scheme, list[str]]:
+    """The modules that share a scheme, in the order of the plan."""
+    groups: dict[Scheme, list[str]] = {}
+    for name, scheme in layers.items():
+        groups.setdefault(scheme, []).append(name)
+    return groups
+
+
+def bits_and_group(number: NumberFormat) -> dict[str, Any]:
+    """An integer format in the words of GPTQModel and AutoRound (group -1: the whole row)."""
+    return {
+        "bits": number.bits,
+        "group_size": number.group_size or -1,
+        "sym": number.symmetric,
+    }
 
 
 def load_model(job: Job) -> Any:

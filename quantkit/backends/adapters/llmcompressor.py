@@ -24,9 +24,11 @@ from quantkit.backends.adapters.common import (
     check_followed,
     folded,
     load_model,
+    modules_by_scheme,
     norms,
     seed_everything,
     telling,
+    usual_scheme,
     warnings_as_notes,
 )
 from quantkit.backends.adapters.experts_seen import ExpertsSeen, settled
@@ -39,6 +41,7 @@ from quantkit.backends.adapters.linear_experts import (
 from quantkit.backends.adapters.places import expert_blocks, kept_layers, locate
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.process.job import Job, Reporter, Result
+from quantkit.checkpoint.schemes import NumberFormat
 
 
 def run(job: Job, report: Reporter, result: Result) -> None:
@@ -105,8 +108,7 @@ def _modifiers(job: Job, planned: Mapping[str, Any], ignore: list[str]) -> list[
             num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False
         )
     options = job.options
-    integers = job.scheme["weight"]["element"].startswith("int")
-    algorithm = options.get("algorithm") or ("gptq" if integers else "rtn")
+    algorithm = options.get("algorithm") or ("gptq" if usual_scheme(job).weight.is_int else "rtn")
     modifiers: list[Any] = []
     if "smoothing_strength" in options:
         modifiers.append(SmoothQuantModifier(smoothing_strength=options["smoothing_strength"]))
@@ -130,29 +132,26 @@ def _modifiers(job: Job, planned: Mapping[str, Any], ignore: list[str]) -> list[
 
 def _groups(planned: Mapping[str, Any]) -> Iterator[QuantizationScheme]:
     """One group a scheme; the only group of a plan names the class, several name their modules."""
-    schemes: dict[str, tuple[dict[str, Any], list[str]]] = {}
-    for name, scheme in planned.items():
-        schemes.setdefault(repr(scheme), (scheme, []))[1].append(name)
-    for scheme, names in schemes.values():
+    schemes = modules_by_scheme(planned)
+    for scheme, names in schemes.items():
         yield QuantizationScheme(
             targets=["Linear"] if len(schemes) == 1 else names,
-            weights=arguments(scheme["weight"], weight=True),
-            input_activations=arguments(scheme["input"]) if scheme["input"] else None,
+            weights=arguments(scheme.weight, weight=True),
+            input_activations=arguments(scheme.input) if scheme.input else None,
         )
 
 
-def arguments(number: dict[str, Any], *, weight: bool = False) -> QuantizationArgs:
+def arguments(number: NumberFormat, *, weight: bool = False) -> QuantizationArgs:
     """A number format in compressed-tensors' words; equal to its presets where there is one."""
-    element, granularity = number["element"], number["granularity"]
-    two_level, shared_exponent = number["scale"] == "e4m3", number["scale"] == "e8m0"
+    two_level, shared_exponent = number.scale == "e4m3", number.scale == "e8m0"
     values: dict[str, Any] = {
-        "num_bits": {"fp8_e4m3": 8, "fp4_e2m1": 4}.get(element) or int(element[3:]),
-        "type": "int" if element.startswith("int") else "float",
-        "strategy": "tensor_group" if two_level else granularity,
-        "symmetric": number["symmetric"],
-        "dynamic": number["dynamic"],
-        "group_size": number["group_size"],
-        "block_structure": number["block"],
+        "num_bits": number.bits,
+        "type": "int" if number.is_int else "float",
+        "strategy": "tensor_group" if two_level else number.granularity,
+        "symmetric": number.symmetric,
+        "dynamic": number.dynamic,
+        "group_size": number.group_size,
+        "block_structure": list(number.block) if number.block else None,
     }
     if two_level:
         values["scale_dtype"] = values["zp_dtype"] = torch.float8_e4m3fn

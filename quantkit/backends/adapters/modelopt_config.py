@@ -14,6 +14,7 @@ from modelopt.torch.opt.dynamic import DynamicModule
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
 
+from quantkit.backends.adapters.common import usual_scheme
 from quantkit.backends.adapters.places import Place, expert_blocks, fused_tensors
 from quantkit.backends.adapters.seen_tokens import never_ran
 from quantkit.backends.process.job import Job, JobError, JobInputError
@@ -45,7 +46,7 @@ def quant_config(job: Job, model: torch.nn.Module, found: Mapping[str, Place]) -
     other module with a weight is switched off by its exact name. Classes that it leaves alone
     (batch norms, activations) stay off.
     """
-    preset = copy.deepcopy(getattr(mtq, PRESETS[job.scheme["name"]]))
+    preset = copy.deepcopy(getattr(mtq, PRESETS[usual_scheme(job).name]))
     algorithm = job.options.get("algorithm", preset["algorithm"])
     _check_device(job, algorithm)
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
@@ -207,10 +208,10 @@ def _experts(module: Any, tensor: str) -> int:
 
 def _check_device(job: Job, algorithm: Any) -> None:
     """AWQ runs the fake-quantized model, and ModelOpt's NVFP4 kernels exist on CUDA alone."""
-    method = _method(algorithm)
-    if job.device == "cpu" and job.scheme["name"] in ("nvfp4", "nvfp4a16") and "awq" in method:
+    method, scheme = _method(algorithm), usual_scheme(job).name
+    if job.device == "cpu" and scheme in ("nvfp4", "nvfp4a16") and "awq" in method:
         raise JobInputError(
-            f"ModelOpt cannot run {method} with {job.scheme['name']} on a CPU.",
+            f"ModelOpt cannot run {method} with {scheme} on a CPU.",
             hint="add --device cuda, or take the algorithm max",
             code="modelopt.needs_cuda",
         )
@@ -231,7 +232,7 @@ def _weighted(model: torch.nn.Module) -> Iterator[str]:
 
 def _with_group(cfg: Any, job: Job) -> Any:
     """A weight or input format with the scheme's group size in place of the preset's."""
-    group = job.scheme["weight"]["group_size"]
+    group = usual_scheme(job).weight.group_size
     parts = cfg if isinstance(cfg, list) else [cfg]
     for part in parts:
         blocks = part.get("block_sizes")

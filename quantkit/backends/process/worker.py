@@ -43,7 +43,7 @@ LIBRARIES = (
 """Distributions whose versions shape a checkpoint, recorded where they are installed."""
 
 
-class Progress:
+class WorkerReporter:
     """The worker's `Reporter`: times the stages and sends events to the parent."""
 
     def __init__(self, result: Result) -> None:
@@ -222,7 +222,7 @@ def main(job_file: str, result_file: str) -> int:
     from quantkit.backends.process.job import Job, Result
 
     result = Result()
-    progress = Progress(result)
+    progress = WorkerReporter(result)
     progress.stage("import")
     job: Job | None = None
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quantkit.checkpoint.network.config import text_config
+from quantkit.checkpoint.network.language import text_config
 
 if TYPE_CHECKING:
     from quantkit.backends.registry.backend import Backend

@@ -18,15 +18,13 @@ from typing import Any, Protocol
 import quantkit
 from quantkit.backends.streaming.job import Slice, StreamOptions, WorkOrder
 from quantkit.backends.streaming.memory import MemoryWatch
+from quantkit.checkpoint.progress import BytesDone
 from quantkit.errors import BackendError, InputError
 
 TICK = 0.1
 
 Answered = Callable[[Any, Any], None]
 """Takes an Order's number and its WorkRecord, or a Slice and whether it is finite."""
-
-Progress = Callable[[int], None]
-"""Takes the source bytes done."""
 
 
 class Crew(Protocol):
@@ -41,7 +39,7 @@ class Crew(Protocol):
         self,
         orders: Iterable[WorkOrder | Slice],
         answered: Answered,
-        progress: Progress | None = None,
+        progress: BytesDone | None = None,
     ) -> None:
         """Have every order done. Raises InputError, OSError or BackendError from the worker."""
 
@@ -71,7 +69,7 @@ class Alone:
         self,
         orders: Iterable[WorkOrder | Slice],
         answered: Answered,
-        progress: Progress | None = None,
+        progress: BytesDone | None = None,
     ) -> None:
         """See `Crew`."""
         import torch
@@ -156,7 +154,7 @@ class Workers:
         self,
         orders: Iterable[WorkOrder | Slice],
         answered: Answered,
-        progress: Progress | None = None,
+        progress: BytesDone | None = None,
     ) -> None:
         """See `Crew`."""
         queue = iter(orders)

@@ -5,40 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config: itself, or nested in a multi-modal one."""
-    for key in ("text_config", "llm_config", "language_config"):
-        nested = config.get(key)
-        if isinstance(nested, dict) and "hidden_size" in nested:
-            return nested
-    thinker = config.get("thinker_config")
-    if isinstance(thinker, dict):
-        return text_config(thinker)
-    return config
-
-
-_DEFAULTS: Mapping[str, Mapping[str, int]] = {
-    "gemma": {"head_dim": 256},
-    "gemma2": {"head_dim": 256},
-    "gemma3_text": {
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
-    },
-    "glm4": {"head_dim": 128},
-    "gpt_oss": {"head_dim": 64},
-    "qwen3": {"head_dim": 128},
-    "qwen3_vl_text": {"head_dim": 128},
-    "qwen3_vl_moe_text": {"head_dim": 128},
-}  # fmt: skip
-"""Sizes that a config.json may leave to Transformers' config class, by the language model's type;
-not those that follow from others (head_dim from the hidden size)."""
+from quantkit.checkpoint.network.families import family
+from quantkit.checkpoint.network.language import text_config
 
 
 def text_size(config: Mapping[str, Any], key: str) -> int:
     """A size of the language model: as config.json states it, else its family's default, else 0."""
     text = text_config(config)
-    kind = str(text.get("model_type") or f"{config.get('model_type')}_text")
-    return _integer(text[key]) if key in text else _DEFAULTS.get(kind, {}).get(key, 0)
+    return _integer(text[key]) if key in text else family(config).sizes.get(key, 0)
 
 
 def positions(config: Mapping[str, Any]) -> int | None:
@@ -64,13 +38,12 @@ def expert_count(config: Mapping[str, Any]) -> int:
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the output head shares the embedding's weight.
 
-    The outermost statement counts; Transformers' default is True for configs that are silent in
-    families that tie (Gemma), and False for the others.
+    The outermost statement counts, then what Transformers' class of the family has.
     """
     for level in (config, text_config(config)):
         if isinstance(level.get("tie_word_embeddings"), bool):
             return bool(level["tie_word_embeddings"])
-    return str(text_config(config).get("model_type", "")).startswith("gemma")
+    return family(config).tied
 
 
 def _integer(value: object) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.checkpoint.network.config import text_config
 from quantkit.checkpoint.network.experts import input_first
+from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import in_tower
 from quantkit.checkpoint.network.sizes import Sizes
 

@@ -8,19 +8,18 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from quantkit.backends.process.parent import child_environment, oom_kills
+from quantkit.checkpoint.paths import cache_dir
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import BackendError
-from quantkit.paths import cache_dir
 from quantkit.runtime.serving import worker
 from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import EngineProcessSpec
-
-Progress = Callable[[int, int], None]
 
 _ERROR_LINE = re.compile(r"^\S*(?:Error|Exception|Interrupt)\b.*")
 _PREFIX = re.compile(r"^\([^)]*\) (?:ERROR|WARNING|INFO) \S+ \S+ \[[^]]*\] ?")

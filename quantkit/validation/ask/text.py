@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.validation.subjects.base import Progress, Subject
+from quantkit.checkpoint.progress import Progress
+from quantkit.validation.subjects.base import Subject
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit import __version__
-from quantkit.validation.subjects.base import Opening, Progress, Throughput
+from quantkit.checkpoint.progress import Progress
+from quantkit.validation.subjects.base import Opening, Throughput
 
 if TYPE_CHECKING:
     import torch

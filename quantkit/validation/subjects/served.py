@@ -11,14 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint, read_json
-from quantkit.checkpoint.network.config import positions, text_config
+from quantkit.checkpoint.network.config import positions
+from quantkit.checkpoint.network.language import text_config
+from quantkit.checkpoint.progress import Progress
 from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec, find_interpreter
 from quantkit.runtime.serving.process import EngineProcess
-from quantkit.validation.subjects.base import Opening, Progress, Throughput
+from quantkit.validation.subjects.base import Opening, Throughput
 
 if TYPE_CHECKING:
     from quantkit.validation.subjects.base import Opener

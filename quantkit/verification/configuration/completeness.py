@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from quantkit.checkpoint.directory import Checkpoint
-from quantkit.checkpoint.network.config import is_tied, text_config
+from quantkit.checkpoint.network.config import is_tied
+from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import layer_index
 from quantkit.checkpoint.tensors import same_bytes
 from quantkit.errors import InputError

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 from quantkit.checkpoint.network.experts import input_first
+from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, weight_block
 from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.checkpoint.tensors import read_tensor
@@ -92,7 +93,7 @@ class SourceModel:
             return [self._slice(down, int(index))]
         both = self._fused(f"{head}.experts.gate_up_proj")
         if leaf in _HALVES and both is not None:
-            interleaved = self.checkpoint.config.get("model_type") == "gpt_oss"
+            interleaved = family(self.checkpoint.config).experts.interleaved
             part = self._slice(both, int(index))
             return [replace(part, half=_HALVES[leaf], interleaved=interleaved)]
         return []

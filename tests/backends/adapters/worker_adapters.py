@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
@@ -153,7 +153,7 @@ def several(job: Job, report: Reporter, result: Result) -> None:
     for name, changes in job.options["jobs"].items():
         own = Result()
         try:
-            run(replace(job, **{"options": {}, **changes}), report, own)
+            run(Job.from_json({**asdict(job), "options": {}, **changes}), report, own)
         except Exception as error:
             own.error = {"code": getattr(error, "code", ""), "message": str(error)}
         outcomes[name] = asdict(own)

@@ -28,6 +28,6 @@ def write_whole(file: Path, content: bytes) -> None:
 def data_dir(kind: Literal["recipes", "calibration"]) -> Path:
     """The directory of the bundled YAML files of one kind: beside the package in a source tree,
     inside it in a wheel."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     packed = package / f"_{kind}"
     return packed if packed.is_dir() else package.parent / kind
