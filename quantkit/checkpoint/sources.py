@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from quantkit.paths import cache_dir, write_whole
+from quantkit.checkpoint.paths import cache_dir, write_whole
 
 
 def remember_source(directory: Path, fingerprint: str) -> None:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.checkpoint.demo import demo_model
 from quantkit.checkpoint.directory import Checkpoint, is_sidecar, open_checkpoint
+from quantkit.checkpoint.paths import cache_dir
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.errors import InputError
-from quantkit.paths import cache_dir
 
 if TYPE_CHECKING:
     import torch

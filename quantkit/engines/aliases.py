@@ -13,7 +13,7 @@ from typing import Any
 
 from quantkit.checkpoint.network.config import expert_count
 from quantkit.engines.names import expert_block, renamed
-from quantkit.engines.rules import Family, engines
+from quantkit.engines.rules import EngineFamily, engines
 
 
 def merged_aliases(names: Collection[str]) -> list[str]:
@@ -65,7 +65,7 @@ def _merges() -> dict[str, tuple[tuple[str, tuple[str, ...]], ...]]:
     return {leaf: tuple(merges) for leaf, merges in found.items()}
 
 
-def _written_as(wanted: str, family: Family) -> str:
+def _written_as(wanted: str, family: EngineFamily) -> str:
     """The entry that an engine, having renamed it its way, finds for its layer `wanted`.
 
     Where none leads there, the name without its first part: some engines compare endings.

@@ -15,7 +15,7 @@ from quantkit.checkpoint.schemes import BITS
 from quantkit.engines.candidate import LayerPart, Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.reasons import Reason
-from quantkit.engines.rules import EngineRules, Family, SchemeRule
+from quantkit.engines.rules import EngineFamily, EngineRules, SchemeRule
 
 TILES = ((64, 128), (128, 64))
 KEEP = "keep this layer in 16 bit"
@@ -50,7 +50,11 @@ def check_heads(engine: EngineRules, config: Mapping[str, Any], tp: int) -> Iter
 
 
 def check_shapes(
-    engine: EngineRules, family: Family, candidate: Loadable, layers: Sequence[EngineLayer], tp: int
+    engine: EngineRules,
+    family: EngineFamily,
+    candidate: Loadable,
+    layers: Sequence[EngineLayer],
+    tp: int,
 ) -> Iterator[Reason]:
     """Reasons of codes `engine.tp_split`, `engine.tp_group`, `engine.block_shape`, `engine.tile`
     and `engine.multiple_of`, a layer each."""
@@ -63,7 +67,7 @@ def check_shapes(
 
 def group_fits(
     engine: EngineRules,
-    family: Family,
+    family: EngineFamily,
     candidate: Loadable,
     layers: Sequence[EngineLayer],
     tp: int,
@@ -80,7 +84,7 @@ def group_fits(
 
 
 def _shard(
-    engine: EngineRules, family: Family, candidate: Loadable, layer: EngineLayer, tp: int
+    engine: EngineRules, family: EngineFamily, candidate: Loadable, layer: EngineLayer, tp: int
 ) -> _Shard | None:
     """One rank's part of a layer; None where it is not quantized, has no rule or cannot be cut."""
     part, rules = layer.parts[0], engine.formats.get(candidate.layout)
@@ -119,7 +123,12 @@ class _Shard:
     """One rank's part of a quantized layer: input × output parts."""
 
     def __init__(
-        self, family: Family, candidate: Loadable, layer: EngineLayer, rule: SchemeRule, tp: int
+        self,
+        family: EngineFamily,
+        candidate: Loadable,
+        layer: EngineLayer,
+        rule: SchemeRule,
+        tp: int,
     ) -> None:
         self.layer, self.rule, self.tp = layer, rule, tp
         part = layer.parts[0]
@@ -223,7 +232,7 @@ class _Shard:
             )
 
 
-def _outputs(layer: EngineLayer, family: Family, config: Mapping[str, Any]) -> list[int]:
+def _outputs(layer: EngineLayer, family: EngineFamily, config: Mapping[str, Any]) -> list[int]:
     """The stacked output sizes of a layer, also of one that is stored merged."""
     if len(layer.parts) > 1:
         return [part.rows for part in layer.parts]

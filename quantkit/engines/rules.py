@@ -22,7 +22,7 @@ Renaming = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Family:
+class EngineFamily:
     """How an engine builds the models of some `model_type`s.
 
     merges: what becomes one layer. told: the part of it that the quantization settings know of
@@ -123,8 +123,8 @@ class EngineRules:
     distribution: tuple[str, ...]
     versions: str
     read: str
-    families: tuple[Family, ...]
-    otherwise: Family
+    families: tuple[EngineFamily, ...]
+    otherwise: EngineFamily
     rows: frozenset[str]
     whole: frozenset[str]
     match: Mapping[str, str]
@@ -135,7 +135,7 @@ class EngineRules:
     def minimum_version(self) -> str:
         return self.versions.removeprefix(">=").partition(",")[0]
 
-    def family(self, config: Mapping[str, Any]) -> Family:
+    def family(self, config: Mapping[str, Any]) -> EngineFamily:
         """The family of a model's config.json: of its own type, else of its language model's."""
         for model_type in model_types(config):
             for family in self.families:
@@ -183,12 +183,12 @@ def _engine(raw: dict[str, Any]) -> EngineRules:
     )
 
 
-def _family(raw: dict[str, Any], merges: Mapping[str, Merges]) -> Family:
+def _family(raw: dict[str, Any], merges: Mapping[str, Merges]) -> EngineFamily:
     def union(names: list[str]) -> Merges:
         return {fused: members for name in names for fused, members in merges[name].items()}
 
     rename = _renaming(raw.get("rename", ()))
-    return Family(
+    return EngineFamily(
         types=tuple(raw.pop("types")),
         merges=union(raw["merges"]),
         told=union(raw.pop("told", raw["merges"])),

@@ -15,8 +15,10 @@ from quantkit import __version__
 from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import read_tokenizer_info
-from quantkit.checkpoint.directory import Checkpoint, read_json
-from quantkit.checkpoint.network.config import experts_per_token, positions
+from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.network.config import experts_per_token, positions, stop_tokens
+from quantkit.checkpoint.progress import Progress
+from quantkit.checkpoint.provenance import Provenance
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.recipe.gates import Gate, parse_gate
 from quantkit.validation.ask.cachefile import BaselineCache
@@ -65,7 +67,7 @@ from quantkit.validation.reports.report import (
     kl_histogram,
     recipe_digest,
 )
-from quantkit.validation.subjects.base import Opening, Progress, Subject
+from quantkit.validation.subjects.base import Opening, Subject
 from quantkit.validation.subjects.engines import engine_build, opener, refuse_unopenable
 from quantkit.verification import VerifyReport
 
@@ -193,7 +195,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
             subject.close()
     if cache.hits:
         report.notes.append(f"{cache.hits} measurements of the baseline came from the cache")
-    _fill(report, integrity, questions, theirs, ours, _stop_tokens(base))
+    _fill(report, integrity, questions, theirs, ours, set(stop_tokens(base.path, base.config)))
     gates = _measurable(gates, report)
     absent = missing("this run did not measure it")
     report.gates = [
@@ -290,10 +292,10 @@ def _gates(
 ) -> tuple[list[Gate], list[str]]:
     """The scheme's gates, the recipe's and the command's (of a metric the last one counts), and
     warnings of what the recipe loosens."""
-    recipe = (candidate.provenance or {}).get("recipe") or {}
+    recipe_gates = candidate.provenance.gates if candidate.provenance else ()
     chosen = experts_per_token(candidate.baseline.config)
     defaults = default_gates({layer.scheme for layer in integrity.layers}, chosen)
-    stated = [parse_gate(text, "recipe") for text in recipe.get("gates") or []]
+    stated = [parse_gate(text, "recipe") for text in recipe_gates]
     counted, warnings = accepted(stated, defaults)
     return chosen_gates(defaults, counted, asked), warnings
 
@@ -343,12 +345,11 @@ def _check_memory(candidate: Candidate, kernel: str, device: str) -> tuple[int, 
 
 
 def _describe(candidate: Candidate, integrity: VerifyReport) -> dict[str, Any]:
-    provenance = candidate.provenance or {}
-    recipe = provenance.get("recipe")
+    provenance = candidate.provenance or Provenance()
     return {
         "name": candidate.path.resolve().name,
-        "method": provenance.get("method"),
-        "recipe_digest": recipe_digest(recipe),
+        "method": provenance.method,
+        "recipe_digest": recipe_digest(provenance.recipe),
         "layout": integrity.format,
         "schemes": dict(Counter(layer.scheme for layer in integrity.layers)),
         "weight_bytes": candidate.held.weight_bytes,
@@ -363,27 +364,18 @@ def _scanned(base: Checkpoint, ui: Reporter) -> Scan:
 def _name(asked: str, candidate: Candidate) -> str:
     """The baseline as it, or else quantkit.json, names it, a directory by its last part: reports
     are published."""
-    source = (candidate.provenance or {}).get("source") or {}
-    named = asked or str(source.get("name", ""))
+    named = asked or candidate.source.name
     base = candidate.baseline
     return base.path.resolve().name if Path(named).expanduser().exists() else named
 
 
 def _notes(candidate: Candidate, fingerprint: str, seen: float | None) -> list[str]:
     notes = []
-    source = (candidate.provenance or {}).get("source") or {}
-    if candidate.provenance is not None and source.get("fingerprint") != fingerprint:
+    if candidate.provenance is not None and candidate.source.fingerprint != fingerprint:
         notes.append("the baseline is not the model that this checkpoint was made from")
     if seen is None:
         notes.append("whether calibration saw the text is unknown: its tokens are not at hand")
     return notes
-
-
-def _stop_tokens(base: Checkpoint) -> set[int]:
-    file = base.path / "generation_config.json"
-    stated = read_json(file).get("eos_token_id") if file.is_file() else None
-    found = base.config.get("eos_token_id") if stated is None else stated
-    return {token for token in (found if isinstance(found, list) else [found]) if token is not None}
 
 
 def _versions() -> tuple[str, ...]:

@@ -76,7 +76,7 @@ def changes(method: str, model: Path, folder: Path) -> dict[str, Any]:
 def base_job(model: Path, folder: Path) -> Job:
     return Job(
         task="quantize", backend="modelopt", adapter=MODELOPT, method="modelopt_fp8",
-        model=str(model), out=str(folder / "outcomes"), scheme={},
+        model=str(model), out=str(folder / "outcomes"), scheme=None,
         tokens=str(folder / "tokens.safetensors"), batch_size=4, checkpoint_note=NOTE,
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def run_several(model: Path, folder: Path, jobs: Mapping[str, object]) -> dict[s
     """Several jobs in one child; a failure becomes the `error` of its Result."""
     job = asdict(base_job(model, folder))
     job |= {"adapter": "worker_adapters:several", "options": {"adapter": MODELOPT, "jobs": jobs}}
-    run(Job(**job))
+    run(Job.from_json(job))
     outcomes = json.loads((folder / "outcomes" / "outcomes.json").read_text())
     return {name: Result(**outcome) for name, outcome in outcomes.items()}
 
@@ -257,7 +257,7 @@ def test_the_same_job_gives_the_same_bytes(
     report = Recorder()
     job = asdict(base_job(small_model, folder)) | changes("fp8", small_model, folder)
     job |= {"out": str(folder / "again"), "checkpoint_save": str(folder / "again.pth")}
-    result = run(Job(**job), report)
+    result = run(Job.from_json(job), report)
     assert result.calibration == quantized["fp8"].calibration
     first, second = (folder / name / "model.safetensors" for name in ("fp8", "again"))
     assert first.read_bytes() == second.read_bytes()

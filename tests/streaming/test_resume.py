@@ -232,12 +232,12 @@ def test_a_stop_while_the_result_is_verified_costs_no_shard(
         quantize(request, Stops("verify"))
     (partial / "quantkit.json").write_text("{}")  # as a kill later on would leave it
     before = (partial / "model.safetensors").stat().st_mtime_ns
-    document = quantize(replace(request, resume=True), Quiet()).provenance
+    made = quantize(replace(request, resume=True), Quiet()).provenance
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     assert {path.name for path in out.iterdir()} >= {"config.json", "quantkit.json", "README.md"}
     assert not list(out.glob(".*"))
     assert not partial.exists()
-    assert not [note for note in document["notes"] if "removed" in note]
+    assert not [note for note in made.notes if "removed" in note]
 
 
 FULL = """

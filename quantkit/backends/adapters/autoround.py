@@ -12,14 +12,17 @@ from transformers import AutoTokenizer
 
 from quantkit.backends.adapters.autoround_gguf import keep_byte_level
 from quantkit.backends.adapters.common import (
+    bits_and_group,
     check_followed,
     load_model,
     logs_as_notes,
     packed_modules,
     seed_everything,
     unplanned,
+    usual_scheme,
     warnings_as_notes,
 )
+from quantkit.backends.adapters.places import locate
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.process.job import Job, JobError, Reporter, Result
 
@@ -37,6 +40,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     with warnings_as_notes(report), logs_as_notes("autoround", report):
         report.stage("load")
         model = load_model(job)
+        locate(model, job)
         tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
         tokens = Tokens(job) if job.tokens else None
         witness = SeenTokens(tokens, report)
@@ -66,17 +70,19 @@ def _keep_bfloat16() -> None:
 
 
 def _format(job: Job) -> str:
+    name = usual_scheme(job).name
     default = (
         "gguf"
-        if job.scheme["name"].startswith("gguf")
-        else ("llm_compressor" if job.scheme["name"] in _PRESETS else "auto_round")
+        if name.startswith("gguf")
+        else ("llm_compressor" if name in _PRESETS else "auto_round")
     )
     return str(job.options.get("format", default))
 
 
 def _arguments(job: Job, model: Any, tokens: Tokens | None) -> dict[str, Any]:
-    preset = _PRESETS.get(job.scheme["name"])
-    scheme = {"scheme": preset} if preset else _weight(job.scheme)
+    usual = usual_scheme(job)
+    preset = _PRESETS.get(usual.name)
+    scheme = {"scheme": preset} if preset else bits_and_group(usual.weight)
     iters = job.options.get("iters", 200)
     arguments: dict[str, Any] = {
         **scheme,
@@ -94,27 +100,17 @@ def _arguments(job: Job, model: Any, tokens: Tokens | None) -> dict[str, Any]:
     return arguments | {key: job.options[key] for key in passed if key in job.options}
 
 
-def _weight(scheme: dict[str, Any]) -> dict[str, Any]:
-    weight = scheme["weight"]
-    return {
-        "bits": int(weight["element"].removeprefix("int")),
-        "group_size": weight["group_size"] or -1,
-        "sym": weight["symmetric"],
-    }
-
-
 def _layer_config(job: Job, model: Any) -> dict[str, dict[str, Any]]:
     """Layers that differ from the job's scheme: left in 16 bit, or of another number format."""
-    if job.scheme["name"] in _PRESETS:
-        others: dict[str, dict[str, Any]] = {}
-    else:
-        usual = _weight(job.scheme)
-        others = {
-            name: _weight(scheme) for name, scheme in job.layers.items() if _weight(scheme) != usual
-        }
+    scheme = usual_scheme(job)
+    others: dict[str, dict[str, Any]] = {}
+    if scheme.name not in _PRESETS:
+        usual = bits_and_group(scheme.weight)
+        numbers = {name: bits_and_group(own.weight) for name, own in job.layers.items()}
+        others = {name: number for name, number in numbers.items() if number != usual}
     head = model.get_output_embeddings()
     kept = [name for name in unplanned(model, job) if model.get_submodule(name) is not head]
-    if job.scheme["name"].startswith("gguf"):
+    if scheme.name.startswith("gguf"):
         return others
     return others | {name: {"bits": 16, "act_bits": 16} for name in kept}
 

@@ -13,9 +13,11 @@ from gptqmodel import GPTQModel
 from gptqmodel.quantization.config import AWQConfig, GPTQConfig
 
 from quantkit.backends.adapters.common import (
+    bits_and_group,
     check_followed,
     packed_modules,
     seed_everything,
+    usual_scheme,
     warnings_as_notes,
 )
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
@@ -56,7 +58,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
 
 def _config(job: Job) -> Any:
     common = {
-        **_weight(job.scheme),
+        **bits_and_group(usual_scheme(job).weight),
         "device": job.device,
         "dynamic": _dynamic(job),
     }
@@ -65,25 +67,16 @@ def _config(job: Job) -> Any:
     return GPTQConfig(**common, **{k: job.options[k] for k in _GPTQ_OPTIONS if k in job.options})
 
 
-def _weight(scheme: dict[str, Any]) -> dict[str, Any]:
-    weight = scheme["weight"]
-    return {
-        "bits": int(weight["element"].removeprefix("int")),
-        "group_size": weight["group_size"] or -1,
-        "sym": weight["symmetric"],
-    }
-
-
 def _dynamic(job: Job) -> dict[str, dict[str, Any]] | None:
     """Rules by module name: `-:` leaves a module alone, `+:` changes its number format.
 
     Modules outside of the decoder blocks (head, embeddings) are left alone without a rule.
     """
-    usual = _weight(job.scheme)
+    usual = bits_and_group(usual_scheme(job).weight)
     rules: dict[str, dict[str, Any]] = {
-        f"+:^{re.escape(name)}$": _weight(scheme)
+        f"+:^{re.escape(name)}$": own
         for name, scheme in job.layers.items()
-        if _weight(scheme) != usual
+        if (own := bits_and_group(scheme.weight)) != usual
     }
     rules |= {f"-:^{re.escape(name)}$": {} for name in job.keep if _IN_BLOCK.search(name)}
     return rules or None

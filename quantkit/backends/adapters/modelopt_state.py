@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import modelopt.torch.opt as mto
 import torch
 
+from quantkit.backends.adapters.common import usual_scheme
 from quantkit.backends.process.job import STATE_NOTE, Job, JobInputError, Result
 
 NOTE_VERSION = 1
@@ -32,10 +34,10 @@ def save_state(model: torch.nn.Module, job: Job, result: Result) -> None:
         **job.checkpoint_note,
         "schema_version": NOTE_VERSION,
         "method": job.method,
-        "scheme": job.scheme,
+        "scheme": asdict(usual_scheme(job)),
         "kv_cache": job.kv_cache,
         "options": job.options,
-        "layers": job.layers,
+        "layers": {name: asdict(scheme) for name, scheme in job.layers.items()},
         "keep": job.keep,
         "versions": {name: version(name) for name in ("nvidia-modelopt", "torch", "transformers")},
         "calibration": result.calibration,

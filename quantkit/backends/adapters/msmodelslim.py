@@ -32,6 +32,7 @@ from quantkit.backends.adapters.common import (
     check_followed,
     folded,
     logs_as_notes,
+    modules_by_scheme,
     norms,
     seed_everything,
 )
@@ -144,16 +145,13 @@ def _needs_data(spec: dict[str, Any]) -> bool:
 
 def _steps(job: Job) -> Iterator[dict[str, Any]]:
     """One step for each scheme of the plan, with the exact names of its modules."""
-    schemes: dict[str, tuple[dict[str, Any], list[str]]] = {}
-    for name, scheme in job.layers.items():
-        schemes.setdefault(repr(scheme), (scheme, []))[1].append(name)
-    for scheme, names in schemes.values():
-        given = scheme["input"]
-        activation = dict(_ACTIVATIONS[given["granularity"] if given else None])
+    for scheme, names in modules_by_scheme(job.layers).items():
+        given = scheme.input
+        activation = dict(_ACTIVATIONS[given.granularity if given else None])
         if given:
-            activation |= {"dtype": given["element"], "symmetric": given["symmetric"]}
+            activation |= {"dtype": given.element, "symmetric": given.symmetric}
         weight = {
-            "scope": "per_channel", "dtype": scheme["weight"]["element"], "symmetric": True,
+            "scope": "per_channel", "dtype": scheme.weight.element, "symmetric": True,
             "method": "minmax",
         }  # fmt: skip
         layers = {"qconfig": {"act": activation, "weight": weight}, "include": names, "exclude": []}

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.backends.environments.device import has_nvidia_gpu
+from quantkit.checkpoint.paths import cache_dir
 from quantkit.errors import BackendError, InputError
-from quantkit.paths import cache_dir
 
 CHECK_SECONDS = 300
 _CHECK = """

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from quantkit.checkpoint.schemes import Scheme
+
 JOB_VERSION = 1
 
 Unit = Literal["steps", "bytes"]
@@ -31,8 +33,9 @@ STATE_NOTE = "quantkit.json"
 class Job:
     """What to do, with every choice already made; paths are absolute.
 
-    `layers` maps each module that must be quantized to its scheme's fields; `keep` lists every
-    linear module that must stay in 16 bit, both by their names in the source checkpoint.
+    `scheme` is the recipe's (None to export a state of unknown origin); `layers` maps each module
+    that must be quantized to its own; `keep` lists every linear module that must stay in 16 bit,
+    both by their names in the source checkpoint.
     `tokens` is a safetensors file with `input_ids` [samples, length] int64 and
     `attention_mask` of the same shape, or None for a method that needs no calibration.
     """
@@ -43,13 +46,16 @@ class Job:
     method: str
     model: str
     out: str
-    scheme: dict[str, Any]
+    scheme: Scheme | None
     kv_cache: str = "none"
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: dict[str, Scheme] = field(default_factory=dict)
     keep: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     tokens: str | None = None
     batch_size: int = 4
+    experts: Literal["all", "routed"] = "all"
+    expert_floor: int = 1
+    on_unseen: Literal["error", "keep16", "rtn"] = "error"
     device: str = "cpu"
     seed: int = 0
     shard_size: int = 5_000_000_000
@@ -64,7 +70,17 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Job:
+        """The job whose fields (`asdict`) went through JSON."""
+        scheme, layers = values["scheme"], values.get("layers", {})
+        rebuilt = {
+            "scheme": Scheme.from_json(scheme) if scheme else None,
+            "layers": {name: Scheme.from_json(own) for name, own in layers.items()},
+        }
+        return cls(**{**values, **rebuilt})
 
 
 @dataclass
@@ -76,6 +92,9 @@ class Result:
     fall-backs and skipped layers, in words for the user; `calibration` holds
     `{samples, tokens, digest, passes, modules}` as they really reached the model (`digest` by
     `token_digest`, `passes` runs over all samples, `modules` that were calibrated with them);
+    `experts` holds `{calibrated, floor, min, median, under_floor, decided, routed, seen}`, the last
+    two as tokens of each expert by the name of its block (`experts_seen.settled`);
+    `kept` names layers of the plan that stay in 16 bit after all (`on_unseen: keep16`);
     `folds` names the modules of the source that the method rewrites (`{"norm": [module, …]}`).
     `compute` says how bfloat16 products were computed where the CPU has none ("float32 on avx2").
     `error` holds `{kind, code, type, message, hint, stage, traceback}`, with `kind` "input" when
@@ -88,6 +107,8 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
+    experts: dict[str, Any] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
     folds: dict[str, list[str]] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     compute: str = ""

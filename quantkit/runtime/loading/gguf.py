@@ -15,6 +15,7 @@ import torch
 
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.gguf import GgufFile, open_gguf
+from quantkit.checkpoint.network.families import FAMILIES
 from quantkit.errors import InputError, command
 from quantkit.runtime.loading.source import CheckpointReader, check_finite, wrong_shape
 from quantkit.verification.gguf import Pair, source_values
@@ -30,7 +31,6 @@ _KEYS = {
     "head_dim": "attention.key_length",
 }
 """Key of a Transformers config → the file's, without its architecture."""
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(kw_only=True)
@@ -79,10 +79,11 @@ def open_gguf_source(path: Path) -> GgufSource:
     file that is broken or lacks metadata.
     """
     held = open_gguf(path)
-    if held.architecture not in _ARCHITECTURES:
+    computed = [t for f in FAMILIES if f.gguf and f.network == "decoder" for t in f.types]
+    if held.architecture not in computed:
         raise InputError(
             f"{held.file} holds a {held.architecture or 'nameless'} network; of GGUF the runtime "
-            f"computes {', '.join(_ARCHITECTURES)}.",
+            f"computes {', '.join(computed)}.",
             hint="evaluate it in llama.cpp, or quantize to another layout",
             code="runtime.architecture",
         )

@@ -16,9 +16,9 @@ from torch import nn
 
 from quantkit.checkpoint.network.config import is_tied
 from quantkit.checkpoint.network.modules import CONTROLS, fused_groups
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 from quantkit.runtime.linear.modules import PlainLinear
-from quantkit.runtime.loading.build import Progress
 from quantkit.runtime.loading.experts import find_experts, replace_experts, router_widths
 from quantkit.runtime.loading.make_layers import LayerMaker
 from quantkit.runtime.loading.memory import release

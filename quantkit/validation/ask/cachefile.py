@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.paths import cache_dir, write_whole
+from quantkit.checkpoint.paths import cache_dir, write_whole
 
 ALGORITHM = 3
 """Raised whenever the same question would be measured in another way."""

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.validation.subjects.base import Progress, Subject
+from quantkit.checkpoint.progress import Progress
+from quantkit.validation.subjects.base import Subject
 from quantkit.validation.subjects.routing import Routes
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit import __version__
-from quantkit.validation.subjects.base import Opening, Progress, Throughput
+from quantkit.checkpoint.progress import Progress
+from quantkit.validation.subjects.base import Opening, Throughput
 from quantkit.validation.subjects.routing import Routes, watch_routers
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
@@ -133,6 +133,13 @@ def leaves_grandchild(job: Job, report: Reporter, result: Result) -> None:
     _write(job, "pid", str(forked))
 
 
+def leaves_daemon(job: Job, report: Reporter, result: Result) -> None:
+    """Succeed, and leave a process behind that is in no way this one's any more."""
+    sys.path.append(job.options["modules"])
+    Path(job.out).mkdir()
+    import_module("daemon").leave_daemon(str(Path(job.out, "pid")))
+
+
 def hangs(job: Job, report: Reporter, result: Result) -> None:
     """Write the ids of this process and of one it started, then wait."""
     helper = subprocess.Popen(["sleep", "600"])
@@ -153,7 +160,7 @@ def several(job: Job, report: Reporter, result: Result) -> None:
     for name, changes in job.options["jobs"].items():
         own = Result()
         try:
-            run(replace(job, **{"options": {}, **changes}), report, own)
+            run(Job.from_json({**asdict(job), "options": {}, **changes}), report, own)
         except Exception as error:
             own.error = {"code": getattr(error, "code", ""), "message": str(error)}
         outcomes[name] = asdict(own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -25,9 +26,24 @@ def write_whole(file: Path, content: bytes) -> None:
         staged.unlink(missing_ok=True)
 
 
+def new_log(kind: str) -> Path:
+    """An empty file `logs/KIND-….log` in the cache; where that cannot be written, a temporary one.
+
+    Raises OSError when neither can.
+    """
+    logs = cache_dir() / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f"{kind}-", suffix=".log", dir=logs)
+    except OSError:
+        handle, name = tempfile.mkstemp(prefix=f"quantkit-{kind}-", suffix=".log")
+    os.close(handle)
+    return Path(name)
+
+
 def data_dir(kind: Literal["recipes", "calibration"]) -> Path:
     """The directory of the bundled YAML files of one kind: beside the package in a source tree,
     inside it in a wheel."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     packed = package / f"_{kind}"
     return packed if packed.is_dir() else package.parent / kind
