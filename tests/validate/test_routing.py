@@ -12,9 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.checkpoint.upcycle import upcycle
+from quantkit.recipe.gates import parse_gate
 from quantkit.runtime.load import load
+from quantkit.validation.judge.verdicts import default_gates
 from quantkit.validation.reports.html import as_html
 from quantkit.validation.reports.markdown import as_markdown
+from quantkit.validation.reports.report import Report
+from quantkit.validation.run import _measurable
 from quantkit.validation.subjects.builtin import Builtin
 from tests.support.helpers import edit_tensors
 from tests.support.mixtures import mixture
@@ -83,6 +87,18 @@ def test_a_sound_mixture_passes_and_a_permuted_router_fails(
     assert f"{worst:.1%}" in page
     broken = measured(damaged(made, tmp_path / "broken", permute), source, samples=8)
     assert verdicts(broken)["routing_agreement"] == "fail"
+
+
+def test_routers_that_cannot_be_seen_are_not_gated(tmp_path: Path) -> None:
+    subject = Builtin(load(mixture("jetmoe", tmp_path / "jetmoe")), 0)
+    with subject.watch_routers() as routes:
+        list(subject.logits(IDS))
+    assert routes.table(IDS) is None
+    report = Report({}, {}, {}, {}, [])
+    asked = parse_gate("routing_agreement>=0.9")
+    kept = _measurable([*default_gates({"fp8_dynamic"}, 2), asked], report)
+    assert [gate for gate in kept if gate.metric == "routing_agreement"] == [asked]
+    assert any("routers cannot be seen" in note for note in report.notes)
 
 
 def test_a_dense_model_has_no_such_gate(small_model: Path, sealed: Path) -> None:
