@@ -312,9 +312,12 @@ ROWS: dict[str, Row] = {
         then(gguf, with_file("other.gguf", b"GGUF")), llama, FP8, 1, ("gguf.several",)),
     "10 GGUF": Row(gguf, llama, FP8, 1, ("GGUF", "tiny.gguf")),
     "11 pickled": Row(pickled, llama, FP8, 1, ("pytorch_model.bin", "can run code")),
-    "12 dotted scales": Row(
-        then(dotted, without("down_proj.scale")), dotted, VERIFY, 4, ("weight_scale_inv",), 0,
+    "12 names of another family": Row(
+        dotted, foreign("blocks"), VERIFY, 0, ("format.scale_names", ".scale"), 0,
         ("no errors",)),
+    "12 dotted scales": Row(
+        then(dotted, without("down_proj.scale")), dotted, VERIFY, 4,
+        ("declared.missing_tensor",), 0, ("no errors",)),
     "13 scalar scales": Row(
         then(foreign("scalars"), without("1.mlp.down_proj.weight_scale_inv")), foreign("scalars"),
         VERIFY, 4, ("declared.missing_tensor",), 0, ("no errors",)),
