@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.modules import Module
 from quantkit.checkpoint.schemes import NumberFormat, Scheme, scheme_for
 from quantkit.errors import InputError
@@ -81,7 +82,7 @@ def _named_otherwise(checkpoint: Checkpoint) -> tuple[Problem, ...]:
     """A warning for scales named as DeepSeek-V4's in a model of another family."""
     kind = str(checkpoint.config.get("model_type"))
     found = [info.stored for info in checkpoint.tensors.values() if info.stored]
-    if not found or kind.startswith("deepseek_v4"):
+    if not found or family(checkpoint.config).dotted_scales:
         return ()
     return (
         Problem(
