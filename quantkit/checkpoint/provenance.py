@@ -63,6 +63,26 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class ExpertCoverage:
+    """Calibration tokens that each expert of a mixture saw, counted at the experts themselves.
+
+    `routed` and `seen` map the block of a layer's experts to the tokens of each: those that its
+    router sent, and those that each was computed for (all of them with `calibrated` "all"). `min`
+    and `median` are of `seen`; `under_floor` maps experts that saw fewer than `floor` to their
+    tokens, and `decided` says what became of them ("keep16", "rtn").
+    """
+
+    calibrated: str
+    floor: int
+    min: int
+    median: float
+    routed: Mapping[str, list[int]]
+    seen: Mapping[str, list[int]]
+    under_floor: Mapping[str, int] = field(default_factory=dict)
+    decided: str | None = None
+
+
+@dataclass(frozen=True)
 class Layers:
     """Module → the name of its scheme, and module → why it stays in 16 bit."""
 
@@ -119,6 +139,7 @@ class Provenance:
     compute: str = ""
     seed: int | None = None
     calibration: Calibration | None = None
+    experts: ExpertCoverage | None = None
     plan: Layers | None = None
     folds: Mapping[str, Any] | None = None
     stages: tuple[Stage, ...] = ()
@@ -214,6 +235,7 @@ def _parse(file: Path, document: Mapping[str, Any]) -> Provenance:
         compute=stated.text("compute") or "",
         seed=stated.whole("seed"),
         calibration=_calibration(stated.inside("calibration")),
+        experts=_experts(stated.inside("experts")),
         plan=_layers(stated.inside("plan")),
         folds=stated.table("folds"),
         stages=tuple(_stage(stated, entry) for entry in stated.every("stages", dict, "a list")),
@@ -247,6 +269,24 @@ def _calibration(stated: Fields | None) -> Calibration | None:
         name=stated.text("name"),
         digest=stated.text("digest"),
         **{key: stated.whole(key) for key in counts},
+    )
+
+
+def _experts(stated: Fields | None) -> ExpertCoverage | None:
+    if stated is None:
+        return None
+    tables = {key: stated.table(key) or {} for key in ("routed", "seen", "under_floor")}
+    for key in ("routed", "seen"):
+        for block, counts in tables[key].items():
+            if not isinstance(counts, list) or not all(isinstance(n, int) for n in counts):
+                raise stated.wrong(f"{key}[{block!r}]", counts, "a list of whole numbers")
+    return ExpertCoverage(
+        calibrated=stated.text("calibrated") or "",
+        floor=stated.whole("floor") or 0,
+        min=stated.whole("min") or 0,
+        median=stated.number("median") or 0.0,
+        decided=stated.text("decided"),
+        **tables,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,9 @@ from quantkit.errors import command
 
 if TYPE_CHECKING:
     from quantkit.pipeline.request import Outcome
+
+EXPERT_ROWS = 8
+"""Layers of a mixture whose experts' calibration is shown."""
 
 
 def quantize_command(
@@ -125,6 +129,7 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
         ("loads in", plan.loads.describe()),
     ]  # fmt: skip
     ui.table("", ["", "result"], rows)
+    _show_experts(ui, outcome)
     if plan.method.layout in SILENT_GARBAGE:
         ui.info(f"warning: {SILENT_GARBAGE[plan.method.layout]}")
     for finding in outcome.report.findings:
@@ -136,6 +141,33 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
             ui.info(f"note: {note}")
     ui.text(f"next: {command('verify', outcome.out)}")
     ui.document(outcome.to_json())
+
+
+def _show_experts(ui: Output, outcome: Outcome) -> None:
+    """Calibration tokens of the experts, the layers with the fewest first."""
+    experts = outcome.provenance.experts
+    if experts is None:
+        return
+    blocks = sorted(experts.seen, key=lambda block: (min(experts.seen[block]),
+                                                     min(experts.routed[block])))  # fmt: skip
+    rows = []
+    for block in blocks[:EXPERT_ROWS]:
+        seen, routed = experts.seen[block], experts.routed[block]
+        under = sum(count < experts.floor for count in seen)
+        rows.append((block, len(seen), f"{min(seen)} / {median(seen):g}",
+                     f"{min(routed)} / {median(routed):g}", under))  # fmt: skip
+    left = len(blocks) - len(rows)
+    more = f"; {left} more layers saw no less" if left else ""
+    ui.table(
+        f"calibration tokens of each expert (experts: {experts.calibrated}){more}",
+        ["experts of", "count", "seen min / median", "routed min / median", "under the floor"],
+        rows,
+    )
+    if experts.under_floor:
+        ui.info(
+            f"note: {len(experts.under_floor)} experts saw fewer than {experts.floor} calibration "
+            f"tokens; on_unseen={experts.decided}"
+        )
 
 
 def _times(outcome: Outcome) -> str:

@@ -11,8 +11,9 @@ from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import Reporter
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
+from quantkit.pipeline.beyond_dense import refuse_beyond_dense
 from quantkit.pipeline.engine_view import check_engines
-from quantkit.pipeline.plan import Plan, make_plan, refuse_beyond_dense
+from quantkit.pipeline.plan import Plan, make_plan
 from quantkit.pipeline.publish import check_apart, check_target
 from quantkit.pipeline.request import Outcome, Request
 from quantkit.pipeline.ways import way_of
@@ -43,8 +44,7 @@ def _decide(request: Request, source: Checkpoint) -> Plan:
         state=request.checkpoint_save is not None,
     )
     refuse_incomplete(source)
-    if plan.backend.dense_only:
-        refuse_beyond_dense(source, plan, request.model)
+    refuse_beyond_dense(source, plan, request.model)
     way_of(plan.backend).check(source, plan)
     return plan
 

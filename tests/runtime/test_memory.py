@@ -18,8 +18,8 @@ from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.formats import compressed_tensors
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.compressed_tensors_config import packing_of
-from tests.runtime.test_kernels import random_weight
 from tests.support import written
+from tests.support.kernels import random_weight
 from tests.support.streaming import plain_layers, tensors_of, write_model
 
 MEASURE = """

@@ -56,7 +56,8 @@ class Backend:
     methods: scheme name → what it becomes.
     chosen: the method as a recipe's options change it.
     overrides: whether single layers may have schemes of their own.
-    dense_only: whether models with experts or towers are beyond it.
+    dense_only: whether models with towers are beyond it, and with experts, but for those families
+        that `families.yaml` names.
     reads_fp8_blocks: whether a source in FP8 blocks (DeepSeek) is dequantized on the way.
     unsupported: a reason why this recipe cannot run in this backend, or None.
     """

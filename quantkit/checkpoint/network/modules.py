@@ -70,6 +70,7 @@ _MLP_PARENTS = {"mlp", "ffn", "feed_forward", "block_sparse_moe", "experts", "sh
 PRESETS: dict[str, Callable[[Module], bool]] = {
     "@linear": lambda m: m.kind in ("linear", "experts"),
     "@mlp": lambda m: not _MLP_PARENTS.isdisjoint(m.name.split(".")),
+    "@experts": lambda m: m.kind == "experts" or (".experts." in m.name and m.kind == "linear"),
     "@attention": lambda m: "attn" in m.name or "attention" in m.name,
     "@head": lambda m: m.kind == "head",
     "@embeddings": lambda m: m.kind == "embedding",

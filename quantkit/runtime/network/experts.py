@@ -77,17 +77,19 @@ class PaddedExperts(nn.Module):
         result = torch.zeros_like(hidden)
         inputs = hidden.view(len(self.ups), -1, hidden.shape[-1])
         outputs = result.view(inputs.shape)
-        for number, taken in enumerate(self.chosen(hidden)):
+        for number, row in enumerate(inputs.any(-1)):
+            taken = row.nonzero().flatten()
             if len(taken):
                 rows = inputs[number].index_select(0, taken)
                 given = self.downs[number](self.activation(self.ups[number](rows)))
                 outputs[number].index_copy_(0, taken, given)
         return result
 
-    def chosen(self, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """The tokens of every expert, by their numbers."""
-        inputs = hidden.view(len(self.ups), -1, hidden.shape[-1])
-        return [row.nonzero().flatten() for row in inputs.any(-1)]
+    def chosen(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The experts of every token, [tokens, k]."""
+        taken = hidden.view(len(self.ups), -1, hidden.shape[-1]).any(-1).T
+        most = int(taken.sum(-1).amax())
+        return taken.byte().topk(most).indices
 
 
 class SortedExperts(nn.Module):
