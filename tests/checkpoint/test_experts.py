@@ -72,6 +72,9 @@ def test_where_nothing_tells_the_family_does_or_nobody() -> None:
         ("mlp.gate_proj", "linear"),
         ("mlp.gate_up_proj", "linear"),
         ("self_attn.gate", "linear"),
+        ("mlp.gating_network", "router"),
+        ("moe_gate", "router"),
+        ("self_attn.gating", "linear"),
     ],
 )
 def test_what_routes_is_a_router(module: str, kind: str) -> None:
