@@ -16,7 +16,7 @@ from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.checkpoint.directory import Checkpoint
-from quantkit.checkpoint.network.config import expert_count, positions, stop_tokens
+from quantkit.checkpoint.network.config import experts_per_token, positions, stop_tokens
 from quantkit.checkpoint.progress import Progress
 from quantkit.checkpoint.provenance import Provenance
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
@@ -293,8 +293,8 @@ def _gates(
     """The scheme's gates, the recipe's and the command's (of a metric the last one counts), and
     warnings of what the recipe loosens."""
     recipe_gates = candidate.provenance.gates if candidate.provenance else ()
-    mixture = expert_count(candidate.baseline.config) > 0
-    defaults = default_gates({layer.scheme for layer in integrity.layers}, mixture=mixture)
+    chosen = experts_per_token(candidate.baseline.config)
+    defaults = default_gates({layer.scheme for layer in integrity.layers}, chosen)
     stated = [parse_gate(text, "recipe") for text in recipe_gates]
     counted, warnings = accepted(stated, defaults)
     return chosen_gates(defaults, counted, asked), warnings

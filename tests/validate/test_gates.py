@@ -210,6 +210,16 @@ def test_bits_are_read_from_names_of_ggml_and_of_unknown_schemes(
     assert {str(gate) for gate in default_gates(schemes)} >= set(BY_BITS[bits])
 
 
+@pytest.mark.parametrize(
+    ("scheme", "chosen", "limit"),
+    [("fp8_dynamic", 2, 0.72), ("w4a16", 2, 0.46), ("fp8_dynamic", 8, 0.27), ("w4a16", 1, 0.68)],
+)
+def test_more_experts_a_token_agree_less(scheme: str, chosen: int, limit: float) -> None:
+    gates = {gate.metric: gate.limit for gate in default_gates({scheme}, chosen)}
+    assert gates["routing_agreement"] == limit
+    assert "routing_agreement" not in {gate.metric for gate in default_gates({scheme})}
+
+
 def test_a_recipe_loosens_a_default_only_with_a_warning_and_never_the_integrity() -> None:
     defaults = default_gates({"w8a8_dynamic"})
     texts = ["ppl_ratio<=1e9", "weight_sqnr_margin>=-1e9", "kl_mean<=0.01", "kl_p99<=2",

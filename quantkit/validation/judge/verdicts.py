@@ -24,11 +24,8 @@ BY_BITS: dict[int, tuple[str, ...]] = {
 }  # fmt: skip
 """Bits of the narrowest weights → the gates of their accuracy; docs/validate.md says why."""
 
-ROUTING: dict[int, str] = {
-    8: "routing_agreement>=0.7", 4: "routing_agreement>=0.5", 3: "routing_agreement>=0.3",
-    2: "routing_agreement>=0.2",
-}  # fmt: skip
-"""The same of a mixture of experts, for its worst layer."""
+SAME_EXPERT = {8: 0.85, 4: 0.68, 3: 0.6, 2: 0.5}
+"""The same of a mixture: how likely each expert of a token must at least be the baseline's."""
 
 ACCURACY = (
     "ppl_ratio", "kl_mean", "kl_p99", "kl_max", "top1_agreement", "routing_agreement", "mcq_drop",
@@ -66,13 +63,20 @@ class GateResult:
         return asdict(self)
 
 
-def default_gates(schemes: Iterable[str], *, mixture: bool = False) -> list[Gate]:
+def default_gates(schemes: Iterable[str], experts_per_token: int = 0) -> list[Gate]:
     """The gates of a checkpoint with layers of these schemes, or ggml types: those of the narrowest
-    weights, and the strictest where no name tells how many bits they have. A `mixture` of experts
-    has one more."""
-    least = min((_bits(name) for name in schemes), default=max(BY_BITS))
-    texts = (*ALWAYS, *BY_BITS[least], *([ROUTING[least]] if mixture else []))
-    return [parse_gate(text, "default") for text in texts]
+    weights, and the strictest where no name tells how many bits they have.
+
+    Of a mixture (`experts_per_token` > 0) all of a token's experts must be the baseline's, which
+    more of them make less likely.
+    """
+    bits = min((_bits(name) for name in schemes), default=max(BY_BITS))
+    texts = (*ALWAYS, *BY_BITS[bits])
+    gates = [parse_gate(text, "default") for text in texts]
+    if experts_per_token:
+        limit = round(SAME_EXPERT[bits] ** experts_per_token, 2)
+        gates.append(parse_gate(f"routing_agreement>={limit:g}", "default"))
+    return gates
 
 
 def _bits(name: str) -> int:
