@@ -23,7 +23,8 @@ from quantkit.errors import BackendError, InputError
 from quantkit.pipeline.beyond_dense import refuse_beyond_dense
 from quantkit.pipeline.engine_view import check_engines
 from quantkit.pipeline.finish import finish
-from quantkit.pipeline.plan import Plan, kept_layers, make_plan, plan_of_layers
+from quantkit.pipeline.followed import as_written, without
+from quantkit.pipeline.plan import Plan, kept_layers, make_plan
 from quantkit.pipeline.publish import check_apart, check_space, check_target, staged
 from quantkit.pipeline.request import Outcome, Request
 from quantkit.pipeline.stream import check_stream, stream
@@ -108,7 +109,7 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
         job = _job(request, plan, source, tokens, note)
         result = run_logged(job, partial, python, request.out, ui)
         result.notes += tokens.summary["notes"] if tokens else []
-        plan = without(plan, source, result.kept)
+        plan = as_written(without(plan, source, result.kept), partial)
         used = result.calibration != NO_DATA
         if used:
             _check_tokens(result, tokens)
@@ -126,16 +127,6 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
             ui,
             trust_remote_code=request.trust_remote_code,
         )
-
-
-def without(plan: Plan, source: Checkpoint, kept: list[str]) -> Plan:
-    """The plan as the backend followed it: less the layers that the data made it keep."""
-    if not kept:
-        return plan
-    why = f"experts of the layer saw fewer than {plan.recipe.expert_floor} calibration tokens"
-    layers = {name: scheme for name, scheme in plan.layers.items() if name not in kept}
-    reasons = {**plan.kept, **dict.fromkeys(kept, why)}
-    return plan_of_layers(source, plan.recipe, layers, reasons, plan.notes)
 
 
 def _refuse_stream_flags(request: Request, plan: Plan) -> None:
