@@ -16,6 +16,7 @@ from typing import Any, overload
 from quantkit.calibration.shapes import (
     CONTEXTS,
     READABLE,
+    SYSTEMS,
     ShapeError,
     find_turns,
     read_messages,
@@ -103,17 +104,19 @@ def check_fields(where: str, fields: Sequence[str], present: Sequence[str]) -> N
             )
 
 
-def guess_field(path: Path) -> tuple[str, str | list[str]]:
-    """The key of a source, and its value, for a data file that came without a calibration:
-    `("messages_field" | "text_field", name)` or `("turn_fields", names)`.
+def guess_fields(path: Path) -> dict[str, str | list[str]]:
+    """Keys of a source, with their values, for a data file that came without a calibration:
+    `messages_field` or `turn_fields`, with `system_field` where there is such, or `text_field`.
 
     The field `messages` or `text`; the fields of a question and its answer; or the only field
     that holds a conversation or a text in the first row.
     """
     row = _first_row(path)
+    systems = [name for name in SYSTEMS if name in row and isinstance(row[name], str | None)]
+    said: dict[str, str | list[str]] = {"system_field": systems[0]} if systems else {}
     pair = find_turns(row)
     if pair and not {"messages", "text"} & row.keys():
-        return "turn_fields", pair
+        return {"turn_fields": pair, **said}
     turns = [name for name, value in row.items() if resembles_conversation(value)]
     conversations = [name for name in turns if _is_read(row[name])]
     if turns and not conversations:
@@ -130,15 +133,14 @@ def guess_field(path: Path) -> tuple[str, str | list[str]]:
             "quantkit calibration show default  # an example",
             code="calibration.no_field",
         )
+    if conversations:
+        return {
+            "messages_field": conversations[0] if len(conversations) == 1 else "messages",
+            **said,
+        }
     texts = [name for name, value in row.items() if isinstance(value, str)]
-    for kind, named, usual in (
-        ("messages_field", conversations, "messages"),
-        ("text_field", texts, "text"),
-    ):
-        if usual in named or len(named) == 1:
-            return kind, usual if usual in named else named[0]
-    if not row:
-        return "text_field", "text"
+    if "text" in texts or len(texts) == 1 or not row:
+        return {"text_field": texts[0] if len(texts) == 1 else "text"}
     found = (
         f"several fields that could be the text: {', '.join(texts)}"
         if texts
@@ -153,7 +155,8 @@ def guess_field(path: Path) -> tuple[str, str | list[str]]:
 
 
 def _first_row(path: Path) -> dict[str, Any]:
-    """The first row, with a null for each context that only one of the next hundred has."""
+    """The first row, with a null for each context or system's message that only one of the next
+    hundred has."""
     if path.suffix.lower() == ".parquet":
         rows: Sequence[Any] = _read_parquet(path, (), limit=1)
     else:
@@ -161,7 +164,7 @@ def _first_row(path: Path) -> dict[str, Any]:
     if not rows or not isinstance(rows[0], Mapping):
         return {}
     later = (row for row in rows[1:100] if isinstance(row, Mapping))
-    named = {name for row in later for name in CONTEXTS if name in row}
+    named = {name for row in later for name in (*CONTEXTS, *SYSTEMS) if name in row}
     return {**rows[0], **{name: None for name in sorted(named) if name not in rows[0]}}
 
 

@@ -245,8 +245,8 @@ def _check_count(part: SourceTokens, config: CalibrationConfig) -> None:
     if part.observed.only_identifiers:
         raise InputError(
             f"The calibration source {label} holds identifiers, not text: "
-            f"{part.observed.identifiers} of {part.used} documents used are UUIDs, hex digests or "
-            "base64.",
+            f"{part.observed.identifiers} of {part.used} documents used are UUIDs, hex digests, "
+            "base64 or numbered names.",
             hint="name its text_field or messages_field in a calibration file: "
             "quantkit calibration show default  # an example",
             code="calibration.identifiers",

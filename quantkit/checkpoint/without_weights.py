@@ -147,7 +147,8 @@ def _grid(shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _other_weights(path: Path) -> bool:
-    return any(any(path.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf"))
+    suffixes = ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf")
+    return any(any(path.glob(f"*.{suffix}")) for suffix in suffixes)
 
 
 def remote_checkpoint(path: Path, headers: Mapping[str, TensorInfo]) -> Checkpoint:

@@ -61,6 +61,7 @@ def quantize_command(
     ui = Output(as_json=as_json)
     if dry_run:
         from quantkit.cli.plan import show_plan
+        from quantkit.pipeline.publish import check_apart, check_target
         from quantkit.pipeline.request import executor_named
         from quantkit.recipe.units import parse_bytes
 
@@ -81,6 +82,8 @@ def quantize_command(
                 trust_remote_code=trust_remote_code,
             ),
         )
+        check_apart(out, Path(model))
+        check_target(out, overwrite=overwrite)
         return
     try:
         outcome = api.quantize(

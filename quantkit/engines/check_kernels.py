@@ -173,11 +173,11 @@ def _check_vendor(
         )
 
 
-def scale_names_caution(
+def check_scale_names(
     engine: EngineRules, family: EngineFamily, candidate: Loadable, layers: Sequence[EngineLayer]
 ) -> Iterator[Reason]:
     """Code `engine.scale_names`: FP8 scales, one a tensor, under names that the engine knows for
-    some families only."""
+    some families only; its loader stops at a name that it does not know."""
     rule = engine.formats.get(candidate.layout)
     if rule is None or not rule.scale_names:
         return
@@ -190,10 +190,9 @@ def scale_names_caution(
         if other:
             yield Reason(
                 "engine.scale_names",
-                f"{engine.name} {engine.read} is not known to find the scales of {layer.name}, "
-                f"stored as {' and '.join(other)}: for this family it looks for "
-                f"{' and '.join(rule.scale_names)}",
-                "load it once and read the log, or serve it with another engine",
+                f"{engine.name} finds no place for the scales of {layer.name}, stored as "
+                f"{' and '.join(other)}: for this family it has {' and '.join(rule.scale_names)}",
+                "serve it with an engine that renames them (SGLang does for Llama and Mistral)",
                 layer.name,
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quantkit.checkpoint.schemes import Scheme
+from quantkit.checkpoint.schemes import Scheme, described
 from quantkit.engines.candidate import LayerPart, Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.readers import reader
@@ -29,7 +29,7 @@ def check_names(
                 yield Reason(
                     "engine.quantized_router",
                     f"{engine.name} builds {layer.name} in 16 bit; the checkpoint holds it as "
-                    f"{_name(layer.parts[0].scheme)}",
+                    f"{described(layer.parts[0].scheme)}",
                     "keep it in 16 bit (ignore: @routers)",
                     layer.name,
                 )
@@ -73,7 +73,7 @@ def _compare(
         yield Reason(
             "engine.ignore_overreach",
             f"{engine.name} takes {layer.name} for 16 bit, since {because}; the checkpoint "
-            f"holds it as {_name(layer.parts[0].scheme)}",
+            f"holds it as {described(layer.parts[0].scheme)}",
             fix,
             layer.name,
         )
@@ -113,14 +113,14 @@ def _kinds(layer: EngineLayer) -> set[Scheme | None]:
 def _mixed(engine: EngineRules, layer: EngineLayer) -> Reason:
     if layer.experts:
         shown: Mapping[Any, str] = {part.scheme: part.name for part in layer.parts}
-        listed = ", ".join(f"{name} {_name(scheme)}" for scheme, name in shown.items())
+        listed = ", ".join(f"{name} {described(scheme)}" for scheme, name in shown.items())
         return Reason(
             "engine.mixed_experts",
             f"{engine.name} holds all experts of {layer.name} in one scheme: {listed}",
             "give all experts of a block the same scheme",
             layer.name,
         )
-    listed = ", ".join(f"{_leaf(part)} {_name(part.scheme)}" for part in layer.parts)
+    listed = ", ".join(f"{_leaf(part)} {described(part.scheme)}" for part in layer.parts)
     return Reason(
         "engine.mixed_group",
         f"{engine.name} merges {_leaves(layer)} into {layer.name}, one layer of one scheme: "
@@ -136,13 +136,6 @@ def _leaf(part: LayerPart) -> str:
 
 def _leaves(layer: EngineLayer) -> str:
     return ", ".join(_leaf(part) for part in layer.parts)
-
-
-def _name(scheme: Scheme | None) -> str:
-    if scheme is None:
-        return "16 bit"
-    size = scheme.weight.group_size
-    return f"{scheme.name} (group {size})" if size else scheme.name
 
 
 def _shown(settings: object) -> str:

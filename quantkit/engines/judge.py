@@ -9,8 +9,8 @@ from typing import Any
 from quantkit.engines.candidate import Loadable
 from quantkit.engines.check_kernels import (
     check_format,
+    check_scale_names,
     check_schemes,
-    scale_names_caution,
     weight_only_note,
 )
 from quantkit.engines.check_names import check_names
@@ -144,7 +144,7 @@ def _judge(
         kind = candidate.config.get("model_type", "unknown")
         notes.append(f"{engine.name}: no rules for the family {kind}; those of Llama were taken")
     warned = list(cautions(engine, candidate, gpu))
-    warned += scale_names_caution(engine, family, candidate, built)
+    (always if family.known else warned).extend(check_scale_names(engine, family, candidate, built))
     note = weight_only_note(engine, candidate, built, gpu)
     notes += [note] if note else []
     return [

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from quantkit import __version__
 from quantkit.checkpoint.directory import Checkpoint
-from quantkit.checkpoint.provenance import CARD, Calibration, Provenance
+from quantkit.checkpoint.provenance import Calibration, Provenance
 from quantkit.engines import SILENT_GARBAGE, Support
+from quantkit.pipeline.frontmatter import front_matter, header, with_results
 from quantkit.pipeline.plan import Plan
 from quantkit.recipe.gates import outcome
 
@@ -28,24 +27,11 @@ def hub_name(asked_for: str, source: Checkpoint) -> str | None:
         name = asked_for.partition("@")[0]
         return name if _HUB_NAME.match(name) else None
     card = front_matter(source)
-    base = str(card.get("base_model", ""))
-    same_model = card.get("base_model_relation") == "quantized" and _HUB_NAME.match(base)
-    return base if same_model else None
-
-
-def front_matter(source: Checkpoint) -> dict[str, Any]:
-    """The YAML head of the source model's README, empty when there is none."""
-    card = source.path / CARD
-    if not card.is_file():
-        return {}
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        head = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return {}
-    return head if isinstance(head, dict) else {}
+    base = card.get("base_model")
+    if isinstance(base, list) and len(base) == 1:
+        base = base[0]
+    same_model = card.get("base_model_relation") == "quantized" and _HUB_NAME.match(str(base))
+    return str(base) if same_model else None
 
 
 def model_card(
@@ -71,9 +57,7 @@ def model_card(
     library = f"{plan.backend.distribution} {version}".strip()
     return "\n".join(
         [
-            "---",
-            yaml.safe_dump(head, sort_keys=False).strip(),
-            "---",
+            header(head),
             "",
             f"# {title}",
             "",
@@ -98,12 +82,15 @@ def model_card(
 
 
 def with_measured(card: str, provenance: Provenance) -> str:
-    """A card of ours with the section of measurements written anew; another's card as it is."""
+    """A card of ours with the section of measurements, and the results in its head, written anew;
+    another's card as it is."""
     before, start, rest = card.partition(f"\n{_MEASURED}\n")
     _, end, after = rest.partition(f"\n{_MADE}\n")
     if not start or not end:
         return card
-    return "\n".join([before, *_measured_section(provenance), _MADE, after])
+    whole = "\n".join([before, *_measured_section(provenance), _MADE, after])
+    found = provenance.results.validation
+    return with_results(whole, found) if found else whole
 
 
 def _measured_section(provenance: Provenance) -> list[str]:

@@ -22,8 +22,8 @@ from quantkit.errors import BackendError, InputError, command
 from quantkit.formats.registry import detect
 from quantkit.pipeline.finish import finish
 from quantkit.pipeline.plan import Plan, kept_layers, make_plan, plan_of_layers
+from quantkit.pipeline.process import run_logged
 from quantkit.pipeline.publish import check_apart, check_space, check_target, staged
-from quantkit.pipeline.quantize import run_logged
 from quantkit.pipeline.request import ExportRequest, Outcome
 from quantkit.pipeline.state import check_state, read_state_note, refuse_mismatch
 from quantkit.recipe.model import Recipe
@@ -57,7 +57,7 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
     job = Job(
         task="export",
         backend=backend.name,
-        adapter=backend.adapter or "",
+        adapter=backend.adapter,
         method="export",
         model=str(source.path.resolve()),
         out="",

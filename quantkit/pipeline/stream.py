@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from quantkit.backends.streaming.job import Layout, ShardTask, StreamResult
 
 
-def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outcome:
+def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outcome:
     """Quantize shard by shard, then seal, verify and publish.
 
     A run that stops for any reason, up to the end of verification, leaves its finished shards in
@@ -79,7 +79,7 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
         return outcome
 
 
-def check_stream(source: Checkpoint, plan: Plan) -> None:
+def check(source: Checkpoint, plan: Plan) -> None:
     """Raise InputError for a layer whose shape, dtype or bias the streaming writer refuses."""
     _tasks(source, plan)
 

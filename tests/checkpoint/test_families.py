@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING
 from quantkit.checkpoint.network import families
 from quantkit.checkpoint.network.config import is_tied, text_size
 from quantkit.checkpoint.network.families import FAMILIES, family, family_of
+from quantkit.checkpoint.network.modules import classify
 
 PACKAGE = Path(families.__file__).parents[3]
 HERE = Path(families.__file__).parent
@@ -31,7 +32,7 @@ OTHER_MEANINGS = {
     ("verification/gguf.py", "gpt2"),  # a tokenizer's name
 }
 """Strings that are a `model_type` of Transformers too, where they mean something else."""
-BUILT = sorted(TYPES & set(CONFIG_MAPPING.keys()))
+BUILT = sorted(kind for f in FAMILIES if not f.towers for kind in f.types if kind in CONFIG_MAPPING)
 
 
 def test_no_other_file_names_a_model_type() -> None:
@@ -86,7 +87,7 @@ def test_a_norm_of_weight_zero_tells_what_it_adds(model_type: str) -> None:
     norms = [
         value
         for name, value in vars(module).items()
-        if re.search(r"(RMSNorm|LayerNorm1P)$", name) and "Vision" not in name
+        if re.search(r"(RMSNorm|LayerNorm1P)$", name) and not re.search("Vision|Weightless", name)
     ]
     if not norms:
         pytest.skip("the model has PyTorch's own LayerNorm")
@@ -106,3 +107,25 @@ def test_experts_lie_as_the_modules_of_transformers_say() -> None:
     assert all(family_of(kind).experts.input_first for kind in stated["is_transposed=True"])
     interleaved = {t for f in FAMILIES if f.experts.interleaved for t in f.types}
     assert stated["is_concatenated=False"] == interleaved
+
+
+UNBUILT = {
+    "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5", "muse_glimmer",
+}  # fmt: skip
+"""Of those with towers of their own: their default networks are large, and like others here."""
+TOWERED = [kind for found in FAMILIES if found.towers for kind in found.types]
+
+
+@pytest.mark.parametrize("model_type", [kind for kind in TOWERED if kind not in UNBUILT])
+def test_nothing_outside_of_the_language_model_is_a_linear_layer(model_type: str) -> None:
+    """Their defaults' networks, without weights."""
+    config: Any = CONFIG_MAPPING[model_type]()
+    build: Any = transformers.AutoModelForImageTextToText.from_config
+    with torch.device("meta"):
+        network = build(config)
+    shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    inner = "model.language_model."
+    assert any(name.startswith(inner) for name in shapes)
+    found = classify(shapes, config.to_dict())
+    outside = [m.name for m in found if m.kind == "linear" and not m.name.startswith(inner)]
+    assert not outside

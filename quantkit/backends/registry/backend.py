@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from quantkit.recipe.model import Recipe
 
+Way = Literal["process", "streaming"]
+"""How a backend runs: its adapter in a child process, or the built-in shard by shard
+(`quantkit/pipeline/ways.py` has what each does)."""
+
 Folding = Literal["none", "multiplier", "norms"]
 """Whether a method rewrites weights that it keeps: not, only through an input multiplier that is
 stored beside the codes, or also by folding scales into norms and neighbouring layers."""
@@ -44,8 +48,8 @@ class Method:
 class Backend:
     """One quantization library, described.
 
-    adapter: `"module:attr"` of the worker-side `run(job, report, result)`; None for the built-in
-        streaming backend, which needs no child process.
+    adapter: `"module:attr"` of the worker-side `run(job, report, result)`; "" for a `way` without.
+    way: how it runs.
     library: the import name that must exist in the interpreter; distribution: its name on PyPI.
     extra: quantkit's optional dependency that installs it ("" when there is none).
     environment: the managed environment that holds it, for a library that cannot share quantkit's.
@@ -59,11 +63,12 @@ class Backend:
     """
 
     name: str
-    adapter: str | None
+    adapter: str
     library: str
     distribution: str
     extra: str
     methods: Mapping[str, Method]
+    way: Way = "process"
     chosen: Callable[[Recipe, Method], Method] | None = None
     options: type[BaseModel] = Options
     kv_caches: tuple[str, ...] = ("none",)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.headers import read_json
 from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.language import text_config
 
@@ -21,6 +23,15 @@ def positions(config: Mapping[str, Any]) -> int | None:
     keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
     stated = [inner[key] for key in keys if isinstance(inner.get(key), int) and inner[key] > 0]
     return stated[0] if stated else None
+
+
+def stop_tokens(directory: Path, config: Mapping[str, Any]) -> list[int]:
+    """End-of-text ids: those of the directory's generation_config.json, else of `config`."""
+    file = directory / "generation_config.json"
+    stated = read_json(file).get("eos_token_id") if file.is_file() else None
+    found = config.get("eos_token_id") if stated is None else stated
+    every = found if isinstance(found, list) else [found]
+    return [token for token in every if token is not None]
 
 
 def expert_count(config: Mapping[str, Any]) -> int:
@@ -44,6 +55,19 @@ def is_tied(config: Mapping[str, Any]) -> bool:
         if isinstance(level.get("tie_word_embeddings"), bool):
             return bool(level["tie_word_embeddings"])
     return family(config).tied
+
+
+def missing_head(config: Mapping[str, Any], has_head: bool) -> str | None:
+    """What to say of a causal language model that has no output head, and does not say that the
+    embedding is one; None for others."""
+    stated = "tie_word_embeddings" in config or "tie_word_embeddings" in text_config(config)
+    generates = "ForCausalLM" in str(config.get("architectures") or "")
+    if has_head or stated or not generates or is_tied(config):
+        return None
+    return (
+        "no tensor is an output head, and config.json does not say that the embedding is one "
+        "(tie_word_embeddings): engines may start with a random head; state it, true or false"
+    )
 
 
 def _integer(value: object) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.heldout import HELD_OUT_FROM, held_out_texts, seen_share
-from quantkit.calibration.rows import guess_field, read_rows
+from quantkit.calibration.rows import guess_fields, read_rows
 from quantkit.calibration.tokenfile import TokenFile, read_token_file
 from quantkit.calibration.tokenizer import Tokenizer
 from quantkit.checkpoint.paths import cache_dir
@@ -76,8 +75,8 @@ def read_texts(file: Path) -> list[str]:
         )
     if file.suffix.lower() == ".txt":
         return [file.read_text(encoding="utf-8", errors="replace")]
-    kind, field = guess_field(file)
-    if kind != "text_field" or not isinstance(field, str):
+    field = guess_fields(file).get("text_field")
+    if not isinstance(field, str):
         raise InputError(
             f"{file.name} holds conversations; perplexity is measured on plain text.",
             hint="--data with a field named text",
@@ -135,8 +134,3 @@ def _tokens_again(provenance: Provenance, model: Path) -> TokenFile | None:
         return build_tokens(load_calibration(choice.name, choice.overrides()), model)
     except (InputError, ValidationError):
         return None
-
-
-def texts_digest(texts: Sequence[str]) -> str:
-    """SHA-256 over texts in order."""
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()

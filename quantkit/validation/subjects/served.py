@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.checkpoint.directory import Checkpoint, open_checkpoint, read_json
-from quantkit.checkpoint.network.config import positions
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
+from quantkit.checkpoint.network.config import positions, stop_tokens
 from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.progress import Progress
 from quantkit.engines import SILENT_GARBAGE
@@ -133,7 +133,7 @@ def _order(checkpoint: Checkpoint, engine: EngineProcessSpec, opening: Opening) 
         driver=engine.driver,
         model=str(checkpoint.path.resolve()),
         device=opening.device,
-        stop=tuple(_stop_tokens(checkpoint, config)),
+        stop=tuple(stop_tokens(checkpoint.path, config)),
         length=length,
         cache_bytes=2 * length * per_token,
     )
@@ -141,14 +141,6 @@ def _order(checkpoint: Checkpoint, engine: EngineProcessSpec, opening: Opening) 
 
 def _longest(checkpoint: Checkpoint) -> int:
     return min(LONGEST, positions(checkpoint.config) or LONGEST)
-
-
-def _stop_tokens(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[int]:
-    """End-of-text ids of generation_config.json, else of config.json, as the runtime has them."""
-    file = checkpoint.path / "generation_config.json"
-    stated = read_json(file).get("eos_token_id") if file.is_file() else None
-    found = config.get("eos_token_id") if stated is None else stated
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def _quantizes_activations(checkpoint: Checkpoint) -> bool:

@@ -38,7 +38,6 @@ class Family:
     types: values of `model_type`, of the language model or of the config around it.
     derivable: whether names and shapes of all tensors follow from a config.json.
     uniform: whether every layer has the same seven linear layers, under Llama's names.
-    flat: whether older configs state the language model's sizes beside the tower's.
     sizes: what a config.json may leave to Transformers' class, less what follows from others.
     tied: whether the output head is the embedding where the config does not say.
     qkv_bias, qk_norm, sinks: biases of the three projections, norms of queries and keys a head, and
@@ -47,7 +46,7 @@ class Family:
     norms: the norms of a layer. norm_offset: what a norm adds to its weight.
     transposed: whether linear layers are stored as [in, out] (Conv1D).
     sliding: whether all layers attend to a window where the config states one.
-    towers: modules outside of the language model, beside those that many families have.
+    towers: parts of the names of modules outside of the language model that other families lack.
     network: which network of the runtime computes it; None: Transformers' own module.
     gguf: how a GGUF file of this architecture holds the weights: as they are, or with the rows of
     queries and keys permuted; None: otherwise.
@@ -56,7 +55,6 @@ class Family:
     types: tuple[str, ...] = ()
     derivable: bool = False
     uniform: bool = False
-    flat: bool = False
     sizes: Mapping[str, int] = field(default_factory=dict)
     tied: bool = False
     qkv_bias: bool = False

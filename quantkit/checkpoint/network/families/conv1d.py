@@ -3,7 +3,6 @@
 from quantkit.checkpoint.network.families.base import Family
 
 FAMILIES = (
-    Family(
-        types=("gpt2", "openai-gpt", "imagegpt", "decision_transformer"), transposed=True,
-    ),
+    Family(types=("gpt2", "openai-gpt"), transposed=True, tied=True),
+    Family(types=("imagegpt", "decision_transformer"), transposed=True),
 )  # fmt: skip

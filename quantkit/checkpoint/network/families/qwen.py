@@ -14,7 +14,7 @@ FAMILIES = (
     ),
     Family(
         types=("qwen2_vl_text", "qwen2_vl", "qwen2_5_vl_text", "qwen2_5_vl"), derivable=True,
-        flat=True, qkv_bias=True,
+        qkv_bias=True,
     ),
     Family(
         types=("qwen3",), derivable=True, uniform=True, qk_norm=True, sizes={"head_dim": 128},
