@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -353,6 +353,7 @@ def _describe(candidate: Candidate, integrity: VerifyReport) -> dict[str, Any]:
         "layout": integrity.format,
         "schemes": dict(Counter(layer.scheme for layer in integrity.layers)),
         "weight_bytes": candidate.held.weight_bytes,
+        **({"experts": asdict(provenance.experts)} if provenance.experts else {}),
     }
 
 
