@@ -36,6 +36,7 @@ from quantkit.validation.ask.questions import (
 from quantkit.validation.ask.tasks import choose_tasks
 from quantkit.validation.forecast import forecast, pace, seconds
 from quantkit.validation.judge.bootstrap import missing
+from quantkit.validation.judge.default_gates import default_gates
 from quantkit.validation.judge.metrics import (
     BUILTIN_ONLY,
     ROUTING,
@@ -49,7 +50,7 @@ from quantkit.validation.judge.metrics import (
     weight_metrics,
 )
 from quantkit.validation.judge.regression import compare, no_longer_measured, refuse_incomparable
-from quantkit.validation.judge.verdicts import accepted, chosen_gates, default_gates, hold
+from quantkit.validation.judge.verdicts import accepted, chosen_gates, hold
 from quantkit.validation.memory import explained, needed_bytes, refuse_too_large
 from quantkit.validation.preflight import (
     Candidate,

@@ -12,7 +12,7 @@ import torch
 from quantkit.backends.registry import load_recipe
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 from quantkit.checkpoint.network.config import expert_count, experts_per_token
-from quantkit.checkpoint.network.experts import input_first
+from quantkit.checkpoint.network.expert_layout import input_first
 from quantkit.checkpoint.network.modules import classify
 from quantkit.errors import InputError
 from quantkit.pipeline.plan import Plan, make_plan
