@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from quantkit.validation.ask.questions import (
 from quantkit.validation.ask.tasks import choose_tasks
 from quantkit.validation.forecast import forecast, pace, seconds
 from quantkit.validation.judge.bootstrap import missing
+from quantkit.validation.judge.default_gates import default_gates
 from quantkit.validation.judge.metrics import (
     BUILTIN_ONLY,
     ROUTING,
@@ -49,7 +50,7 @@ from quantkit.validation.judge.metrics import (
     weight_metrics,
 )
 from quantkit.validation.judge.regression import compare, no_longer_measured, refuse_incomparable
-from quantkit.validation.judge.verdicts import accepted, chosen_gates, default_gates, hold
+from quantkit.validation.judge.verdicts import accepted, chosen_gates, hold
 from quantkit.validation.memory import explained, needed_bytes, refuse_too_large
 from quantkit.validation.preflight import (
     Candidate,
@@ -353,6 +354,7 @@ def _describe(candidate: Candidate, integrity: VerifyReport) -> dict[str, Any]:
         "layout": integrity.format,
         "schemes": dict(Counter(layer.scheme for layer in integrity.layers)),
         "weight_bytes": candidate.held.weight_bytes,
+        **({"experts": asdict(provenance.experts)} if provenance.experts else {}),
     }
 
 

@@ -19,9 +19,10 @@ from quantkit.validation.judge.bootstrap import (
     resamples,
     sampled,
 )
+from quantkit.validation.judge.default_gates import BY_BITS, default_gates
 from quantkit.validation.judge.metrics import choice_metric, task_metrics
 from quantkit.validation.judge.paired import lost, score_interval
-from quantkit.validation.judge.verdicts import BY_BITS, accepted, chosen_gates, default_gates, hold
+from quantkit.validation.judge.verdicts import accepted, chosen_gates, hold
 from quantkit.validation.reports.report import Report
 from quantkit.validation.run import _askable
 
