@@ -14,7 +14,7 @@ from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.checkpoint.upcycle import upcycle
 from quantkit.recipe.gates import parse_gate
 from quantkit.runtime.load import load
-from quantkit.validation.judge.verdicts import default_gates
+from quantkit.validation.judge.default_gates import default_gates
 from quantkit.validation.reports.html import as_html
 from quantkit.validation.reports.markdown import as_markdown
 from quantkit.validation.reports.report import Report
