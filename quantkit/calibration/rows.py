@@ -1,17 +1,24 @@
-"""Local data files as rows: JSON lines, JSON, CSV and Parquet.
+"""Local data files as rows: JSON lines, JSON, CSV and Parquet; and which fields of them are text.
+
+`guess_fields` chooses where nobody says (the shapes of conversations: `shapes.py`; fields that a
+calibration names: `config.py`).
 
 JSON lines are indexed and read one by one, so that a file of many gigabytes costs an index only;
-the other formats are read whole (of Parquet the wanted column).
+of Parquet the wanted columns are held as Arrow holds them; the other formats are read whole.
+
+`datasets` would read CSV and Parquet too, but guesses types (the text `007` becomes the number 7,
+`NA` becomes nothing), writes a copy of the file into its cache, and does not say what is wrong.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from quantkit.calibration.shapes import (
     CONTEXTS,
@@ -24,6 +31,9 @@ from quantkit.calibration.shapes import (
 )
 from quantkit.errors import InputError
 from quantkit.recipe.documents import parse_json
+
+if TYPE_CHECKING:
+    import pyarrow
 
 INSTALL = "pip install 'quantkit[datasets]'"
 MAX_CSV_FIELD = 1 << 30
@@ -66,6 +76,26 @@ class JsonLines(Sequence[Any]):
             _check_text(row, self.fields)
         except ValueError as error:
             raise _unreadable(self.path, f"line {self._lines[index]}: {error}") from error
+        return row
+
+
+class TableRows(Sequence[Any]):
+    """The rows of an Arrow table, made when asked for."""
+
+    def __init__(self, table: pyarrow.Table) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        (row,) = self._table.slice(range(len(self))[index], 1).to_pylist()
         return row
 
 
@@ -219,7 +249,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 def _read_parquet(
     path: Path, fields: Sequence[str], more: Sequence[str] = (), limit: int | None = None
-) -> list[dict[str, Any]]:
+) -> TableRows:
     """Rows with the columns `fields`, and `more` where there are such; all where none is named."""
     try:
         import pyarrow
@@ -237,9 +267,10 @@ def _read_parquet(
         wanted = {*fields, *more}
         columns = [name for name in names if name in wanted or not fields]
         if limit is None:
-            return list(file.read(columns=columns).to_pylist())
-        first = next(file.iter_batches(batch_size=limit, columns=columns), None)
-        return list(first.to_pylist()) if first is not None else []
+            return TableRows(file.read(columns=columns))
+        first = itertools.islice(file.iter_batches(batch_size=limit, columns=columns), 1)
+        schema = pyarrow.schema([file.schema_arrow.field(name) for name in columns])
+        return TableRows(pyarrow.Table.from_batches(first, schema))
     except (pyarrow.ArrowException, OSError) as error:
         raise _unreadable(path, str(error)) from error
 

@@ -86,9 +86,12 @@ def show_plan(ui: Output, report: PlanReport) -> None:
     ui.document(report.to_json())
     if refusal := report.refusal:
         print_error(refusal.message, refusal.hint)
+    for doubt in report.doubts:
+        ui.info(f"warning: {doubt}")
 
 
 def _told(verdict: Verdict) -> str:
     """Why an engine will not load it, or whose rules say that it does, and what to know of it."""
-    rules = [] if verdict.reasons else [f"by the rules of version {verdict.version}"]
+    rules = [f"by the rules of version {verdict.version}"] if verdict.loads else []
+    rules += [] if verdict.refuses or not verdict.unknown else [verdict.unknown]
     return "\n".join([*rules, *(f"{r.text} → {r.fix}" for r in verdict.reasons), *verdict.notes])

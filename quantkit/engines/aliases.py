@@ -15,6 +15,9 @@ from quantkit.checkpoint.network.config import expert_count
 from quantkit.engines.names import expert_block, renamed
 from quantkit.engines.rules import EngineFamily, engines
 
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_MIXTRAL = ("w1", "w3", "w2")
+
 
 def merged_aliases(names: Collection[str]) -> list[str]:
     """The names of merged layers, of any engine, all of whose members are among `names`."""
@@ -35,17 +38,20 @@ def expanded(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     """
     given = list(names)
     plain = [n for n in given if not n.startswith("re:") and not any(c in n for c in "*?[")]
+    families = [engine.family(config) for engine in engines().values()]
     blocks = [*_whole_blocks(plain, expert_count(config)), *_fused_experts(plain)]
+    blocks += [
+        _named(f"{block}.0.{leaf}", family)
+        for family in families
+        for block in blocks
+        if _complete(block, given, family)
+        for leaf in family.experts
+    ]
     merged = merged_aliases([*plain, *blocks])  # a list that is expanded again stays as it is
     found = dict.fromkeys([*given, *merged, *blocks])
-    for engine in engines().values():
-        family = engine.family(config)
-        if not family.rename and not family.maps:
-            continue
-        for name in [*plain, *merged]:
-            wanted = renamed(name, family.rename)
-            if renamed(name, family.maps) != wanted:
-                found[_written_as(wanted, family)] = None
+    for family in families:
+        if family.rename or family.maps:
+            found |= dict.fromkeys(_named(name, family) for name in (*plain, *merged))
     return list(found)
 
 
@@ -65,25 +71,31 @@ def _merges() -> dict[str, tuple[tuple[str, tuple[str, ...]], ...]]:
     return {leaf: tuple(merges) for leaf, merges in found.items()}
 
 
-def _written_as(wanted: str, family: EngineFamily) -> str:
-    """The entry that an engine, having renamed it its way, finds for its layer `wanted`.
+def _named(name: str, family: EngineFamily) -> str:
+    """The entry that an engine, having renamed it its way, finds for its layer of that module.
 
     Where none leads there, the name without its first part: some engines compare endings.
     """
+    wanted = renamed(name, family.rename)
+    if renamed(name, family.maps) == wanted:
+        return name
     return wanted if renamed(wanted, family.maps) == wanted else wanted.partition(".")[2] or wanted
 
 
+def _complete(block: str, names: Collection[str], family: EngineFamily) -> bool:
+    """Whether every layer of the block's experts is listed: the tensors of all, or those of one."""
+    if not any(name.startswith(f"{block}.0.") for name in names):
+        return True
+    leaves = {name.rpartition(".")[2] for name in names if name.startswith(f"{block}.0.")}
+    ungated = [] if "gate_proj" in family.reads or "w1" in family.reads else [family.reads]
+    return any(leaves.issuperset(way) for way in (_GATED, _MIXTRAL, *ungated))
+
+
 def _fused_experts(names: Iterable[str]) -> list[str]:
-    """For experts stored in one tensor: the block, and the names by which an engine asks for a
-    single one."""
+    """For experts stored in one tensor: the name of their block."""
     first = (".gate_up_proj", ".input_linear")
     blocks = {expert_block(name) for name in names if name.endswith(first)} - {None}
-    leaves = ("gate_proj", "up_proj", "down_proj")
-    return [
-        name
-        for block in sorted(map(str, blocks))
-        for name in (block, *(f"{block}.0.{leaf}" for leaf in leaves))
-    ]
+    return sorted(map(str, blocks))
 
 
 def _whole_blocks(names: Iterable[str], count: int) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quantkit.checkpoint.schemes import Scheme, described
-from quantkit.engines.candidate import LayerPart, Loadable
+from quantkit.engines.loadable import LayerPart, Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.readers import reader
 from quantkit.engines.readers.base import Reading, SettingsReader
@@ -18,10 +18,12 @@ def check_names(
     engine: EngineRules, family: EngineFamily, candidate: Loadable, layers: Sequence[EngineLayer]
 ) -> Iterator[Reason]:
     """Reasons of codes `engine.mixed_group`, `engine.ignore_unmatched`, `engine.ignore_overreach`,
-    `engine.target_mismatch` and `engine.quantized_router`."""
+    `engine.target_mismatch`, `engine.quantized_router` and `engine.expert_names`."""
     read = reader(engine, family, candidate)
     for layer in layers:
         kinds = _kinds(layer)
+        if layer.experts:
+            yield from _unread(engine, family, layer)
         if len(kinds) > 1:
             yield _mixed(engine, layer)
         elif _built_plain(family, layer):
@@ -35,6 +37,20 @@ def check_names(
                 )
         elif read is not None:
             yield from _compare(engine, candidate.layout, layer, kinds != {None}, read)
+
+
+def _unread(engine: EngineRules, family: EngineFamily, layer: EngineLayer) -> Iterator[Reason]:
+    """Against experts that are stored one by one under names that the loader does not know."""
+    leaves = dict.fromkeys(_leaf(part) for part in layer.parts if len(part.shape) == 2)
+    other = [leaf for leaf in leaves if leaf not in family.reads]
+    if other:
+        yield Reason(
+            "engine.expert_names",
+            f"{engine.name} reads the experts of {layer.name} as {', '.join(family.reads)}; they "
+            f"are stored as {', '.join(other)}",
+            "keep the names of the original checkpoint",
+            layer.name,
+        )
 
 
 _NAMED_IN = {

@@ -12,11 +12,12 @@ from typing import Any
 
 from quantkit.checkpoint.network.config import text_size
 from quantkit.checkpoint.schemes import BITS
-from quantkit.engines.candidate import LayerPart, Loadable
+from quantkit.engines.loadable import LayerPart, Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.reasons import Reason
 from quantkit.engines.rules import EngineFamily, EngineRules, SchemeRule
 
+_DOWN = ("down_proj", "w2", "output_linear")
 TILES = ((64, 128), (128, 64))
 KEEP = "keep this layer in 16 bit"
 SMALLER_CUT = f"a smaller tensor-parallel size, or {KEEP}"
@@ -55,12 +56,15 @@ def check_shapes(
     candidate: Loadable,
     layers: Sequence[EngineLayer],
     tp: int,
+    *,
+    spread: bool = False,
 ) -> Iterator[Reason]:
     """Reasons of codes `engine.tp_split`, `engine.tp_group`, `engine.block_shape`, `engine.tile`
-    and `engine.multiple_of`, a layer each."""
+    and `engine.multiple_of`, a layer each; `spread`: with whole experts a rank."""
     for layer in layers:
-        yield from _check_split(engine, layer, tp)
-        shard = _shard(engine, family, candidate, layer, tp)
+        cut = 1 if spread and layer.experts else tp
+        yield from _check_split(engine, layer, cut)
+        shard = _shard(engine, family, candidate, layer, cut)
         if shard is not None:
             yield from shard.reasons()
 
@@ -98,7 +102,7 @@ def _check_split(engine: EngineRules, layer: EngineLayer, tp: int) -> Iterator[R
     if layer.split == "whole" or layer.head or tp == 1:
         return
     for part in layer.parts[:3] if layer.experts else layer.parts:
-        inner = layer.experts and part.name.rpartition(".")[2] in ("down_proj", "w2")
+        inner = layer.experts and part.name.rpartition(".")[2] in _DOWN
         by_rows = layer.split == "rows" or inner
         size = part.columns if by_rows else part.rows
         if part.rows < tp or _is_shared_kv(layer, part):
@@ -255,11 +259,11 @@ def _expert_sizes(layer: EngineLayer) -> tuple[int, int]:
     """Hidden and inner size of a block of experts."""
     for part in layer.parts:
         leaf = part.name.rpartition(".")[2]
-        if leaf in ("down_proj", "w2"):
+        if leaf in _DOWN:
             return part.rows, part.columns
         if leaf in ("gate_proj", "up_proj", "w1", "w3"):
             return part.columns, part.rows
-        if leaf == "gate_up_proj":
+        if leaf in ("gate_up_proj", "input_linear"):
             return part.columns, part.rows // 2
     part = layer.parts[0]
     return part.columns, part.rows

@@ -1,12 +1,15 @@
-"""Will this engine load that checkpoint at this tensor-parallel size? All reasons, or none."""
+"""Will this engine load that checkpoint at this tensor-parallel size? All reasons, or none.
+
+Of a model that the data has no rules for only what holds for every model is judged: the verdict is
+a refusal, or unknown.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from quantkit.engines.candidate import Loadable
 from quantkit.engines.check_kernels import (
     check_format,
     check_scale_names,
@@ -17,22 +20,30 @@ from quantkit.engines.check_names import check_names
 from quantkit.engines.check_shapes import check_heads, check_shapes, group_fits
 from quantkit.engines.gpus import Gpu
 from quantkit.engines.kv import cautions, check_gpu
+from quantkit.engines.loadable import Loadable
 from quantkit.engines.names import layers
 from quantkit.engines.reasons import Reason, condensed
 from quantkit.engines.rules import EngineRules, engines
 from quantkit.engines.support import NAMES
+from quantkit.engines.without_rules import check_architecture, without_rules
 from quantkit.errors import InputError
 
 
 @dataclass(frozen=True)
 class Verdict:
     """`version` is the engine's version whose sources the rules were read from. `cautions` are what
-    does not stop the load and may change what is served; `notes` what else to know."""
+    does not stop the load and may change what is served; `notes` what else to know. unknown: why
+    nothing can be said, where the data has no rules for the model. spread: of a mixture with
+    quantized experts cut over ranks, whether it loads with whole experts a rank instead (expert
+    parallelism).
+    """
 
     engine: str
     tp: int
     version: str
     reasons: tuple[Reason, ...] = ()
+    unknown: str = ""
+    spread: bool | None = None
     notes: tuple[str, ...] = ()
     cautions: tuple[Reason, ...] = ()
 
@@ -42,22 +53,37 @@ class Verdict:
         return (*self.notes, *(caution.text for caution in self.cautions))
 
     @property
+    def outcome(self) -> Literal["loads", "refuses", "unknown"]:
+        if self.reasons:
+            return "refuses"
+        return "unknown" if self.unknown else "loads"
+
+    @property
     def loads(self) -> bool:
-        return not self.reasons
+        return self.outcome == "loads"
+
+    @property
+    def refuses(self) -> bool:
+        return self.outcome == "refuses"
 
     @property
     def title(self) -> str:
         """ "vLLM will not load it", with the tensor-parallel size where that is not 1."""
         at = f" at tensor-parallel size {self.tp}" if self.tp > 1 else ""
-        verb = "loads it" if self.loads else "will not load it"
-        return f"{NAMES[self.engine]} {verb}{at}"
+        name = NAMES[self.engine]
+        if self.outcome == "unknown":
+            return f"Whether {name} loads it{at} is unknown"
+        return f"{name} {'loads it' if self.loads else 'will not load it'}{at}"
 
     def to_json(self) -> dict[str, Any]:
-        """The verdict as plain JSON values."""
+        """The verdict as plain JSON values; `loads` is null where that is unknown."""
         return {
             "engine": self.engine,
             "tp": self.tp,
-            "loads": self.loads,
+            "verdict": self.outcome,
+            "loads": None if self.outcome == "unknown" else self.loads,
+            "unknown": self.unknown or None,
+            "expert_parallel": self.spread,
             "reasons": [
                 {"code": r.code, "message": r.text, "fix": r.fix, "where": r.where}
                 for r in self.reasons
@@ -135,34 +161,51 @@ def _judge(
 ) -> list[Verdict]:
     family = engine.family(candidate.config)
     built = layers(engine, family, candidate.parts.values())
-    always = [*check_format(engine, candidate, gpu), *check_gpu(engine, candidate, gpu)]
+    unknown = without_rules(engine, family, candidate)
+    always = [
+        *check_format(engine, candidate, gpu),
+        *check_gpu(engine, candidate, gpu),
+        *check_architecture(engine, family, candidate),
+    ]
     if engine.formats.get(candidate.layout) is not None:
-        always += check_names(engine, family, candidate, built)
         always += check_schemes(engine, family, candidate, built, gpu)
-    notes = []
-    if not family.known:
-        kind = candidate.config.get("model_type", "unknown")
-        notes.append(f"{engine.name}: no rules for the family {kind}; those of Llama were taken")
+        if not unknown:
+            always += check_names(engine, family, candidate, built)
+    if not unknown:
+        always += check_scale_names(engine, family, candidate, built)
     warned = list(cautions(engine, candidate, gpu))
-    (always if family.known else warned).extend(check_scale_names(engine, family, candidate, built))
     note = weight_only_note(engine, candidate, built, gpu)
-    notes += [note] if note else []
-    return [
-        Verdict(
-            engine.engine,
-            tp,
-            engine.read,
-            tuple(
-                condensed(
-                    [
-                        *always,
-                        *check_heads(engine, candidate.config, tp),
-                        *check_shapes(engine, family, candidate, built, tp),
-                    ]
-                )
-            ),
-            tuple(notes),
-            tuple(condensed(warned)),
+    notes = (note,) if note else ()
+    verdicts = []
+    for tp in sizes:
+        found, spread = always, None
+        if not unknown:
+            heads = [*always, *check_heads(engine, candidate.config, tp)]
+            found = [*heads, *check_shapes(engine, family, candidate, built, tp)]
+            if tp > 1 and any(layer.experts and layer.parts[0].scheme for layer in built):
+                whole = [*heads, *check_shapes(engine, family, candidate, built, tp, spread=True)]
+                spread = not whole
+        verdicts.append(
+            Verdict(
+                engine.engine,
+                tp,
+                engine.read,
+                tuple(condensed(_with_spread(engine, found, spread))),
+                unknown,
+                spread,
+                notes,
+                tuple(condensed(warned)),
+            )
         )
-        for tp in sizes
+    return verdicts
+
+
+def _with_spread(
+    engine: EngineRules, found: Iterable[Reason], spread: bool | None
+) -> Iterable[Reason]:
+    """The reasons, with expert parallelism as a way out where it is one."""
+    if not spread:
+        return found
+    return [
+        replace(r, fix=f"{r.fix}; or whole experts a rank: {engine.spread_experts}") for r in found
     ]

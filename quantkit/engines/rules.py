@@ -34,6 +34,9 @@ class EngineFamily:
     takes the stored weight apart, does not know.
     rename: checkpoint name → engine name; maps: the same for the entries of the settings.
     plain_towers: whether vision and audio towers are built in 16 bit.
+    experts: last name parts by which settings are asked about an expert: gate, up and down.
+    reads: last name parts of experts that its loader knows. refused: why no quantized checkpoint of
+    the family loads ("": it does).
     """
 
     types: tuple[str, ...]
@@ -46,6 +49,9 @@ class EngineFamily:
     maps: Renaming = ()
     plain_towers: bool = False
     scale_names: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    reads: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+    refused: str = ""
     known: bool = True
 
 
@@ -116,7 +122,11 @@ class KVCacheRule:
 
 @dataclass(frozen=True)
 class EngineRules:
-    """One engine in one range of versions; `read` is the version whose sources were read."""
+    """One engine in one range of versions; `read` is the version whose sources were read.
+
+    architectures: those of its registry; it runs others through Transformers, but for those that
+    are `incompatible` with that. spread_experts: its flag for whole experts a rank.
+    """
 
     engine: str
     name: str
@@ -130,6 +140,9 @@ class EngineRules:
     match: Mapping[str, str]
     formats: Mapping[str, FormatRule]
     kv_cache: KVCacheRule
+    architectures: frozenset[str]
+    incompatible: frozenset[str]
+    spread_experts: str
 
     @property
     def minimum_version(self) -> str:
@@ -173,6 +186,8 @@ def _engine(raw: dict[str, Any]) -> EngineRules:
     return EngineRules(
         families=tuple(_family(entry, merges) for entry in raw.pop("families")),
         otherwise=_family({"types": [], "known": False, **raw.pop("otherwise")}, merges),
+        architectures=frozenset(raw.pop("architectures").split()),
+        incompatible=frozenset(raw.pop("incompatible").split()),
         rows=frozenset(layers["rows"]),
         whole=frozenset(layers["whole"]),
         formats={name: _format(entry) for name, entry in raw.pop("formats").items()},
@@ -183,21 +198,25 @@ def _engine(raw: dict[str, Any]) -> EngineRules:
     )
 
 
+_LISTS = ("scale_names", "experts", "reads")
+
+
 def _family(raw: dict[str, Any], merges: Mapping[str, Merges]) -> EngineFamily:
     def union(names: list[str]) -> Merges:
         return {fused: members for name in names for fused, members in merges[name].items()}
 
-    rename = _renaming(raw.get("rename", ()))
+    rename = _renaming(raw.pop("rename", ()))
+    lists = {key: tuple(raw.pop(key)) for key in _LISTS if key in raw}
+    merged = raw.pop("merges")
     return EngineFamily(
         types=tuple(raw.pop("types")),
-        merges=union(raw["merges"]),
-        told=union(raw.pop("told", raw["merges"])),
+        merges=union(merged),
+        told=union(raw.pop("told", merged)),
         plain=frozenset(raw.pop("plain", ())),
         misread=_frozen(raw.pop("misread", {})),
-        scale_names=tuple(raw.pop("scale_names", ())),
         rename=rename,
         maps=_renaming(raw.pop("maps")) if "maps" in raw else rename,
-        **{key: value for key, value in raw.items() if key not in ("merges", "rename")},
+        **{**raw, **lists},
     )
 
 

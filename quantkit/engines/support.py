@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantkit.engines.candidate import BY_ALGORITHM
+from quantkit.engines.loadable import BY_ALGORITHM
 from quantkit.engines.rules import FormatRule, engines
 
 NAMES = {
@@ -39,16 +39,19 @@ SILENT_GARBAGE = {
 class Support:
     """Engines that read a layout; `export_only` when neither vLLM nor SGLang is one of them.
 
-    refusing: those of them whose rules refuse this model's layers all the same (see `judge`).
+    refusing: those of them whose rules refuse this model's layers all the same; unknown: those
+    that have no rules for this model (see `judge`).
     """
 
     layout: str
     engines: tuple[str, ...]
     refusing: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     @property
     def loading(self) -> tuple[str, ...]:
-        return tuple(engine for engine in self.engines if engine not in self.refusing)
+        excepted = (*self.refusing, *self.unknown)
+        return tuple(engine for engine in self.engines if engine not in excepted)
 
     @property
     def export_only(self) -> bool:
@@ -58,9 +61,15 @@ class Support:
         """The engines' names, after "export only" where no serving engine is among them."""
         named = ", ".join(NAMES[engine] for engine in self.loading)
         if not self.export_only:
+            doubt = " and ".join(NAMES[engine] for engine in self.unknown)
             if not named:
-                return "no engine known here, for this model's shapes"
-            return f"{named} on Ascend NPUs" if self.layout == "ascend" else named
+                return (
+                    f"unknown for this model in {doubt}"
+                    if doubt
+                    else "no engine known here, for this model's shapes"
+                )
+            named += " on Ascend NPUs" if self.layout == "ascend" else ""
+            return f"{named}; unknown for this model in {doubt}" if doubt else named
         other = "TensorRT-LLM" if self.layout == "modelopt" else named or "no engine known here"
         return f"export only: neither vLLM nor SGLang loads this format (it is for {other})"
 

@@ -10,7 +10,7 @@ from typing import Any
 from quantkit import __version__
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.provenance import Calibration, Provenance
-from quantkit.engines import SILENT_GARBAGE, Support
+from quantkit.engines import NAMES, SILENT_GARBAGE, Support
 from quantkit.pipeline.frontmatter import front_matter, header, with_results
 from quantkit.pipeline.plan import Plan
 from quantkit.recipe.gates import outcome
@@ -159,15 +159,18 @@ def _serving(loads: Support, layout: str) -> list[str]:
         return [f"This is {loads.describe()}."]
     if layout == "gguf":
         return ["```bash", "llama-server -m PATH_TO_THIS_DIRECTORY/*.gguf", "```"]
-    if not {"vllm", "sglang"} & set(loads.loading):
+    serving = (*loads.loading, *loads.unknown)
+    if not {"vllm", "sglang"} & set(serving):
         return [f"This model's shapes, quantized so, load in: {loads.describe()}."]
     lines = ["```bash"]
-    if "vllm" in loads.loading:
+    if "vllm" in serving:
         lines.append("vllm serve PATH_TO_THIS_DIRECTORY")
-    if "sglang" in loads.loading:
+    if "sglang" in serving:
         flag = " --quantization modelopt" if layout == "modelopt" else ""
         lines.append(f"python -m sglang.launch_server --model-path PATH_TO_THIS_DIRECTORY{flag}")
     lines.append("```")
+    for engine in loads.unknown:
+        lines += ["", f"Whether {NAMES[engine]} loads this model is unknown: try it once."]
     if layout in SILENT_GARBAGE:
         lines += ["", f"**{SILENT_GARBAGE[layout]}**"]
     return lines

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint.network.experts import upright
+from quantkit.checkpoint.network.expert_layout import upright
 from quantkit.checkpoint.network.modules import Module, layer_index, linear_modules
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.engines import LayerPart, Loadable, Verdict, engines, gpu_named, judge
@@ -53,19 +53,25 @@ def verdicts(source: Checkpoint, plan: Plan) -> list[Verdict]:
 
 
 def check_engines(source: Checkpoint, plan: Plan) -> Plan:
-    """The plan, with notes on engines that read its layout and yet will not load its result.
+    """The plan, with notes on engines that read its layout and yet will not load its result, or
+    have no rules for the model.
 
     Raises InputError (`plan.engine`) when an engine that the recipe asks for will not.
     """
     found = verdicts(source, plan)
     if refusal := engine_refusal(source, plan, found):
         raise refusal
-    refused = [v for v in found if not v.loads]
-    refusing = [v for v in refused if v.engine in plan.loads.engines]
-    notes = [f"{v.title}: {v.reasons[0].text}" for v in refusing]
     reading = [v for v in found if v.engine in plan.loads.engines]
+    refusing = [v for v in reading if v.refuses]
+    doubtful = [v for v in reading if v.unknown and not v.refuses]
+    notes = [f"{v.title}: {v.reasons[0].text}" for v in refusing]
+    notes += [f"{v.title}: {v.unknown}" for v in doubtful]
     notes += [caveat for v in reading for caveat in v.caveats]
-    loads = replace(plan.loads, refusing=tuple(dict.fromkeys(v.engine for v in refusing)))
+    loads = replace(
+        plan.loads,
+        refusing=tuple(dict.fromkeys(v.engine for v in refusing)),
+        unknown=tuple(dict.fromkeys(v.engine for v in doubtful)),
+    )
     return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *notes))), loads=loads)
 
 
@@ -79,8 +85,8 @@ def _kv_scales(layout: str, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def engine_refusal(source: Checkpoint, plan: Plan, found: Sequence[Verdict]) -> InputError | None:
-    """Why an engine that the recipe asks for will not load the result, None where all will."""
-    refused = [v for v in found if not v.loads]
+    """Why an engine that the recipe asks for will not load the result, None where none refuses."""
+    refused = [v for v in found if v.refuses]
     if not plan.recipe.serve.engines or not refused:
         return None
     return InputError(

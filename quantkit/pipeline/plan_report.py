@@ -32,19 +32,27 @@ class PlanReport:
 
     @property
     def refusal(self) -> InputError | None:
-        """Why an engine that the recipe asks for will not load the result; None where all will."""
+        """Why an engine that the recipe asks for will not load the result; None where none
+        refuses."""
         return engine_refusal(self.source, self.plan, self.verdicts)
 
     @property
+    def doubts(self) -> list[str]:
+        """What is unknown of engines that the recipe asks for."""
+        if not self.plan.recipe.serve.engines:
+            return []
+        return [f"{v.title}: {v.unknown}" for v in self.verdicts if v.outcome == "unknown"]
+
+    @property
     def served(self) -> bool:
-        """Whether the result will load as the recipe asks: in every engine that it names, or, with
-        sizes or a GPU but no engine, at every size in one."""
+        """Whether nothing refuses what the recipe asks for: no engine that it names, or, with sizes
+        or a GPU but no engine, at every size not all of them. What is unknown refuses nothing."""
         serve = self.plan.recipe.serve
         if serve.engines:
             return self.refusal is None
         if not serve.gpu and list(serve.tp) == [1]:
             return True
-        return all(any(v.loads for v in self.verdicts if v.tp == size) for size in serve.tp)
+        return all(any(not v.refuses for v in self.verdicts if v.tp == size) for size in serve.tp)
 
     def to_json(self) -> dict[str, Any]:
         """The document of `quantkit plan --json`: plain JSON values, every module in it."""

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from quantkit.engines import EngineRules, Loadable, Verdict, engines, gpu_named, judge
-from quantkit.formats.candidate import candidate
+from quantkit.formats.loadable import candidate
 from quantkit.formats.quantized import QuantizedCheckpoint
 from quantkit.verification.findings import EngineRequest, Finding, error, info, warning
+
+_TRY = "load it once with the engine and compare: quantkit validate --engine"
 
 
 def check_gguf(asked: EngineRequest | None) -> Iterator[Finding]:
@@ -21,7 +23,8 @@ def check_engines(subject: QuantizedCheckpoint, asked: EngineRequest | None) -> 
     """Errors for engines that were asked for and will not load the checkpoint.
 
     Where none was asked for: warnings for those that read its layout and schemes and will not load
-    this checkpoint all the same, and a word on those that do not read them.
+    this checkpoint all the same, and a word on those that do not read them. Where an engine's data
+    has no rules for the model: a warning if it was asked for, else a word.
     """
     if not subject.declaration.layers:
         return
@@ -31,12 +34,15 @@ def check_engines(subject: QuantizedCheckpoint, asked: EngineRequest | None) -> 
     # A draft layer so declared stops the engine only once it is asked to speculate with it.
     stranded = any(map(subject.is_float, subject.declaration.layers))
     for verdict in judge(this, names, asked.sizes if asked else (1,), gpu):
-        told = asked is not None or (verdict.loads or _reads(engines()[verdict.engine], this))
+        told = asked is not None or (not verdict.refuses or _reads(engines()[verdict.engine], this))
         for caution in verdict.cautions if told else ():
             yield warning(caution.code, caution.text, caution.fix, caution.where or None)
         for note in verdict.notes if told else ():
             yield info("engine.note", note, "")
-        if verdict.loads:
+        if verdict.outcome == "unknown":
+            severity = warning if asked else info
+            yield severity("engine.unknown", f"{verdict.title}: {verdict.unknown}", _TRY)
+        elif verdict.loads:
             if asked and not stranded:
                 yield info("engine.loads", f"{verdict.title} (rules of {verdict.version})", "")
         elif asked:

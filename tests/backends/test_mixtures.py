@@ -1,4 +1,4 @@
-"""Mixtures of experts through the libraries: what `families.yaml` says of them is what they do."""
+"""Mixtures of experts through the libraries: what `mixtures.yaml` says of them is what they do."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ SEEDS: tuple[Seed, ...] = (
     Seed("router not listed", "qwen3_moe fp8", unlisted("mlp.gate"), "engine.ignore_unmatched",
          "vllm", "sglang#16716"),
     Seed("router not listed, int4", "qwen3_moe w4a16", unlisted("mlp.gate"),
-         "engine.ignore_unmatched", "sglang", "sglang#16716"),
+         "engine.ignore_unmatched", "vllm", "sglang#16716"),
     Seed("router in FP8", "qwen3_moe fp8", fp8_of(f"{L0}mlp.gate"), "structure.router_quantized",
          "vllm", "SGLang documentation: no kernel for mlp.gate"),
     Seed("router in FP8, built in 16 bit", "glm4_moe fp8", fp8_of("model.layers.1.mlp.gate"),

@@ -140,7 +140,7 @@ def test_granites_experts_are_listed_by_the_engines_names() -> None:
         written = settings("compressed-tensors", ignore)
         loadable = Loadable(config, "compressed-tensors", written, parts)
         for verdict in judge(loadable, ("vllm", "sglang"), (1,)):
-            assert verdict.loads == loads, verdict.reasons
+            assert verdict.loads == loads, (verdict.reasons, verdict.unknown)
 
 
 @pytest.mark.parametrize("listed", [False, True])

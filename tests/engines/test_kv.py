@@ -108,8 +108,8 @@ def test_verify_and_launch_say_that_scales_are_dropped(tmp_path: Path) -> None:
         assert ("serves the cache at scale 1" in launched.err) == told
 
 
-def test_plan_and_verify_keep_the_caveat_on_an_unknown_family(tmp_path: Path) -> None:
-    told = "those of Llama were taken"
+def test_verify_and_launch_say_that_a_family_has_no_rules(tmp_path: Path) -> None:
+    told = "no rules for novelnet in vLLM"
     path = made(tmp_path / "m", "dynamic", model_type="novelnet")
     document = json.loads(quantkit("verify", path, "--json").out)
     assert any(told in f["message"] for f in document["findings"])

@@ -312,9 +312,12 @@ ROWS: dict[str, Row] = {
         then(gguf, with_file("other.gguf", b"GGUF")), llama, FP8, 1, ("gguf.several",)),
     "10 GGUF": Row(gguf, llama, FP8, 1, ("GGUF", "tiny.gguf")),
     "11 pickled": Row(pickled, llama, FP8, 1, ("pytorch_model.bin", "can run code")),
-    "12 dotted scales": Row(
-        then(dotted, without("down_proj.scale")), dotted, VERIFY, 4, ("weight_scale_inv",), 0,
+    "12 names of another family": Row(
+        dotted, foreign("blocks"), VERIFY, 0, ("format.scale_names", ".scale"), 0,
         ("no errors",)),
+    "12 dotted scales": Row(
+        then(dotted, without("down_proj.scale")), dotted, VERIFY, 4,
+        ("declared.missing_tensor",), 0, ("no errors",)),
     "13 scalar scales": Row(
         then(foreign("scalars"), without("1.mlp.down_proj.weight_scale_inv")), foreign("scalars"),
         VERIFY, 4, ("declared.missing_tensor",), 0, ("no errors",)),
@@ -434,7 +437,9 @@ ROWS: dict[str, Row] = {
             out / "hf_quant_config.json", lambda c: c["quantization"].update(exclude_modules=[]))),
         modelopt(), VERIFY, 4, ("format.contradiction", "excluded modules")),
     "39 a mixture, calibrated": Row(
-        moe, llama, ("plan", "@", "--method", "modelopt_fp8"), 1, ("experts", "rtn_fp8_dynamic")),
+        moe, moe, ("plan", "@", "--method", "gptqmodel_w4a16"), 1,
+        ("4 experts a layer", "rtn_w4a16"), 0, ("32 layers",),
+        ("plan", "@", "--method", "modelopt_fp8")),
     "40 a cache without kernels": Row(
         llama, llama, (*NVFP4_CACHE, "h100"), 1, ("NVFP4 KV cache on H100",), 0,
         ("vLLM loads it",), (*NVFP4_CACHE, "b200")),

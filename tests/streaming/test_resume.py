@@ -78,10 +78,15 @@ def killed(process: subprocess.Popen[str], out: Path, delay: float) -> str:
     return told
 
 
-def test_kills_at_random_moments_resume_to_the_same_bytes(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "seed", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in range(20, 36))]
+)
+def test_kills_at_random_moments_resume_to_the_same_bytes(
+    seed: int, model: Path, tmp_path: Path
+) -> None:
     stream(model, tmp_path / "whole", "nvfp4a16")
     expected = files_of(tmp_path / "whole")
-    chance = random.Random(4)
+    chance = random.Random(seed)
     out = tmp_path / "out"
     done = [killed(child(model, out, "resume"), out, chance.random() * 0.1) for _ in range(3)]
     assert not all(done)

@@ -34,8 +34,8 @@ FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
 
 _HEADS = {"lm_head", "output", "embed_out", "output_layer", "score", "head"}
 _ROUTERS = {"shared_expert_gate", "gate_up_router", "wg", "moe_gate", "expert_gate"}
-_ROUTING = {"router", "routing", "gating"}
-"""Words of a compound name (`modality_router`, `gating_network`)."""
+_ROUTING = {"routing", "gating"}
+"""Words of a compound name (`gating_network`), outside of attention."""
 _SMALL_GATES = {"in_proj_a", "in_proj_b", "in_proj_ba"}
 CONTROLS = {"x_proj", "dt_proj"}
 """What steers a state-space layer (Jamba, Mamba): small, and as fragile as a router."""
@@ -209,6 +209,8 @@ def _routes(parts: list[str]) -> bool:
     routes nothing."""
     inside = {"self_attn", "attn", "attention"}.isdisjoint(parts)
     return any(
-        part in _ROUTERS or (part == "gate" and inside) or _ROUTING & set(part.split("_"))
+        part in _ROUTERS
+        or "router" in part.split("_")
+        or (inside and (part == "gate" or not _ROUTING.isdisjoint(part.split("_"))))
         for part in parts
     )

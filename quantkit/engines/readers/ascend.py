@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.engines.candidate import Loadable
+from quantkit.engines.loadable import Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.readers.base import (
     ALWAYS_SPLIT,
@@ -10,8 +10,15 @@ from quantkit.engines.readers.base import (
     NOT,
     Reading,
     SettingsReader,
-    expert_names,
 )
+
+
+def _expert_names(layer: EngineLayer) -> list[str]:
+    """The first expert's layers by their names in the file, where these are one by one."""
+    leaves = dict.fromkeys(part.name.rpartition(".")[2] for part in layer.parts)
+    if not leaves.keys().isdisjoint(("gate_up_proj", "input_linear")):
+        leaves = dict.fromkeys(("gate_proj", "up_proj", "down_proj"))
+    return [f"{layer.name}.0.{leaf}" for leaf in leaves]
 
 
 def ascend(candidate: Loadable) -> SettingsReader:
@@ -29,7 +36,7 @@ def ascend(candidate: Loadable) -> SettingsReader:
             return NOT
         names: tuple[str, ...] = (layer.name,)
         if layer.experts:
-            names = tuple(expert_names(layer))
+            names = tuple(_expert_names(layer))
         elif layer.leaf in every and len(layer.parts) > 1:
             parent = layer.name[: -len(layer.leaf)]
             names = tuple(f"{parent}{leaf}" for leaf in every[layer.leaf])

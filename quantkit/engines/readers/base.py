@@ -48,12 +48,9 @@ def members(layer: EngineLayer, family: EngineFamily) -> tuple[str, ...]:
     return tuple(f"{parent}{leaf}" for leaf in told)
 
 
-def expert_names(layer: EngineLayer) -> list[str]:
+def expert_names(layer: EngineLayer, family: EngineFamily) -> list[str]:
     """The names by which compressed-tensors configurations are asked about a block of experts."""
-    leaves = dict.fromkeys(part.name.rpartition(".")[2] for part in layer.parts)
-    if not leaves.keys().isdisjoint(("gate_up_proj", "input_linear")):
-        leaves = dict.fromkeys(("gate_proj", "up_proj", "down_proj"))
-    return [f"{layer.name}.0.{leaf}" for leaf in leaves]
+    return [f"{layer.name}.0.{leaf}" for leaf in family.experts]
 
 
 def each(names: Sequence[str], match: Callable[[str], str | None]) -> Reading:

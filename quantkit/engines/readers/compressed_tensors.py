@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from quantkit.checkpoint.network.patterns import compiled
-from quantkit.engines.candidate import Loadable
+from quantkit.engines.loadable import Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.readers.base import (
     MIXED,
@@ -78,7 +78,7 @@ def compressed_tensors(
 
     def read(layer: EngineLayer) -> Reading:
         if layer.experts:
-            kinds = [_expert(name, ignore, named, groups) for name in expert_names(layer)]
+            kinds = [_expert(name, ignore, named, groups) for name in expert_names(layer, family)]
             # Each expert may be named by an entry of its own.
             agreed = len({(kind.quantized, kind.settings) for kind in kinds}) == 1
             return kinds[0] if agreed else MIXED

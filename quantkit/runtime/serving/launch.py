@@ -23,7 +23,7 @@ from quantkit.engines import NAMES, Loadable, Verdict, engine_named, judge
 from quantkit.engines.gpus import platforms
 from quantkit.errors import BackendError, InputError
 from quantkit.formats.base import Declaration
-from quantkit.formats.candidate import candidate
+from quantkit.formats.loadable import candidate
 from quantkit.formats.quantized import examine
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.runtime.serving.environments import ENGINES, find_interpreter
@@ -82,7 +82,8 @@ def launch(path: Path, engine: str, tp: int) -> Launch:
     declared = subject.declaration
     verdict = _refuse(engine, candidate(subject), tp, path)
     flags: dict[str, str] = {}
-    notes = list(verdict.caveats)
+    notes = [f"{verdict.title}: {verdict.unknown}"] if verdict.unknown else []
+    notes += verdict.caveats
     if declared.kv_cache != "none":
         flags["--kv-cache-dtype"] = _kv_cache(engine, declared.kv_cache, path)
     if engine == "sglang":
@@ -131,7 +132,7 @@ def _gguf(file: Path, engine: str, tp: int) -> Launch:
 
 def _refuse(engine: str, this: Loadable, tp: int, path: Path) -> Verdict:
     verdict = judge(this, (engine,), (tp,))[0]
-    if not verdict.loads:
+    if verdict.refuses:
         reason = verdict.reasons[0]
         raise InputError(
             f"{path}: {verdict.title}: {reason.text}.",

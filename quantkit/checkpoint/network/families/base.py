@@ -46,6 +46,7 @@ class Family:
     norms: the norms of a layer. norm_offset: what a norm adds to its weight.
     transposed: whether linear layers are stored as [in, out] (Conv1D).
     sliding: whether all layers attend to a window where the config states one.
+    dotted_scales: whether FP8 scales are named `x.scale` where others have `x.weight_scale_inv`.
     towers: parts of the names of modules outside of the language model that other families lack.
     network: which network of the runtime computes it; None: Transformers' own module.
     gguf: how a GGUF file of this architecture holds the weights: as they are, or with the rows of
@@ -67,6 +68,7 @@ class Family:
     norm_offset: float = 0.0
     transposed: bool = False
     sliding: bool = False
+    dotted_scales: bool = False
     towers: frozenset[str] = frozenset()
     experts: Experts = Experts()
     network: Literal["decoder"] | None = None
