@@ -24,12 +24,14 @@ class Mixtures:
     calibrates: those whose every expert it can be made to see.
     routed: why it reaches only the experts that tokens are routed to, by family.
     cannot: why it does not quantize the experts at all, by family.
+    whole: why it writes no sound checkpoint whatever is quantized, by family.
     schemes: family → scheme → why that scheme does not work there.
     """
 
     calibrates: frozenset[str] = frozenset()
     routed: Mapping[str, str] = field(default_factory=dict)
     cannot: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
     schemes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
@@ -42,6 +44,7 @@ def mixtures() -> dict[str, Mixtures]:
             frozenset(entry["calibrates"]),
             entry.get("routed") or {},
             entry.get("cannot") or {},
+            entry.get("whole") or {},
             entry.get("schemes") or {},
         )
         for name, entry in yaml.safe_load(text).items()
@@ -59,6 +62,8 @@ def mixture_refusal(
     if known is None:
         return f"{backend.name} quantizes dense language models here"
     family, library = str(text_config(config).get("model_type")), backend.distribution
+    if reason := known.whole.get(family):
+        return f"{library} does not write {family}: {reason}"
     if reason := known.schemes.get(family, {}).get(recipe.scheme):
         return f"{library} does not write {recipe.scheme} of {family}: {reason}"
     if not any(".experts." in f"{name}." for name in layers) or family in known.calibrates:
