@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.ready
 	$(BIN)/quantkit demo
 
-# Minutes, for every change: lint, types, and the tests that start no library and no engine.
+# Minutes, for every change: lint, types, the tests without a library, an engine or a whole validation.
 check: lint types
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not library and not engine and not slow and not gpu"
 

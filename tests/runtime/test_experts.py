@@ -25,6 +25,8 @@ FP8 = SCHEMES["fp8_dynamic"]
 INT4 = SCHEMES["w4a16"].with_weight(group_size=32)
 OF_SEVERAL_SHAPES = ("granitemoe", "granitemoehybrid", "gpt_oss", "jetmoe")
 """Families that round-to-nearest does not quantize the experts of."""
+SAMPLE = ("deepseek_v3", "llama4_text", "mixtral", "qwen3_moe")
+"""Families whose quantized experts are compared in every run; `make soak` compares all."""
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -64,6 +66,11 @@ def test_a_cache_may_be_filled_in_pieces(family: Any) -> None:
     assert relative(torch.cat((first.logits, second.logits), 1), whole[:, :10]) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in MIXTURES],
+    indirect=True,
+)
 @pytest.mark.parametrize("scheme", [FP8, INT4], ids=["fp8", "int4"])
 def test_quantized_experts_are_those_of_the_dequantized_model(
     family: Any, scheme: Any, tmp_path: Path

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from quantkit.backends.process.job import Unit
@@ -16,6 +17,8 @@ from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.request import Request
 from quantkit.verification import verify
 from tests.support.streaming import write_model
+
+pytestmark = pytest.mark.engine
 
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "rtn_fp8_dynamic": (0.04, ()),

@@ -150,6 +150,7 @@ def test_other_baselines_are_refused(
     refused(quantkit("validate", held), 1, "does not say which model", "--baseline MODEL")
 
 
+@pytest.mark.engine
 def test_a_remembered_baseline_is_named_by_its_name_on_the_hub(
     sealed: Path, small_model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -189,6 +190,7 @@ def tiny_talker(small_model: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.engine
 def test_the_directory_it_was_made_from_is_the_baseline_while_it_holds_that_model(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +263,9 @@ def test_a_baseline_that_leaves_defaults_unstated_is_the_same_architecture(
         (("--engine", "novel"), "no engine 'novel'"),
         (("--data", "missing.txt"), "missing.txt does not exist"),
         (("--against", "missing.json"), "missing.json cannot be read"),
-        (("--tasks", "no_such_task"), "no task 'no_such_task'"),
+        pytest.param(
+            ("--tasks", "no_such_task"), "no task 'no_such_task'", marks=pytest.mark.library
+        ),
     ],
 )
 def test_wrong_requests_are_refused(

@@ -135,6 +135,7 @@ def test_another_recipe_model_text_or_engine_is_refused(part: str, key: str) -> 
         refuse_incomparable(same, other)
 
 
+@pytest.mark.engine
 def test_command_ends_with_4_when_something_got_worse(small_model: Path, tmp_path: Path) -> None:
     good = rtn(small_model, tmp_path / "good", SCHEMES["w8a8_dynamic"])
     before = tmp_path / "before.json"

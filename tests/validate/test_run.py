@@ -31,6 +31,8 @@ from tests.support.validating import (
     zero_points,
 )
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def run(
