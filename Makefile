@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export QUANTKIT_CACHE ?= $(CURDIR)/.cache
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo check soak test test-avx2 lint types env clean
+.PHONY: demo check soak test test-avx2 docs lint types env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/quantkit demo
@@ -24,6 +24,10 @@ soak: $(VENV)/.ready
 test-avx2: $(VENV)/.ready
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q \
 		tests/backends/test_float32_products.py tests/runtime/test_kernels.py
+
+# The site of docs/ in site/; a broken link, anchor or reference fails.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -45,5 +49,10 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	} > $(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; exit 1; }
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.ready
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]' \
+	  > $(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; exit 1; }
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .cache demo-output dist build
+	rm -rf $(VENV) .cache demo-output dist build site

@@ -35,6 +35,7 @@ from quantkit.formats.base import LayerSpec, QuantWeight
 from quantkit.validation.reports.markdown import number, table
 from quantkit.validation.reports.plots import layers_figure, scatter_figure
 from quantkit.validation.run import ValidateRequest, validate
+from tests.support import written
 
 COLUMNS = ("ppl_ratio", "kl_mean", "top1_agreement", "mcq_drop", "canary_drift",
            "weight_sqnr_margin")  # fmt: skip
@@ -111,7 +112,7 @@ def rounded(baseline: Path, out: Path, bits: int) -> Path:
         rows = quantize_rows(weight, scheme.weight, clip="mse")
         assert rows.zero_point is not None
         held = QuantWeight(scheme.weight, rows.codes, rows.scale.float(), rows.zero_point.float())
-        parts = gptq.write(held, spec, torch.float16)
+        parts = written.gptq(held, spec, torch.float16)
         tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
         layers[module] = spec
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError, ReportError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class ProgressEvent:
     note: str = ""
 
 
-Progress = Callable[[ProgressEvent], object]
+ProgressCallback = Callable[[ProgressEvent], object]
 Changes = Mapping[str, Any] | Iterable[str]
 """{"group_size": 64, "ignore+": ["re:.*o_proj"]}, or the texts that `--set` takes."""
 
@@ -62,7 +63,7 @@ def quantize(
     memory: int | str | None = None,
     jobs: int | None = None,
     executor: str = "local",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Outcome:
     """Quantize a Hugging Face directory or Hub name into a checkpoint that is verified before it
     appears.
@@ -115,7 +116,7 @@ def plan(
     device: str = "auto",
     checkpoint_save: str | Path | None = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> PlanReport:
     """Say what `quantize` would do to every layer, what it costs, and which engine will load it.
 
@@ -157,7 +158,7 @@ def export(
     python: str | Path | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Outcome:
     """Write the checkpoint of a state that `quantize(checkpoint_save=…)` kept, without calibrating
     again. `model` is its base, where the file does not name it.
@@ -186,7 +187,7 @@ def verify(
     engine: str | Sequence[str] = (),
     tp: int | str | Sequence[int] = 1,
     gpu: str = "",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> VerifyReport:
     """Check the integrity of a finished checkpoint, of quantkit or anyone's.
 
@@ -223,7 +224,7 @@ def validate(
     reports: str | Path | Sequence[str | Path] = (),
     against: str | Path | None = None,
     throughput: bool = True,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Report:
     """Measure a checkpoint against its 16-bit baseline and hold its gates.
 
@@ -278,7 +279,7 @@ def load(
     device: str = "auto",
     kernel: str = "auto",
     dtype: str = "auto",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Runtime:
     """Load a checkpoint of any known layout (or a 16-bit one) as a model with the `forward` and
     `generate` of Transformers, computed with the kernels that serve it.
@@ -296,7 +297,7 @@ def load(
 class _Told:
     """The Reporter of the pipeline that tells one callback."""
 
-    def __init__(self, callback: Progress | None) -> None:
+    def __init__(self, callback: ProgressCallback | None) -> None:
         self._tell = callback or (lambda _event: None)
         self._at = ProgressEvent("stage", "")
 
@@ -311,7 +312,7 @@ class _Told:
     def note(self, text: str) -> None:
         self._tell(replace(self._at, kind="note", note=text))
 
-    def steps(self, name: str) -> Callable[[int, int], None]:
+    def steps(self, name: str) -> Progress:
         """What hears (done, total), and begins the stage when it first does."""
 
         def advance(done: int, total: int) -> None:

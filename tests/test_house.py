@@ -33,6 +33,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
 
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "backends": (
+        ("child",),
         ("registry", "streaming"),
         ("environments",),
         ("process",),

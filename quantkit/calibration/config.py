@@ -91,11 +91,12 @@ class _Rows(_Source):
     """Rows with a text in `text_field` (default: text), with a conversation in
     `messages_field`: a list of {role, content}, or with one turn each of user and assistant in
     `turn_fields`: the last is the answer, those before it are what was asked (of these only the
-    first must be there)."""
+    first must be there). What `system_field` holds of a row comes first in its conversation."""
 
     text_field: str | None = None
     messages_field: str | None = None
     turn_fields: list[str] | None = Field(None, min_length=2)
+    system_field: str | None = None
 
     @model_validator(mode="after")
     def _one_field(self) -> _Rows:
@@ -104,6 +105,8 @@ class _Rows(_Source):
             raise ValueError("give one of text_field, messages_field and turn_fields")
         if self.passage_chars and not self.text_field and any(given):
             raise ValueError("passage_chars cuts texts; conversations stay whole")
+        if self.system_field and not (self.messages_field or self.turn_fields):
+            raise ValueError("system_field goes with messages_field or turn_fields")
         return self
 
     @property
@@ -116,9 +119,9 @@ class _Rows(_Source):
     @property
     def more_fields(self) -> tuple[str, ...]:
         """What is read of a row that has it."""
-        if self.turn_fields:
-            return tuple(self.turn_fields[1:-1])
-        return ("tools",) if self.messages_field else ()
+        between = tuple(self.turn_fields[1:-1]) if self.turn_fields else ()
+        tools = ("tools",) if self.messages_field else ()
+        return (*between, *tools, *([self.system_field] if self.system_field else ()))
 
 
 class FileSource(_Rows):

@@ -14,6 +14,7 @@ from quantkit.calibration.shapes import (
     read_messages,
     read_tools,
     read_turns,
+    with_system,
 )
 
 
@@ -88,6 +89,11 @@ def _conversation(
             messages = read_messages(row[field])
     except ShapeError as error:
         return Dropped(name, f"{field}: {error}")
+    try:
+        if source.system_field:
+            messages = with_system(messages, row.get(source.system_field))
+    except ShapeError as error:
+        return Dropped(name, f"{source.system_field}: {error}")
     if is_blank(messages):
         return Dropped(name, f"{field} is blank")
     try:

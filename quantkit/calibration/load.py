@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from quantkit.calibration.config import (
@@ -17,10 +15,10 @@ from quantkit.calibration.config import (
     CalibrationConfig,
     FileSource,
 )
-from quantkit.calibration.rows import guess_field
+from quantkit.calibration.rows import guess_fields
 from quantkit.checkpoint.paths import data_dir
 from quantkit.errors import InputError
-from quantkit.recipe.documents import parse_yaml
+from quantkit.recipe.documents import Location, explain, meant, read_yaml_object
 
 EXAMPLE = "quantkit calibration show default  # every key with its value"
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -47,7 +45,7 @@ def load_calibration(
         data = _data_file(file)
     else:
         file = _existing(path) if path.suffix in YAML_SUFFIXES else _bundled(name_or_path)
-        data = {"name": file.stem, **_read_yaml(file)}
+        data = {"name": file.stem, **read_yaml_object(file, "calibration", EXAMPLE)}
     changes = {key: value for key, value in (overrides or {}).items() if value is not None}
     origin = str(file)
     if changes:
@@ -58,7 +56,7 @@ def load_calibration(
     try:
         config = CalibrationConfig.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, origin) from error
+        raise explain(error, origin, _locate, hint=EXAMPLE, code="calibration.invalid") from error
     sources = [
         source.model_copy(update={"path": str(file.parent.resolve() / source.path)})
         if isinstance(source, FileSource)
@@ -80,7 +78,7 @@ def _existing(path: Path) -> Path:
     folder = path.parent
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     raise InputError(
-        f"The calibration file {path} does not exist.{_meant(path.name, names)}",
+        f"The calibration file {path} does not exist.{meant(path.name, names)}",
         hint="name a file, or one of: " + ", ".join(calibration_files()),
         code="calibration.missing",
     )
@@ -98,15 +96,10 @@ def _bundled(name: str) -> Path:
             code="calibration.unknown_type",
         )
     raise InputError(
-        f"There is no calibration {name!r}.{_meant(name, files)}",
+        f"There is no calibration {name!r}.{meant(name, files)}",
         hint="quantkit calibration list",
         code="calibration.unknown_name",
     )
-
-
-def _meant(name: str, known: Mapping[str, object] | list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def _data_file(file: Path) -> dict[str, Any]:
@@ -114,33 +107,14 @@ def _data_file(file: Path) -> dict[str, Any]:
     if file.suffix.lower() == ".txt":
         source["passage_chars"] = DATA_FILE_PASSAGE
     else:
-        kind, field = guess_field(file)
-        source[kind] = field
-        if kind == "turn_fields":
+        source |= guess_fields(file)
+        if "turn_fields" in source:
             source["without_template"] = "plain"
     return {
         "name": file.stem,
         "description": f"The data file {file.name}",
         "sources": [source],
     }
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        data = parse_yaml(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise InputError(
-            f"The calibration {file} cannot be read: {' '.join(str(error).split())}",
-            hint=EXAMPLE,
-            code="calibration.unreadable",
-        ) from error
-    if not isinstance(data, dict):
-        raise InputError(
-            f"The calibration {file} holds a {type(data).__name__}, not keys and values.",
-            hint=EXAMPLE,
-            code="calibration.unreadable",
-        )
-    return data
 
 
 def _put(data: dict[str, Any], path: str, value: object, origin: str) -> None:
@@ -161,31 +135,7 @@ def _put(data: dict[str, Any], path: str, value: object, origin: str) -> None:
         ) from error
 
 
-def _explain(error: ValidationError, origin: str) -> InputError:
-    first = error.errors()[0]
-    keys, allowed = _locate(first["loc"])
-    path, value = ".".join(keys), first["input"]
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = (
-            f"{origin}: unknown key {path} = {value!r}.{_meant(keys[-1], allowed)} "
-            f"Allowed here: {', '.join(allowed)}."
-        )
-    elif first["type"] == "missing":
-        message = f"{origin}: the key {path} is missing."
-    elif first["type"] == "union_tag_not_found":
-        message = f"{origin}: {path}.type is missing; it is one of {', '.join(SOURCE_TYPES)}."
-    elif isinstance(value, dict):
-        message = f"{origin}: {path + ': ' if path else ''}{reason}."
-    else:
-        message = f"{origin}: {path} = {value!r}: {reason}."
-    more = len(error.errors()) - 1
-    return InputError(
-        message + (f" ({more} more)" if more else ""), hint=EXAMPLE, code="calibration.invalid"
-    )
-
-
-def _locate(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+def _locate(location: Location) -> tuple[list[str], list[str]]:
     """The key path without pydantic's union tags, and the keys that are allowed beside it."""
     model: type[Any] = CalibrationConfig
     keys: list[str] = []
@@ -194,4 +144,5 @@ def _locate(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
             model = SOURCE_TYPES[str(part)]
         else:
             keys.append(str(part))
-    return keys, list(model.model_fields)
+    at_source = len(keys) == 2 and keys[0] == "sources" and model is CalibrationConfig
+    return keys, list(SOURCE_TYPES if at_source else model.model_fields)

@@ -1,21 +1,26 @@
 """Local data files as rows: JSON lines, JSON, CSV and Parquet.
 
 JSON lines are indexed and read one by one, so that a file of many gigabytes costs an index only;
-the other formats are read whole (of Parquet the wanted column).
+of Parquet the wanted columns are held as Arrow holds them; the other formats are read whole.
+
+`datasets` would read CSV and Parquet too, but guesses types (the text `007` becomes the number 7,
+`NA` becomes nothing), writes a copy of the file into its cache, and does not say what is wrong.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from quantkit.calibration.shapes import (
     CONTEXTS,
     READABLE,
+    SYSTEMS,
     ShapeError,
     find_turns,
     read_messages,
@@ -23,6 +28,9 @@ from quantkit.calibration.shapes import (
 )
 from quantkit.errors import InputError
 from quantkit.recipe.documents import parse_json
+
+if TYPE_CHECKING:
+    import pyarrow
 
 INSTALL = "pip install 'quantkit[datasets]'"
 MAX_CSV_FIELD = 1 << 30
@@ -68,6 +76,26 @@ class JsonLines(Sequence[Any]):
         return row
 
 
+class TableRows(Sequence[Any]):
+    """The rows of an Arrow table, made when asked for."""
+
+    def __init__(self, table: pyarrow.Table) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        (row,) = self._table.slice(range(len(self))[index], 1).to_pylist()
+        return row
+
+
 def read_rows(path: Path, fields: Sequence[str], more: Sequence[str] = ()) -> Sequence[Any]:
     """The rows of a data file; each is an object that has at least `fields`, and `more`, if the
     file does.
@@ -103,17 +131,19 @@ def check_fields(where: str, fields: Sequence[str], present: Sequence[str]) -> N
             )
 
 
-def guess_field(path: Path) -> tuple[str, str | list[str]]:
-    """The key of a source, and its value, for a data file that came without a calibration:
-    `("messages_field" | "text_field", name)` or `("turn_fields", names)`.
+def guess_fields(path: Path) -> dict[str, str | list[str]]:
+    """Keys of a source, with their values, for a data file that came without a calibration:
+    `messages_field` or `turn_fields`, with `system_field` where there is such, or `text_field`.
 
     The field `messages` or `text`; the fields of a question and its answer; or the only field
     that holds a conversation or a text in the first row.
     """
     row = _first_row(path)
+    systems = [name for name in SYSTEMS if name in row and isinstance(row[name], str | None)]
+    said: dict[str, str | list[str]] = {"system_field": systems[0]} if systems else {}
     pair = find_turns(row)
     if pair and not {"messages", "text"} & row.keys():
-        return "turn_fields", pair
+        return {"turn_fields": pair, **said}
     turns = [name for name, value in row.items() if resembles_conversation(value)]
     conversations = [name for name in turns if _is_read(row[name])]
     if turns and not conversations:
@@ -130,15 +160,14 @@ def guess_field(path: Path) -> tuple[str, str | list[str]]:
             "quantkit calibration show default  # an example",
             code="calibration.no_field",
         )
+    if conversations:
+        return {
+            "messages_field": conversations[0] if len(conversations) == 1 else "messages",
+            **said,
+        }
     texts = [name for name, value in row.items() if isinstance(value, str)]
-    for kind, named, usual in (
-        ("messages_field", conversations, "messages"),
-        ("text_field", texts, "text"),
-    ):
-        if usual in named or len(named) == 1:
-            return kind, usual if usual in named else named[0]
-    if not row:
-        return "text_field", "text"
+    if "text" in texts or len(texts) == 1 or not row:
+        return {"text_field": texts[0] if len(texts) == 1 else "text"}
     found = (
         f"several fields that could be the text: {', '.join(texts)}"
         if texts
@@ -153,7 +182,8 @@ def guess_field(path: Path) -> tuple[str, str | list[str]]:
 
 
 def _first_row(path: Path) -> dict[str, Any]:
-    """The first row, with a null for each context that only one of the next hundred has."""
+    """The first row, with a null for each context or system's message that only one of the next
+    hundred has."""
     if path.suffix.lower() == ".parquet":
         rows: Sequence[Any] = _read_parquet(path, (), limit=1)
     else:
@@ -161,7 +191,7 @@ def _first_row(path: Path) -> dict[str, Any]:
     if not rows or not isinstance(rows[0], Mapping):
         return {}
     later = (row for row in rows[1:100] if isinstance(row, Mapping))
-    named = {name for row in later for name in CONTEXTS if name in row}
+    named = {name for row in later for name in (*CONTEXTS, *SYSTEMS) if name in row}
     return {**rows[0], **{name: None for name in sorted(named) if name not in rows[0]}}
 
 
@@ -216,7 +246,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 def _read_parquet(
     path: Path, fields: Sequence[str], more: Sequence[str] = (), limit: int | None = None
-) -> list[dict[str, Any]]:
+) -> TableRows:
     """Rows with the columns `fields`, and `more` where there are such; all where none is named."""
     try:
         import pyarrow
@@ -234,9 +264,10 @@ def _read_parquet(
         wanted = {*fields, *more}
         columns = [name for name in names if name in wanted or not fields]
         if limit is None:
-            return list(file.read(columns=columns).to_pylist())
-        first = next(file.iter_batches(batch_size=limit, columns=columns), None)
-        return list(first.to_pylist()) if first is not None else []
+            return TableRows(file.read(columns=columns))
+        first = itertools.islice(file.iter_batches(batch_size=limit, columns=columns), 1)
+        schema = pyarrow.schema([file.schema_arrow.field(name) for name in columns])
+        return TableRows(pyarrow.Table.from_batches(first, schema))
     except (pyarrow.ArrowException, OSError) as error:
         raise _unreadable(path, str(error)) from error
 

@@ -21,6 +21,8 @@ QUESTIONS = ("instruction", "prompt", "question", "query")
 CONTEXTS = ("input", "context")
 ANSWERS = ("output", "completion", "response", "answer")
 """Fields of rows with one turn each, as Alpaca, Dolly, GSM8K and the like name them."""
+SYSTEMS = ("system_prompt", "system")
+"""What OpenOrca and ShareGPT exports call the system's message beside the conversation."""
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -90,6 +92,20 @@ def read_turns(asked: Sequence[object], answer: object) -> list[Message]:
     if isinstance(answer, str):
         return [*question, {"role": "assistant", "content": answer}]
     return [*question, *read_messages(answer)]
+
+
+def with_system(messages: list[Message], value: object) -> list[Message]:
+    """The messages after what the system says, where a row says it and they do not.
+
+    Raises ShapeError for anything but a text or null.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return messages
+    if not isinstance(value, str):
+        raise ShapeError("not a text")
+    if messages[0]["role"] in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": value}, *messages]
 
 
 def is_blank(messages: Sequence[Message]) -> bool:

@@ -26,6 +26,7 @@ from quantkit.calibration.tokenizer import (
 )
 from quantkit.calibration.unnatural import MARKERS, Observed, turn_marker
 from quantkit.checkpoint.paths import cache_dir
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 ALGORITHM = 3
 """Raised whenever the same input would give other tokens."""
 PREVIEW_CHARS = 500
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -246,8 +245,8 @@ def _check_count(part: SourceTokens, config: CalibrationConfig) -> None:
     if part.observed.only_identifiers:
         raise InputError(
             f"The calibration source {label} holds identifiers, not text: "
-            f"{part.observed.identifiers} of {part.used} documents used are UUIDs, hex digests or "
-            "base64.",
+            f"{part.observed.identifiers} of {part.used} documents used are UUIDs, hex digests, "
+            "base64 or numbered names.",
             hint="name its text_field or messages_field in a calibration file: "
             "quantkit calibration show default  # an example",
             code="calibration.identifiers",

@@ -64,7 +64,7 @@ class Observed:
         if self.identifiers > NOTED * self.documents:
             found.append(
                 f"{label}: {self._share(self.identifiers)} of its documents hold identifiers, not "
-                "text (UUIDs, hex digests or base64)."
+                "text (UUIDs, hex digests, base64 or numbered names)."
             )
         return found
 

@@ -11,13 +11,13 @@ from math import prod
 from typing import Any
 
 from quantkit.checkpoint.directory import Checkpoint
-from quantkit.checkpoint.network.config import expert_count, text_config
+from quantkit.checkpoint.network.config import expert_count
+from quantkit.checkpoint.network.families import family
+from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import linear_modules
 from quantkit.checkpoint.network.sizes import Sizes, sizes
 from quantkit.errors import InputError
 
-_ALIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-"""Families of which every layer has the same seven linear layers, under the same names."""
 _LINEAR = re.compile(
     r"model\.layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight"
 )
@@ -61,7 +61,8 @@ def _empty(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _decoder(checkpoint: Checkpoint) -> Iterator[str]:
     config = checkpoint.config
-    if config.get("model_type") not in _ALIKE or expert_count(config):
+    nested = text_config(config) is not config
+    if nested or not family(config).uniform or expert_count(config):
         return
     size = sizes(config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}

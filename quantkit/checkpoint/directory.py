@@ -101,19 +101,10 @@ class Checkpoint:
         return tensor
 
     def digest(self, name: str) -> str:
-        """SHA-256 over dtype, shape and bytes of one tensor, read in 4 MiB pieces."""
-        info = self.tensors[name]
-        total = hashlib.sha256(f"{info.dtype}{list(info.shape)}".encode())
-        with info.file.open("rb") as handle:
-            handle.seek(info.start)
-            left = info.bytes
-            while left:
-                piece = handle.read(min(left, 4 << 20))
-                if not piece:
-                    raise broken(info.file, f"ends inside tensor {name}", "checkpoint.truncated")
-                total.update(piece)
-                left -= len(piece)
-        return total.hexdigest()
+        """SHA-256 over dtype, shape and bytes of one tensor."""
+        from quantkit.checkpoint.tensors import digest
+
+        return digest(self.tensors[name])
 
     def digests(self) -> dict[str, str]:
         """Every tensor's digest, by name."""

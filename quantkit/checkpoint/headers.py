@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -68,6 +68,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if _deeper_than(value, MAX_DEPTH):
         raise _nested(path, "checkpoint.bad_json")
     return value
+
+
+def header_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file for tensors of these dtypes and shapes, and the file offset
+    of each; the widest elements first, as the safetensors library orders them."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    at = 0
+    for name in sorted(tensors, key=lambda n: (-DTYPE_BITS[tensors[n][0]], n)):
+        dtype, shape = tensors[name]
+        starts[name], end = at, at + prod(shape) * DTYPE_BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: len(head) + start for name, start in starts.items()}
 
 
 def read_header(shard: Path) -> dict[str, TensorInfo]:

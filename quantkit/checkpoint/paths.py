@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,21 @@ def write_whole(file: Path, content: bytes) -> None:
         staged.replace(file)
     except OSError:
         staged.unlink(missing_ok=True)
+
+
+def new_log(kind: str) -> Path:
+    """An empty file `logs/KIND-….log` in the cache; where that cannot be written, a temporary one.
+
+    Raises OSError when neither can.
+    """
+    logs = cache_dir() / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f"{kind}-", suffix=".log", dir=logs)
+    except OSError:
+        handle, name = tempfile.mkstemp(prefix=f"quantkit-{kind}-", suffix=".log")
+    os.close(handle)
+    return Path(name)
 
 
 def data_dir(kind: Literal["recipes", "calibration"]) -> Path:

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
-from quantkit.checkpoint.directory import Checkpoint, TensorInfo
+from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.progress import BytesDone
+from quantkit.checkpoint.tensors import count_nonfinite, digest
 from quantkit.errors import InputError
-
-_EXPONENT: dict[str, tuple[str, int]] = {
-    "BF16": ("<u2", 0x7F80),
-    "F16": ("<u2", 0x7C00),
-    "F32": ("<u4", 0x7F800000),
-    "F64": ("<u8", 0x7FF0000000000000),
-}
-"""Dtype → its unsigned view and exponent mask; all exponent bits set is NaN or infinite."""
-
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,17 +21,17 @@ class Scan:
     bad: dict[str, int]
 
 
-def scan(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) -> Scan:
+def scan(checkpoint: Checkpoint, progress: BytesDone | None = None) -> Scan:
     """Read every tensor once, on two threads; `progress` gets the bytes done so far."""
     infos = [checkpoint.tensors[name] for name in sorted(checkpoint.tensors)]
     digests: dict[str, str] = {}
     bad: dict[str, int] = {}
     done = 0
     with ThreadPoolExecutor(2) as pool:
-        counts = pool.map(_count_bad, infos)
-        hashes = pool.map(lambda info: checkpoint.digest(info.name), infos)
-        for info, count, digest in zip(infos, counts, hashes, strict=True):
-            digests[info.name] = digest
+        counts = pool.map(count_nonfinite, infos)
+        hashes = pool.map(digest, infos)
+        for info, count, hashed in zip(infos, counts, hashes, strict=True):
+            digests[info.name] = hashed
             if count:
                 bad[info.name] = count
             done += info.bytes
@@ -61,16 +50,4 @@ def refuse_bad_weights(found: Scan, checkpoint: Checkpoint) -> None:
         f"{checkpoint.path} holds NaN or infinite weights: {', '.join(named)}{more}.",
         hint="download the model again, or ask its makers",
         code="source.nonfinite",
-    )
-
-
-def _count_bad(info: TensorInfo) -> int:
-    if info.dtype not in _EXPONENT or not info.elements:
-        return 0
-    view, mask = _EXPONENT[info.dtype]
-    values = np.memmap(info.file, dtype=view, mode="r", offset=info.start, shape=(info.elements,))
-    wide = np.dtype(view).type(mask)
-    return sum(
-        int(np.count_nonzero((values[at : at + _PIECE] & wide) == wide))
-        for at in range(0, info.elements, _PIECE)
     )

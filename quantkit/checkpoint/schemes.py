@@ -96,6 +96,14 @@ class Scheme:
         return replace(self, weight=replace(self.weight, **changes))  # type: ignore[arg-type]
 
     @property
+    def described(self) -> str:
+        """The name, with what a recipe may change of it: "w4a16 (group 128, asymmetric)"."""
+        size = self.weight.group_size
+        more = [f"group {size}"] if size else []
+        more += [] if self.weight.symmetric else ["asymmetric"]
+        return f"{self.name} ({', '.join(more)})" if more else self.name
+
+    @property
     def sqnr_floor_db(self) -> float:
         """Weight SQNR (10 log10 |W|^2 / |W - Wq|^2) under which a layer counts as broken.
 
@@ -171,6 +179,11 @@ def _alike(first: NumberFormat | None, second: NumberFormat | None) -> bool:
     size = second.group_size if first.scale == "float" and first.group_size else first.group_size
     block = second.block if first.block else first.block
     return replace(first, group_size=size, block=block, symmetric=second.symmetric) == second
+
+
+def described(scheme: Scheme | None) -> str:
+    """`Scheme.described`, or "16 bit" for a layer that is not quantized."""
+    return scheme.described if scheme else "16 bit"
 
 
 KVCache = Literal["none", "fp8", "nvfp4"]

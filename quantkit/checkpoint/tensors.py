@@ -1,9 +1,12 @@
-"""Tensors read with plain file reads, so that memory holds one layer and never a mapped model."""
+"""Tensors read with plain file reads, so that memory holds one layer and never a mapped model:
+whole or in pieces, their digest, their NaN and infinities."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
-from io import FileIO
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +17,7 @@ from quantkit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.checkpoint.directory import TensorInfo
+    from quantkit.checkpoint.headers import TensorInfo
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -33,17 +36,25 @@ _MAGNITUDE: dict[str, tuple[str, int, int]] = {
 """Dtype → unsigned view, mask of the magnitude bits, smallest magnitude that is NaN or infinite."""
 
 
-def read_tensor(info: TensorInfo) -> torch.Tensor:
-    """The tensor's values in the dtype of the file, in memory of its own."""
+@cache
+def torch_dtypes() -> dict[str, torch.dtype]:
+    """A dtype's name in a safetensors header → torch's, for those that torch has."""
     import torch
 
-    dtypes = {
+    return {
         "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
         "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "U16": torch.uint16,
         "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "U32": torch.uint32,
         "I32": torch.int32, "F32": torch.float32, "U64": torch.uint64, "I64": torch.int64,
         "F64": torch.float64,
     }  # fmt: skip
+
+
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """The tensor's values in the dtype of the file, in memory of its own."""
+    import torch
+
+    dtypes = torch_dtypes()
     if info.dtype not in dtypes:
         raise InputError(
             f"{info.name} is stored as {info.dtype}, which cannot be read here.",
@@ -52,8 +63,7 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
         )
     data = torch.empty(info.bytes, dtype=torch.uint8)
     with info.file.open("rb", buffering=0) as handle:
-        handle.seek(info.start)
-        _fill(handle, data.numpy(), info)
+        read_into(handle.fileno(), data.numpy().data, info)
     return data.view(dtypes[info.dtype]).reshape(info.shape)
 
 
@@ -61,11 +71,23 @@ def pieces(info: TensorInfo) -> Iterator[Bytes]:
     """The tensor's bytes in order, `PIECE` at a time; each is valid until the next is asked for."""
     buffer = np.empty(min(PIECE, info.bytes), dtype=np.uint8)
     with info.file.open("rb", buffering=0) as handle:
-        handle.seek(info.start)
         for at in range(0, info.bytes, PIECE):
             piece = buffer[: min(PIECE, info.bytes - at)]
-            _fill(handle, piece, info)
+            read_into(handle.fileno(), piece.data, info, at)
             yield piece
+
+
+def tensor_hash(dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
+    """SHA-256 that has taken in what a tensor's digest has before its bytes."""
+    return hashlib.sha256(f"{dtype}{list(shape)}".encode())
+
+
+def digest(info: TensorInfo) -> str:
+    """SHA-256 over dtype, shape and bytes of a tensor."""
+    total = tensor_hash(info.dtype, info.shape)
+    for piece in pieces(info):
+        total.update(piece.data)
+    return total.hexdigest()
 
 
 def count_nonfinite(info: TensorInfo) -> int:
@@ -90,14 +112,18 @@ def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
     )  # fmt: skip
 
 
-def _fill(handle: FileIO, into: Bytes, info: TensorInfo) -> None:
-    view, at = memoryview(into), 0  # type: ignore[arg-type]
-    while at < len(view):
-        count = handle.readinto(view[at:])
-        if not count:
+def read_into(file: int, view: memoryview, info: TensorInfo, start: int = 0) -> None:
+    """Fill `view` with the tensor's bytes from `start` on; `file` is its shard's descriptor.
+
+    Raises InputError at a short end.
+    """
+    at = info.start + start
+    while view:
+        done = os.preadv(file, [view], at)
+        if not done:
             raise InputError(
                 f"{info.file} ends inside tensor {info.name}.",
                 hint=f"download or copy {info.file.name} again, then retry",
                 code="checkpoint.truncated",
             )
-        at += count
+        view, at = view[done:], at + done

@@ -20,7 +20,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTERS = ("adapter_model", "adapters.", "adapter.")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
-_UNMERGED = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)(\.|$)")
+_UNMERGED = re.compile(
+    r"^base_model\.model\.|\.(lora_([AB]|down|up)|lora_embedding_[AB]|lora_magnitude_vector|base_layer"
+    r"|modules_to_save|ia3_l|hada_w[12]_[ab])(\.|$)"
+)
 
 MERGE = (
     "import sys; from peft import AutoPeftModelForCausalLM as M; "
@@ -53,23 +56,34 @@ def index_of(path: Path) -> Path | None:
 
 def unindexed(path: Path) -> list[Path]:
     """The weight files of a directory without an index: model.safetensors alone where there is
-    one, else every file that is no adapter, no copy in Mistral's names and not hidden.
+    one, else its one set of numbered shards, else every file that is no adapter, no copy in
+    Mistral's names and not hidden.
 
     Raises InputError: `checkpoint.adapter` where an adapter is all there is,
-    `checkpoint.no_weights`, and `checkpoint.missing_shard` where a number is missing among
-    shards.
+    `checkpoint.no_weights`, `checkpoint.two_sets` of shards, and `checkpoint.missing_shard` where
+    a number is missing among shards.
     """
     if os.path.lexists(path / WEIGHTS):
         return [path / WEIGHTS]
     found = [file for file in sorted(path.glob("*.safetensors")) if not _foreign(file.name)]
     if not found:
         raise _none(path)
-    for stem, _, count in {m.groups() for f in found if (m := _NUMBERED.fullmatch(f.name))}:
+    shards = [(m[1], m[3], file) for file in found if (m := _NUMBERED.fullmatch(file.name))]
+    sets = sorted({(stem, count) for stem, count, _ in shards})
+    if len(sets) > 1:
+        named = " and ".join(f"{stem}-…-of-{count}.safetensors" for stem, count in sets[:2])
+        raise InputError(
+            f"{path} holds {len(sets)} sets of shards, {named}, and no index says which is the "
+            "model.",
+            hint="move the set aside that does not belong to this config.json",
+            code="checkpoint.two_sets",
+        )
+    for stem, count in sets:
         whole = {f"{stem}-{n + 1:05d}-of-{count}.safetensors" for n in range(int(count))}
         absent = sorted(whole - {file.name for file in found}) if len(count) == 5 else []
         if absent:
             raise broken(path / absent[0], "is absent, its neighbours are not", _MISSING)
-    return found
+    return [file for _, _, file in shards] or found
 
 
 def missing_shard(path: Path, index_file: Path, weight_map: Mapping[str, str]) -> InputError:
@@ -186,7 +200,11 @@ def _none(path: Path) -> InputError:
             hint=f"give that file to quantize or plan as MODEL: {path / ggufs[0]}",
             code="checkpoint.gguf",
         )
-    others = [f for pattern in ("*.bin", "*.pt*", "*.ckpt") for f in sorted(path.glob(pattern))]
+    others = [
+        f
+        for pattern in ("*.bin", "*.pt*", "*.ckpt", "*.h5", "*.msgpack")
+        for f in sorted(path.glob(pattern))
+    ]
     found = ", ".join(file.name for file in others)
     copies = sorted(file.name for file in path.glob("consolidated*.safetensors"))
     told = f" (found {found}, which can run code when read)" if found else ""

@@ -28,8 +28,8 @@ from quantkit.checkpoint.gguf_source import (
     planning_note,
     read_source,
 )
-from quantkit.checkpoint.network.config import text_config
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, weight_block
+from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.sizes import sizes
 from quantkit.checkpoint.network.tensor_names import derived_names, is_known
 from quantkit.checkpoint.network.tensor_shapes import derived_shape
@@ -147,7 +147,8 @@ def _grid(shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _other_weights(path: Path) -> bool:
-    return any(any(path.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf"))
+    suffixes = ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf")
+    return any(any(path.glob(f"*.{suffix}")) for suffix in suffixes)
 
 
 def remote_checkpoint(path: Path, headers: Mapping[str, TensorInfo]) -> Checkpoint:

@@ -1,12 +1,12 @@
-"""The commands of `quantkit`, and failures as two lines and an exit code."""
+"""The commands of `quantkit`."""
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from quantkit import __version__
 from quantkit.cli import (
@@ -24,10 +24,21 @@ from quantkit.cli import (
     validate,
     verify,
 )
-from quantkit.cli.output import print_error
-from quantkit.errors import QuantkitError
+from quantkit.cli.failures import explained
+
+
+class Commands(TyperGroup):
+    """The commands; that nobody reads what they print is told like any failure, not in silence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise explained(error) from error
+
 
 app = typer.Typer(
+    cls=Commands,
     name="quantkit",
     help="Quantize a large language model offline, prove the result, ship it.",
     no_args_is_help=True,
@@ -66,12 +77,8 @@ def _root(
 
 
 def run() -> None:
-    """Run the command line; exit codes are those of `quantkit.errors`."""
+    """Run the command line; ends in SystemExit, or in an exception for `failures.end`."""
     try:
         app()
-    except QuantkitError as error:
-        if "--json" in sys.argv:
-            failure = {"code": error.code, "message": error.message, "hint": error.hint}
-            sys.stdout.write(json.dumps({"error": failure}, indent=2) + "\n")
-        print_error(error.message, error.hint)
-        sys.exit(error.exit_code)
+    finally:
+        sys.stdout.flush()  # what the end of the process could only complain of

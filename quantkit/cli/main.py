@@ -23,11 +23,15 @@ def main() -> None:
         signals.append(signal.SIGINT)
     for each in signals:
         signal.signal(each, _leave)
-    from quantkit.cli.app import run
-
     try:
+        from quantkit.cli.app import run
+
         for each in signals:
             signal.signal(each, signal.default_int_handler)
         run()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        from quantkit.cli.failures import end
+
+        sys.exit(end(error))

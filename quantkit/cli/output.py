@@ -45,7 +45,11 @@ class Output:
     def _out(self) -> Console:
         from rich.console import Console
 
-        return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        class Plain(Console):
+            def on_broken_pipe(self) -> None:
+                raise
+
+        return Plain(width=None if sys.stdout.isatty() else 120, highlight=False)
 
     @cached_property
     def _err(self) -> Console:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,9 @@ from quantkit.errors import command
 
 if TYPE_CHECKING:
     from quantkit.pipeline.request import Outcome
+
+EXPERT_ROWS = 8
+"""Layers of a mixture whose experts' calibration is shown."""
 
 
 def quantize_command(
@@ -57,6 +61,7 @@ def quantize_command(
     ui = Output(as_json=as_json)
     if dry_run:
         from quantkit.cli.plan import show_plan
+        from quantkit.pipeline.publish import check_apart, check_target
         from quantkit.pipeline.request import executor_named
         from quantkit.recipe.units import parse_bytes
 
@@ -77,6 +82,8 @@ def quantize_command(
                 trust_remote_code=trust_remote_code,
             ),
         )
+        check_apart(out, Path(model))
+        check_target(out, overwrite=overwrite)
         return
     try:
         outcome = api.quantize(
@@ -106,22 +113,23 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
     """The table of a finished run, and what to type next."""
     from quantkit.engines import SILENT_GARBAGE
 
-    plan, results = outcome.plan, outcome.provenance["results"]
-    sqnr = results.get("weight_sqnr_db", {})
+    plan, results = outcome.plan, outcome.provenance.results
+    sqnr = results.weight_sqnr_db
     rows = [
         ("checkpoint", outcome.out),
         ("method", f"{plan.recipe.name} ({plan.backend.distribution}, {plan.method.algorithm})"),
-        ("weights", f"{results['source_bytes'] / 1e6:.0f} MB → {results['weight_bytes'] / 1e6:.0f} "
-                    f"MB, {results['bits_per_weight']:.2f} bits a weight in quantized layers"),
+        ("weights", f"{results.source_bytes / 1e6:.0f} MB → {results.weight_bytes / 1e6:.0f} "
+                    f"MB, {results.bits_per_weight:.2f} bits a weight in quantized layers"),
         ("layers", f"{len(plan.layers)} quantized, {len(plan.kept)} kept in 16 bit"),
         ("calibration", _calibration_line(outcome)),
-        ("weight SQNR", f"mean {sqnr['mean']} dB, worst {sqnr['min']} dB in {sqnr['worst_layer']}"
+        ("weight SQNR", f"mean {sqnr.mean} dB, worst {sqnr.min} dB in {sqnr.worst_layer}"
                         if sqnr else "not measured"),
         ("verified", f"{outcome.report.tensors_checked} tensors, no errors"),
         ("time", _times(outcome)),
         ("loads in", plan.loads.describe()),
     ]  # fmt: skip
     ui.table("", ["", "result"], rows)
+    _show_experts(ui, outcome)
     if plan.method.layout in SILENT_GARBAGE:
         ui.info(f"warning: {SILENT_GARBAGE[plan.method.layout]}")
     for finding in outcome.report.findings:
@@ -135,18 +143,45 @@ def show_outcome(ui: Output, outcome: Outcome) -> None:
     ui.document(outcome.to_json())
 
 
+def _show_experts(ui: Output, outcome: Outcome) -> None:
+    """Calibration tokens of the experts, the layers with the fewest first."""
+    experts = outcome.provenance.experts
+    if experts is None:
+        return
+    blocks = sorted(experts.seen, key=lambda block: (min(experts.seen[block]),
+                                                     min(experts.routed[block])))  # fmt: skip
+    rows = []
+    for block in blocks[:EXPERT_ROWS]:
+        seen, routed = experts.seen[block], experts.routed[block]
+        under = sum(count < experts.floor for count in seen)
+        rows.append((block, len(seen), f"{min(seen)} / {median(seen):g}",
+                     f"{min(routed)} / {median(routed):g}", under))  # fmt: skip
+    left = len(blocks) - len(rows)
+    more = f"; {left} more layers saw no less" if left else ""
+    ui.table(
+        f"calibration tokens of each expert (experts: {experts.calibrated}){more}",
+        ["experts of", "count", "seen min / median", "routed min / median", "under the floor"],
+        rows,
+    )
+    if experts.under_floor:
+        ui.info(
+            f"note: {len(experts.under_floor)} experts saw fewer than {experts.floor} calibration "
+            f"tokens; on_unseen={experts.decided}"
+        )
+
+
 def _times(outcome: Outcome) -> str:
-    stages = outcome.provenance["stages"]
-    return ", ".join(f"{stage['name']} {stage['seconds']:.1f} s" for stage in stages)
+    stages = outcome.provenance.stages
+    return ", ".join(f"{stage.name} {stage.seconds:.1f} s" for stage in stages)
 
 
 def _calibration_line(outcome: Outcome) -> str:
-    calibration = outcome.provenance["calibration"]
+    calibration = outcome.provenance.calibration
     if not calibration:
         return "none needed"
-    if not calibration.get("digest"):
+    if not calibration.digest:
         return "unknown (the state was made elsewhere)"
     return (
-        f"{calibration['name']}: {calibration['samples']} samples, "
-        f"{calibration['tokens']} tokens, digest {calibration['digest'][:12]}"
+        f"{calibration.name}: {calibration.samples} samples, "
+        f"{calibration.tokens} tokens, digest {calibration.digest[:12]}"
     )

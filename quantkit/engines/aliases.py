@@ -13,7 +13,7 @@ from typing import Any
 
 from quantkit.checkpoint.network.config import expert_count
 from quantkit.engines.names import expert_block, renamed
-from quantkit.engines.rules import Family, engines
+from quantkit.engines.rules import EngineFamily, engines
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _MIXTRAL = ("w1", "w3", "w2")
@@ -71,7 +71,7 @@ def _merges() -> dict[str, tuple[tuple[str, tuple[str, ...]], ...]]:
     return {leaf: tuple(merges) for leaf, merges in found.items()}
 
 
-def _named(name: str, family: Family) -> str:
+def _named(name: str, family: EngineFamily) -> str:
     """The entry that an engine, having renamed it its way, finds for its layer of that module.
 
     Where none leads there, the name without its first part: some engines compare endings.
@@ -82,7 +82,7 @@ def _named(name: str, family: Family) -> str:
     return wanted if renamed(wanted, family.maps) == wanted else wanted.partition(".")[2] or wanted
 
 
-def _complete(block: str, names: Collection[str], family: Family) -> bool:
+def _complete(block: str, names: Collection[str], family: EngineFamily) -> bool:
     """Whether every layer of the block's experts is listed: the tensors of all, or those of one."""
     if not any(name.startswith(f"{block}.0.") for name in names):
         return True

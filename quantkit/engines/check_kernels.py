@@ -9,7 +9,7 @@ from quantkit.engines.gpus import Gpu
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.order import columns_out_of_order
 from quantkit.engines.reasons import Reason
-from quantkit.engines.rules import EngineRules, Family, FormatRule, SchemeRule, later
+from quantkit.engines.rules import EngineFamily, EngineRules, FormatRule, SchemeRule, later
 
 
 def check_format(engine: EngineRules, candidate: Loadable, gpu: Gpu | None) -> Iterator[Reason]:
@@ -59,7 +59,7 @@ def _check_mixed(engine: EngineRules, candidate: Loadable, rule: FormatRule) -> 
 
 def check_schemes(
     engine: EngineRules,
-    family: Family,
+    family: EngineFamily,
     candidate: Loadable,
     layers: Sequence[EngineLayer],
     gpu: Gpu | None,
@@ -77,7 +77,7 @@ def check_schemes(
 
 
 def _check_misread(
-    engine: EngineRules, family: Family, layout: str, layer: EngineLayer
+    engine: EngineRules, family: EngineFamily, layout: str, layer: EngineLayer
 ) -> Iterator[Reason]:
     packing = layer.parts[0].packing
     unknown = family.misread.get(layer.leaf, ())
@@ -173,11 +173,11 @@ def _check_vendor(
         )
 
 
-def scale_names_caution(
-    engine: EngineRules, family: Family, candidate: Loadable, layers: Sequence[EngineLayer]
+def check_scale_names(
+    engine: EngineRules, family: EngineFamily, candidate: Loadable, layers: Sequence[EngineLayer]
 ) -> Iterator[Reason]:
     """Code `engine.scale_names`: FP8 scales, one a tensor, under names that the engine knows for
-    some families only."""
+    some families only; its loader stops at a name that it does not know."""
     rule = engine.formats.get(candidate.layout)
     if rule is None or not rule.scale_names:
         return
@@ -190,10 +190,9 @@ def scale_names_caution(
         if other:
             yield Reason(
                 "engine.scale_names",
-                f"{engine.name} {engine.read} is not known to find the scales of {layer.name}, "
-                f"stored as {' and '.join(other)}: for this family it looks for "
-                f"{' and '.join(rule.scale_names)}",
-                "load it once and read the log, or serve it with another engine",
+                f"{engine.name} finds no place for the scales of {layer.name}, stored as "
+                f"{' and '.join(other)}: for this family it has {' and '.join(rule.scale_names)}",
+                "serve it with an engine that renames them (SGLang does for Llama and Mistral)",
                 layer.name,
             )
 

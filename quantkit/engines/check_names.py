@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quantkit.checkpoint.schemes import Scheme
+from quantkit.checkpoint.schemes import Scheme, described
 from quantkit.engines.candidate import LayerPart, Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.readers import reader
 from quantkit.engines.readers.base import Reading, SettingsReader
 from quantkit.engines.reasons import Reason
-from quantkit.engines.rules import EngineRules, Family
+from quantkit.engines.rules import EngineFamily, EngineRules
 
 
 def check_names(
-    engine: EngineRules, family: Family, candidate: Loadable, layers: Sequence[EngineLayer]
+    engine: EngineRules, family: EngineFamily, candidate: Loadable, layers: Sequence[EngineLayer]
 ) -> Iterator[Reason]:
     """Reasons of codes `engine.mixed_group`, `engine.ignore_unmatched`, `engine.ignore_overreach`,
     `engine.target_mismatch`, `engine.quantized_router` and `engine.expert_names`."""
@@ -31,7 +31,7 @@ def check_names(
                 yield Reason(
                     "engine.quantized_router",
                     f"{engine.name} builds {layer.name} in 16 bit; the checkpoint holds it as "
-                    f"{_name(layer.parts[0].scheme)}",
+                    f"{described(layer.parts[0].scheme)}",
                     "keep it in 16 bit (ignore: @routers)",
                     layer.name,
                 )
@@ -39,7 +39,7 @@ def check_names(
             yield from _compare(engine, candidate.layout, layer, kinds != {None}, read)
 
 
-def _unread(engine: EngineRules, family: Family, layer: EngineLayer) -> Iterator[Reason]:
+def _unread(engine: EngineRules, family: EngineFamily, layer: EngineLayer) -> Iterator[Reason]:
     """Against experts that are stored one by one under names that the loader does not know."""
     leaves = dict.fromkeys(_leaf(part) for part in layer.parts if len(part.shape) == 2)
     other = [leaf for leaf in leaves if leaf not in family.reads]
@@ -89,7 +89,7 @@ def _compare(
         yield Reason(
             "engine.ignore_overreach",
             f"{engine.name} takes {layer.name} for 16 bit, since {because}; the checkpoint "
-            f"holds it as {_name(layer.parts[0].scheme)}",
+            f"holds it as {described(layer.parts[0].scheme)}",
             fix,
             layer.name,
         )
@@ -117,7 +117,7 @@ def _why_plain(layout: str, layer: EngineLayer, belief: Reading) -> tuple[str, s
     return "no target names it", f"add {layer.name!r} to {_NAMED_IN.get(layout, 'the targets')}"
 
 
-def _built_plain(family: Family, layer: EngineLayer) -> bool:
+def _built_plain(family: EngineFamily, layer: EngineLayer) -> bool:
     tower = family.plain_towers and layer.parts[0].kind == "tower"
     return layer.leaf in family.plain or tower
 
@@ -129,14 +129,14 @@ def _kinds(layer: EngineLayer) -> set[Scheme | None]:
 def _mixed(engine: EngineRules, layer: EngineLayer) -> Reason:
     if layer.experts:
         shown: Mapping[Any, str] = {part.scheme: part.name for part in layer.parts}
-        listed = ", ".join(f"{name} {_name(scheme)}" for scheme, name in shown.items())
+        listed = ", ".join(f"{name} {described(scheme)}" for scheme, name in shown.items())
         return Reason(
             "engine.mixed_experts",
             f"{engine.name} holds all experts of {layer.name} in one scheme: {listed}",
             "give all experts of a block the same scheme",
             layer.name,
         )
-    listed = ", ".join(f"{_leaf(part)} {_name(part.scheme)}" for part in layer.parts)
+    listed = ", ".join(f"{_leaf(part)} {described(part.scheme)}" for part in layer.parts)
     return Reason(
         "engine.mixed_group",
         f"{engine.name} merges {_leaves(layer)} into {layer.name}, one layer of one scheme: "
@@ -152,13 +152,6 @@ def _leaf(part: LayerPart) -> str:
 
 def _leaves(layer: EngineLayer) -> str:
     return ", ".join(_leaf(part) for part in layer.parts)
-
-
-def _name(scheme: Scheme | None) -> str:
-    if scheme is None:
-        return "16 bit"
-    size = scheme.weight.group_size
-    return f"{scheme.name} (group {size})" if size else scheme.name
 
 
 def _shown(settings: object) -> str:

@@ -15,7 +15,7 @@ from quantkit.checkpoint.schemes import BITS
 from quantkit.engines.candidate import LayerPart, Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.reasons import Reason
-from quantkit.engines.rules import EngineRules, Family, SchemeRule
+from quantkit.engines.rules import EngineFamily, EngineRules, SchemeRule
 
 _DOWN = ("down_proj", "w2", "output_linear")
 TILES = ((64, 128), (128, 64))
@@ -52,7 +52,7 @@ def check_heads(engine: EngineRules, config: Mapping[str, Any], tp: int) -> Iter
 
 def check_shapes(
     engine: EngineRules,
-    family: Family,
+    family: EngineFamily,
     candidate: Loadable,
     layers: Sequence[EngineLayer],
     tp: int,
@@ -71,7 +71,7 @@ def check_shapes(
 
 def group_fits(
     engine: EngineRules,
-    family: Family,
+    family: EngineFamily,
     candidate: Loadable,
     layers: Sequence[EngineLayer],
     tp: int,
@@ -88,7 +88,7 @@ def group_fits(
 
 
 def _shard(
-    engine: EngineRules, family: Family, candidate: Loadable, layer: EngineLayer, tp: int
+    engine: EngineRules, family: EngineFamily, candidate: Loadable, layer: EngineLayer, tp: int
 ) -> _Shard | None:
     """One rank's part of a layer; None where it is not quantized, has no rule or cannot be cut."""
     part, rules = layer.parts[0], engine.formats.get(candidate.layout)
@@ -127,7 +127,12 @@ class _Shard:
     """One rank's part of a quantized layer: input × output parts."""
 
     def __init__(
-        self, family: Family, candidate: Loadable, layer: EngineLayer, rule: SchemeRule, tp: int
+        self,
+        family: EngineFamily,
+        candidate: Loadable,
+        layer: EngineLayer,
+        rule: SchemeRule,
+        tp: int,
     ) -> None:
         self.layer, self.rule, self.tp = layer, rule, tp
         part = layer.parts[0]
@@ -231,7 +236,7 @@ class _Shard:
             )
 
 
-def _outputs(layer: EngineLayer, family: Family, config: Mapping[str, Any]) -> list[int]:
+def _outputs(layer: EngineLayer, family: EngineFamily, config: Mapping[str, Any]) -> list[int]:
     """The stacked output sizes of a layer, also of one that is stored merged."""
     if len(layer.parts) > 1:
         return [part.rows for part in layer.parts]

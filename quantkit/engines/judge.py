@@ -13,9 +13,9 @@ from typing import Any, Literal
 from quantkit.engines.candidate import Loadable
 from quantkit.engines.check_kernels import (
     check_format,
+    check_scale_names,
     check_schemes,
     minimum_version,
-    scale_names_caution,
     serving_notes,
 )
 from quantkit.engines.check_names import check_names
@@ -174,9 +174,9 @@ def _judge(
         always += check_schemes(engine, family, candidate, built, gpu)
         if not unknown:
             always += check_names(engine, family, candidate, built)
-    warned = list(cautions(engine, candidate, gpu))
     if not unknown:
-        warned += scale_names_caution(engine, family, candidate, built)
+        always += check_scale_names(engine, family, candidate, built)
+    warned = list(cautions(engine, candidate, gpu))
     notes = tuple(serving_notes(engine, candidate, built, gpu))
     oldest = minimum_version(engine, candidate, built)
     verdicts = []

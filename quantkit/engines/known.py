@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from quantkit.engines.candidate import Loadable
 from quantkit.engines.reasons import Reason
-from quantkit.engines.rules import EngineRules, Family
+from quantkit.engines.rules import EngineFamily, EngineRules
 
 
-def without_rules(engine: EngineRules, family: Family, candidate: Loadable) -> str:
+def without_rules(engine: EngineRules, family: EngineFamily, candidate: Loadable) -> str:
     """Why the engine's data says nothing of this model; "" where it has rules.
 
     A layout without a model (GGUF read from its file) needs none.
@@ -29,7 +29,7 @@ def without_rules(engine: EngineRules, family: Family, candidate: Loadable) -> s
 
 
 def check_architecture(
-    engine: EngineRules, family: Family, candidate: Loadable
+    engine: EngineRules, family: EngineFamily, candidate: Loadable
 ) -> Iterator[Reason]:
     """Code `engine.architecture`: a model that the engine does not run, or not quantized."""
     other = _unregistered(engine, candidate)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from quantkit.checkpoint.network.modules import layer_index
 from quantkit.engines.candidate import LayerPart
-from quantkit.engines.rules import EngineRules, Family, Merges, Renaming
+from quantkit.engines.rules import EngineFamily, EngineRules, Merges, Renaming
 
 Split = Literal["rows", "columns", "whole"]
 
@@ -50,7 +50,9 @@ def renamed(name: str, rules: Renaming) -> str:
     return name
 
 
-def layers(engine: EngineRules, family: Family, parts: Iterable[LayerPart]) -> list[EngineLayer]:
+def layers(
+    engine: EngineRules, family: EngineFamily, parts: Iterable[LayerPart]
+) -> list[EngineLayer]:
     """The layers an engine makes of these modules, without embeddings and draft (MTP) layers."""
     single: dict[str, LayerPart] = {}
     experts: dict[str, list[LayerPart]] = {}
@@ -87,7 +89,7 @@ def merged_names(names: Iterable[str], merges: Merges) -> dict[str, tuple[str, .
 
 
 def _dense(
-    engine: EngineRules, family: Family, single: Mapping[str, LayerPart]
+    engine: EngineRules, family: EngineFamily, single: Mapping[str, LayerPart]
 ) -> Iterable[EngineLayer]:
     merged = merged_names((n for n, p in single.items() if p.kind != "head"), family.merges)
     inside = {member for members in merged.values() for member in members}
@@ -99,7 +101,7 @@ def _dense(
 
 
 def _layer(
-    engine: EngineRules, family: Family, name: str, parts: tuple[LayerPart, ...]
+    engine: EngineRules, family: EngineFamily, name: str, parts: tuple[LayerPart, ...]
 ) -> EngineLayer:
     leaf = name.rpartition(".")[2]
     split: Split = "columns"

@@ -22,7 +22,7 @@ Renaming = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Family:
+class EngineFamily:
     """How an engine builds the models of some `model_type`s.
 
     merges: what becomes one layer. told: the part of it that the quantization settings know of
@@ -139,8 +139,8 @@ class EngineRules:
     distribution: tuple[str, ...]
     versions: str
     read: str
-    families: tuple[Family, ...]
-    otherwise: Family
+    families: tuple[EngineFamily, ...]
+    otherwise: EngineFamily
     rows: frozenset[str]
     whole: frozenset[str]
     match: Mapping[str, str]
@@ -154,7 +154,7 @@ class EngineRules:
     def minimum_version(self) -> str:
         return self.versions.removeprefix(">=").partition(",")[0]
 
-    def family(self, config: Mapping[str, Any]) -> Family:
+    def family(self, config: Mapping[str, Any]) -> EngineFamily:
         """The family of a model's config.json: of its own type, else of its language model's."""
         for model_type in model_types(config):
             for family in self.families:
@@ -207,14 +207,14 @@ def _engine(raw: dict[str, Any]) -> EngineRules:
 _LISTS = ("scale_names", "experts", "reads")
 
 
-def _family(raw: dict[str, Any], merges: Mapping[str, Merges]) -> Family:
+def _family(raw: dict[str, Any], merges: Mapping[str, Merges]) -> EngineFamily:
     def union(names: list[str]) -> Merges:
         return {fused: members for name in names for fused, members in merges[name].items()}
 
     rename = _renaming(raw.pop("rename", ()))
     lists = {key: tuple(raw.pop(key)) for key in _LISTS if key in raw}
     merged = raw.pop("merges")
-    return Family(
+    return EngineFamily(
         types=tuple(raw.pop("types")),
         merges=union(merged),
         told=union(raw.pop("told", merged)),

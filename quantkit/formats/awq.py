@@ -16,7 +16,7 @@ from quantkit.errors import InputError
 from quantkit.formats import gptq, inventory
 from quantkit.formats.base import Declaration, LayerSpec, QuantWeight, TensorSpec
 from quantkit.formats.inventory import Parts
-from quantkit.formats.packing import pack_awq, unpack_awq
+from quantkit.formats.packing import unpack_awq
 
 if TYPE_CHECKING:
     import torch
@@ -113,21 +113,6 @@ def read(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> QuantWeight:
         zero_point=unpack_awq(tensors["qzeros"]).T.float().contiguous(),
         bias=tensors.get("bias"),
     )
-
-
-def write(weight: QuantWeight, spec: LayerSpec, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """See `WritableFormat.write`; signed codes and zero points get the offset of 8."""
-    import torch
-
-    codes, zeros = gptq.unsigned(weight, spec.scheme.weight.bits)
-    result = {
-        "qweight": pack_awq(codes.T.contiguous()),
-        "qzeros": pack_awq(zeros.to(torch.uint8).T.contiguous()),
-        "scales": weight.scale.T.to(dtype).contiguous(),
-    }
-    if weight.bias is not None:
-        result["bias"] = weight.bias
-    return result
 
 
 def quantization_config(layers: Mapping[str, LayerSpec], ignore: Sequence[str]) -> dict[str, Any]:

@@ -170,15 +170,7 @@ class Format(Protocol):
 
 
 class WritableFormat(Format, Protocol):
-    """A layout that this package also writes."""
-
-    def write(
-        self, weight: QuantWeight, spec: LayerSpec, dtype: torch.dtype
-    ) -> dict[str, torch.Tensor]:
-        """The canonical weight → tensors by suffix; `read(write(w))` is `w`.
-
-        `dtype` is the 16-bit dtype in which scales of no format of their own are stored.
-        """
+    """A layout that this package also writes: the streaming backend its tensors."""
 
     def quantization_config(
         self, layers: Mapping[str, LayerSpec], ignore: Sequence[str]

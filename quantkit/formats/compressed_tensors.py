@@ -22,11 +22,9 @@ from quantkit.formats.compressed_tensors_config import (
     quantization_config,
     read_groups,
 )
-from quantkit.formats.dequantize import decode_e8m0, encode_e8m0
+from quantkit.formats.dequantize import decode_e8m0
 from quantkit.formats.inventory import Inventory, Matcher, Parts, Pattern
 from quantkit.formats.packing import (
-    pack_nibbles,
-    pack_words,
     unpack_nibbles,
     unpack_padded_words,
     unpack_words,
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NAME", "declare", "expected", "quant_suffixes", "quantization_config", "read", "recognises",
-    "write",
 ]  # fmt: skip
 
 _FLOATS = ("BF16", "F16", "F32")
@@ -210,45 +207,6 @@ def read(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> QuantWeight:
     )
 
 
-def write(weight: QuantWeight, spec: LayerSpec, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """See `WritableFormat.write`; the activations are dynamic or in 16 bit."""
-    import torch
-
-    assert weight.input_scale is None, "static activation scales are not written"
-    number = spec.scheme.weight
-    rows, columns = spec.shape
-    result: dict[str, torch.Tensor] = {}
-    zero_point = None if weight.zero_point is None else weight.zero_point.to(torch.int8)
-
-    if spec.packing == "pack-quantized":
-        result["weight_packed"] = pack_words(_unsigned(weight.q, number.bits), number.bits)
-        result["weight_shape"] = torch.tensor([rows, columns])
-        if zero_point is not None and number.granularity in ("group", "channel"):
-            along_rows = _unsigned(zero_point.T.contiguous(), number.bits)
-            zero_point = pack_words(along_rows, number.bits).T.contiguous()
-    elif number.element == "fp4_e2m1":
-        result["weight_packed"] = pack_nibbles(weight.q)
-    else:
-        result["weight"] = weight.q
-
-    scale = weight.scale.reshape(-1) if number.granularity == "tensor" else weight.scale
-    if number.scale == "e8m0":
-        result["weight_scale"] = encode_e8m0(scale)
-    elif number.scale == "e4m3":
-        assert weight.global_scale is not None
-        result["weight_scale"] = scale.to(torch.float8_e4m3fn)
-        result["weight_global_scale"] = (1 / weight.global_scale.double()).float().reshape(1)
-    else:
-        result["weight_scale"] = scale.to(dtype)
-    if zero_point is not None:
-        result["weight_zero_point"] = zero_point
-    if weight.g_idx is not None:
-        result["weight_g_idx"] = weight.g_idx
-    if weight.bias is not None:
-        result["bias"] = weight.bias
-    return result
-
-
 def _unpacked(checkpoint: Checkpoint, parts: Parts, group: Group | None) -> tuple[int, ...] | None:
     packed = parts.get("weight_packed")
     if packed is None or group is None:
@@ -295,12 +253,3 @@ def _signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return (codes ^ 128).view(torch.int8)
     return codes.view(torch.int8) - (1 << (bits - 1))
-
-
-def _unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of `_signed`."""
-    import torch
-
-    if bits == 8:
-        return codes.view(torch.uint8) ^ 128
-    return (codes + (1 << (bits - 1))).view(torch.uint8)

@@ -45,13 +45,6 @@ def decode_e8m0(codes: torch.Tensor) -> torch.Tensor:
     return torch.where(raw == 255, torch.nan, powers)
 
 
-def encode_e8m0(scale: torch.Tensor) -> torch.Tensor:
-    """float32 powers of two → uint8 exponents, biased by 127 (the inverse of `decode_e8m0`)."""
-    import torch
-
-    return (torch.log2(scale.double()).round() + 127).to(torch.uint8)
-
-
 def effective_scale(weight: QuantWeight) -> torch.Tensor:
     """scale × global_scale in float32, rounded once, on the grid of the scale."""
     if weight.global_scale is None:

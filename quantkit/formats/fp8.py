@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.modules import Module
 from quantkit.checkpoint.schemes import NumberFormat, Scheme, scheme_for
 from quantkit.errors import InputError
 from quantkit.formats import inventory
-from quantkit.formats.base import Declaration, LayerSpec, QuantWeight, TensorSpec
+from quantkit.formats.base import Declaration, LayerSpec, Problem, QuantWeight, TensorSpec
 from quantkit.formats.inventory import Matcher, Parts, not_converted
 
 if TYPE_CHECKING:
@@ -73,6 +74,24 @@ def declare(checkpoint: Checkpoint) -> Declaration:
         undeclared=undeclared,
         unmatched=exclude.unmatched(found, config),
         kv_cache="fp8" if settings.get("kv_cache_scheme") else "none",
+        problems=_named_otherwise(checkpoint),
+    )
+
+
+def _named_otherwise(checkpoint: Checkpoint) -> tuple[Problem, ...]:
+    """A warning for scales named as DeepSeek-V4's in a model of another family."""
+    kind = str(checkpoint.config.get("model_type"))
+    found = [info.stored for info in checkpoint.tensors.values() if info.stored]
+    if not found or family(checkpoint.config).dotted_scales:
+        return ()
+    return (
+        Problem(
+            "format.scale_names",
+            f"{len(found)} scales are named as in DeepSeek-V4 ({found[0]}); engines look for "
+            f".weight_scale_inv in a {kind}",
+            "quantize it again from here (rtn_* reads it), or rename the scales",
+            "warning",
+        ),
     )
 
 

@@ -20,7 +20,7 @@ from quantkit.errors import InputError
 from quantkit.formats import inventory
 from quantkit.formats.base import Declaration, LayerSpec, Problem, QuantWeight, TensorSpec
 from quantkit.formats.inventory import Parts
-from quantkit.formats.packing import pack_words, unpack_words, words_for
+from quantkit.formats.packing import unpack_words, words_for
 
 if TYPE_CHECKING:
     import torch
@@ -172,41 +172,6 @@ def read(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> QuantWeight:
         g_idx=g_idx,
         bias=tensors.get("bias"),
     )
-
-
-def write(weight: QuantWeight, spec: LayerSpec, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """See `WritableFormat.write`; signed codes and zero points get the offset of 2^(bits - 1)."""
-    import torch
-
-    bits = spec.scheme.weight.bits
-    codes, zeros = unsigned(weight, bits)
-    if spec.packing == "gptq":
-        zeros = (zeros - 1) & ((1 << bits) - 1)
-    g_idx = weight.g_idx
-    if g_idx is None:
-        g_idx = _contiguous(spec.scheme.weight, spec.shape[1])
-    result = {
-        "qweight": pack_words(codes, bits).T.contiguous(),
-        "qzeros": pack_words(zeros.to(torch.uint8).T.contiguous(), bits),
-        "scales": weight.scale.T.to(dtype).contiguous(),
-        "g_idx": g_idx.to(torch.int32),
-    }
-    if weight.bias is not None:
-        result["bias"] = weight.bias
-    return result
-
-
-def unsigned(weight: QuantWeight, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes as uint8 and zero points as int32 on the grid of the scale, both unsigned."""
-    import torch
-
-    signed = weight.q.dtype == torch.int8
-    offset = 1 << (bits - 1) if signed else 0
-    codes = (weight.q.to(torch.int16) + offset).to(torch.uint8) if signed else weight.q
-    if weight.zero_point is None:
-        assert signed, "unsigned codes need their zero points"
-        return codes, torch.full(weight.scale.shape, offset, dtype=torch.int32)
-    return codes, weight.zero_point.to(torch.int32) + offset
 
 
 def quantization_config(layers: Mapping[str, LayerSpec], ignore: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import translate
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.checkpoint.network.config import is_tied
+from quantkit.checkpoint.network.config import is_tied, missing_head
 from quantkit.checkpoint.network.experts import held_input_first
 from quantkit.checkpoint.network.modules import Module, classify, linear_modules
 from quantkit.checkpoint.network.patterns import compiled
@@ -54,13 +54,6 @@ def take(checkpoint: Checkpoint, suffixes: frozenset[str]) -> Inventory:
             modules.setdefault(module, {})[suffix] = info
         holders.add(module)
     return Inventory(modules, frozenset(holders))
-
-
-def tensor_name(module: str, suffix: str, spec: LayerSpec) -> str:
-    """The full name of a declared layer's tensor (the inverse of `take`)."""
-    if spec.experts:
-        return module if suffix == "weight" else f"{module}_{suffix}"
-    return f"{module}.{suffix}"
 
 
 def linears(
@@ -145,9 +138,10 @@ def expert(
 
 
 def tied_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the output head that a tied model's lists may hold though no tensor has them."""
+    """Names of the output head that the lists of a model may hold though no tensor has them: of a
+    tied one, or of one that does not say."""
     heads = ("lm_head", "language_model.lm_head", "model.lm_head", "output")
-    return heads if is_tied(config) else ()
+    return heads if is_tied(config) or missing_head(config, False) else ()
 
 
 @dataclass(frozen=True)

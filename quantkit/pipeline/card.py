@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from quantkit import __version__
 from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.provenance import Calibration, Provenance
 from quantkit.engines import NAMES, SILENT_GARBAGE, Support
+from quantkit.pipeline.frontmatter import front_matter, header, with_results
 from quantkit.pipeline.plan import Plan
 from quantkit.recipe.gates import outcome
 
@@ -27,31 +27,18 @@ def hub_name(asked_for: str, source: Checkpoint) -> str | None:
         name = asked_for.partition("@")[0]
         return name if _HUB_NAME.match(name) else None
     card = front_matter(source)
-    base = str(card.get("base_model", ""))
-    same_model = card.get("base_model_relation") == "quantized" and _HUB_NAME.match(base)
-    return base if same_model else None
-
-
-def front_matter(source: Checkpoint) -> dict[str, Any]:
-    """The YAML head of the source model's README, empty when there is none."""
-    card = source.path / "README.md"
-    if not card.is_file():
-        return {}
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        head = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return {}
-    return head if isinstance(head, dict) else {}
+    base = card.get("base_model")
+    if isinstance(base, list) and len(base) == 1:
+        base = base[0]
+    same_model = card.get("base_model_relation") == "quantized" and _HUB_NAME.match(str(base))
+    return str(base) if same_model else None
 
 
 def model_card(
     plan: Plan,
     source: Checkpoint,
     base: str | None,
-    provenance: dict[str, Any],
+    provenance: Provenance,
 ) -> str:
     """The README.md of a finished checkpoint."""
     recipe = plan.recipe
@@ -66,13 +53,11 @@ def model_card(
         "tags": ["quantkit", recipe.backend, recipe.scheme],
     }
     title = f"{(base or source.path.name).split('/')[-1]}, {recipe.name}"
-    version = provenance["versions"].get(plan.backend.distribution, "")
+    version = provenance.versions.get(plan.backend.distribution, "")
     library = f"{plan.backend.distribution} {version}".strip()
     return "\n".join(
         [
-            "---",
-            yaml.safe_dump(head, sort_keys=False).strip(),
-            "---",
+            header(head),
             "",
             f"# {title}",
             "",
@@ -86,29 +71,32 @@ def model_card(
             *_measured_section(provenance),
             _MADE,
             "",
-            *_calibration(provenance["calibration"]),
+            *_calibration(provenance.calibration),
             f"- {len(plan.layers)} linear layers quantized, {len(plan.kept)} kept in 16 bit.",
             f"- Seed {recipe.seed}; the resolved recipe, library versions and a digest of every "
             "tensor are in `quantkit.json`.",
-            *(f"- {note}" for note in provenance["notes"]),
+            *(f"- {note}" for note in provenance.notes),
             "",
         ]
     )
 
 
-def with_measured(card: str, provenance: dict[str, Any]) -> str:
-    """A card of ours with the section of measurements written anew; another's card as it is."""
+def with_measured(card: str, provenance: Provenance) -> str:
+    """A card of ours with the section of measurements, and the results in its head, written anew;
+    another's card as it is."""
     before, start, rest = card.partition(f"\n{_MEASURED}\n")
     _, end, after = rest.partition(f"\n{_MADE}\n")
     if not start or not end:
         return card
-    return "\n".join([before, *_measured_section(provenance), _MADE, after])
+    whole = "\n".join([before, *_measured_section(provenance), _MADE, after])
+    found = provenance.results.validation
+    return with_results(whole, found) if found else whole
 
 
-def _measured_section(provenance: dict[str, Any]) -> list[str]:
+def _measured_section(provenance: Provenance) -> list[str]:
     lines = [_MEASURED, "", "| what | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in _measured(provenance)]
-    found = provenance["results"].get("validation")
+    found = provenance.results.validation
     if found is None:
         return [*lines, "", "Accuracy and throughput were not measured.", ""]
     text, engine = found["text"], found["engine"]
@@ -125,7 +113,7 @@ def _measured_section(provenance: dict[str, Any]) -> list[str]:
     ]
 
 
-def _validated(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _validated(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What `quantkit validate` measured; weights-only runs say so."""
     values, metrics = found["values"], found["metrics"]
     only = " (weights only)" if found["engine"]["weights_only"] else ""
@@ -148,18 +136,20 @@ def _validated(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"{title} speed on {found['engine']['device']}", f"{value:.2f} × the baseline's"
 
 
-def _measured(provenance: dict[str, Any]) -> list[tuple[str, str]]:
-    results = provenance["results"]
+def _measured(provenance: Provenance) -> list[tuple[str, str]]:
+    results = provenance.results
+    if not results.source_bytes:  # an old file, or one that was edited
+        return []
     rows = [
-        ("size of the weights", f"{results['weight_bytes'] / 1e6:.0f} MB "
-         f"({results['weight_bytes'] / results['source_bytes']:.2f} of the source)"),
-        ("bits a weight in quantized layers", f"{results['bits_per_weight']:.2f}"),
+        ("size of the weights", f"{results.weight_bytes / 1e6:.0f} MB "
+         f"({results.weight_bytes / results.source_bytes:.2f} of the source)"),
+        ("bits a weight in quantized layers", f"{results.bits_per_weight:.2f}"),
     ]  # fmt: skip
-    sqnr = results.get("weight_sqnr_db")
+    sqnr = results.weight_sqnr_db
     if sqnr:
         rows.append(
             ("weight SQNR against the source, mean / worst layer",
-             f"{sqnr['mean']:.1f} dB / {sqnr['min']:.1f} dB ({sqnr['worst_layer']})")
+             f"{sqnr.mean:.1f} dB / {sqnr.min:.1f} dB ({sqnr.worst_layer})")
         )  # fmt: skip
     return rows
 
@@ -186,12 +176,12 @@ def _serving(loads: Support, layout: str) -> list[str]:
     return lines
 
 
-def _calibration(calibration: dict[str, Any] | None) -> list[str]:
+def _calibration(calibration: Calibration | None) -> list[str]:
     if not calibration:
         return ["- No calibration."]
-    if not calibration.get("digest"):
+    if not calibration.digest:
         return ["- Calibration unknown: the state was made elsewhere."]
     return [
-        f"- Calibrated with `{calibration['name']}`: {calibration['samples']} samples, "
-        f"{calibration['tokens']} tokens, digest `{calibration['digest'][:16]}`."
+        f"- Calibrated with `{calibration.name}`: {calibration.samples} samples, "
+        f"{calibration.tokens} tokens, digest `{calibration.digest[:16]}`."
     ]

@@ -16,14 +16,15 @@ from quantkit.backends.registry import MODELOPT, Backend
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import resolve_model
 from quantkit.checkpoint.network.modules import classify, linear_modules
+from quantkit.checkpoint.provenance import Calibration
 from quantkit.checkpoint.scan import scan
 from quantkit.errors import BackendError, InputError, command
 from quantkit.formats.registry import detect
 from quantkit.pipeline.finish import finish
 from quantkit.pipeline.plan import Plan, kept_layers, make_plan, plan_of_layers
+from quantkit.pipeline.process import run_logged
 from quantkit.pipeline.publish import check_apart, check_space, check_target, staged
-from quantkit.pipeline.quantize import run_logged
-from quantkit.pipeline.request import ExportRequest, Outcome, Request
+from quantkit.pipeline.request import ExportRequest, Outcome
 from quantkit.pipeline.state import check_state, read_state_note, refuse_mismatch
 from quantkit.recipe.model import Recipe
 
@@ -56,7 +57,7 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
     job = Job(
         task="export",
         backend=backend.name,
-        adapter=backend.adapter or "",
+        adapter=backend.adapter,
         method="export",
         model=str(source.path.resolve()),
         out="",
@@ -88,18 +89,23 @@ def export(request: ExportRequest, ui: Reporter) -> Outcome:
             options=recipe.options,
             shard_size=recipe.shard_bytes(),
         )
-    asked = Request(
-        model=model,
-        recipe=recipe or Recipe(name="export", backend=backend.name, scheme="fp8"),
-        out=request.out,
-        trust_remote_code=request.trust_remote_code,
-    )
     with staged(request.out, overwrite=request.overwrite) as partial:
         result = run_logged(job, partial, python, request.out, ui)
         if recipe is None:
             plan = plan_of_export(partial, source, backend)
         calibration = state_calibration(note)
-        return finish(partial, asked, plan, source, found.fingerprint, calibration, result, ui)
+        return finish(
+            partial,
+            request.out,
+            model,
+            plan,
+            source,
+            found.fingerprint,
+            calibration,
+            result,
+            ui,
+            trust_remote_code=request.trust_remote_code,
+        )
 
 
 def stored_recipe(note: dict[str, Any], state: Path) -> Recipe:
@@ -115,11 +121,11 @@ def stored_recipe(note: dict[str, Any], state: Path) -> Recipe:
         ) from error
 
 
-def state_calibration(note: dict[str, Any] | None) -> dict[str, Any]:
+def state_calibration(note: dict[str, Any] | None) -> Calibration | None:
     """The calibration that a state remembers; "unknown" for one that was made elsewhere."""
     if note is None:
-        return {"name": "unknown", "digest": None}
-    return {**note.get("calibration", {}), **(note.get("mixture") or {})}
+        return Calibration(name="unknown")
+    return Calibration.of({**note.get("calibration", {}), **(note.get("mixture") or {})})
 
 
 def plan_of_export(out: Path, source: Checkpoint, backend: Backend) -> Plan:

@@ -15,7 +15,7 @@ from pathlib import Path
 from quantkit.backends.registry import Backend, Method, backend_named, refusals
 from quantkit.checkpoint.consistency import refuse_contradictions
 from quantkit.checkpoint.directory import DTYPE_BITS, Checkpoint
-from quantkit.checkpoint.network.config import expert_count
+from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, states_blocks
 from quantkit.checkpoint.network.modules import (
     FUSED_EXPERTS,
@@ -24,21 +24,18 @@ from quantkit.checkpoint.network.modules import (
     linear_modules,
     named_by,
 )
-from quantkit.checkpoint.network.tensor_names import left_out
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.engines import Support, support
-from quantkit.errors import InputError, command
+from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
 from quantkit.formats.settings import refuse_conflict, refuse_stale
 from quantkit.pipeline.plan_notes import notes_of
-from quantkit.recipe.load import recipe_files
 from quantkit.recipe.model import Override, Recipe, adjusted
 
 GROUP_SIZES = (256, 128, 64, 32, 16)
 METHODS_HINT = "quantkit methods  # what each method writes and needs"
 _DEQUANTIZING = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 """quant_method → the class of Transformers 5.17 that dequantizes it on loading."""
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def make_plan(
         readable = "; rtn_* reads it" if _in_fp8_blocks(checkpoint) else ""
         start = f"; start from its 16-bit original{readable}"
         reasons.append(f"the model is quantized already ({found}){start}")
-    if checkpoint.config.get("model_type") in _TRANSPOSED:
+    if family(checkpoint.config).transposed:
         reasons.append(
             f"{checkpoint.config['model_type']} stores its linear layers transposed (Conv1D), "
             "which no layout here holds"
@@ -347,33 +344,3 @@ def _misfit_error(
         hint=hint,
         code="plan.group_size",
     )
-
-
-def refuse_beyond_dense(checkpoint: Checkpoint, plan: Plan, model: str) -> None:
-    """InputError (`plan.architecture`) for experts or towers; the hint plans `model` without."""
-    found = _beyond_dense(checkpoint)
-    if found:
-        streamed = f"rtn_{plan.recipe.scheme}"
-        method = streamed if streamed in recipe_files() else "rtn_fp8_dynamic"
-        biased = any(name.endswith("_proj_bias") for name in checkpoint.tensors)
-        without = ["--set", "ignore+=re:.*mlp.experts.*"] if biased else []  # rtn_* takes no biases
-        instead = command("plan", model, "--method", method, *without)
-        raise InputError(
-            f"{checkpoint.path} has {found}; {plan.backend.name} quantizes dense language models "
-            "here.",
-            hint=f"{instead}  # rtn_* methods need no model class",
-            code="plan.architecture",
-        )
-
-
-def _beyond_dense(checkpoint: Checkpoint) -> str | None:
-    """What makes the model more than a dense language model, or None."""
-    if experts := expert_count(checkpoint.config):
-        return f"{experts} experts a layer"
-    for module in checkpoint.modules:
-        if module.kind == "experts" or ".experts." in module.name:
-            return f"a mixture of experts ({module.name})"
-        if module.kind == "tower":
-            return f"a vision or audio tower ({module.name})"
-    towers = left_out(checkpoint.config) if checkpoint.derived == "config.json" else []
-    return next((f"a {kind}" for kind in towers if "tower" in kind), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from quantkit.checkpoint.directory import Checkpoint
-from quantkit.checkpoint.network.config import expert_count, is_tied
+from quantkit.checkpoint.network.config import expert_count, missing_head
 
 
 def notes_of(checkpoint: Checkpoint, layers: Collection[str]) -> list[str]:
@@ -28,11 +28,6 @@ def _left_in_16_bit(checkpoint: Checkpoint, layers: Collection[str]) -> Iterator
 
 
 def _head_notes(checkpoint: Checkpoint) -> Iterator[str]:
-    """What to know of a causal language model that has no output head of its own."""
-    named = str(checkpoint.config.get("architectures") or "")
     has_head = any(module.kind == "head" for module in checkpoint.modules)
-    if "ForCausalLM" in named and not has_head and not is_tied(checkpoint.config):
-        yield (
-            "no tensor is an output head, and config.json does not say that the embedding is one "
-            "(tie_word_embeddings): engines may start with a random head; state it, true or false"
-        )
+    if note := missing_head(checkpoint.config, has_head):
+        yield note

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from quantkit.backends.registry import load_recipe
+from quantkit.checkpoint.provenance import Provenance
 from quantkit.errors import InputError
 from quantkit.pipeline.plan import Plan
 from quantkit.recipe.model import Recipe
@@ -59,14 +60,14 @@ class Outcome:
     out: Path
     plan: Plan
     report: VerifyReport
-    provenance: dict[str, Any]
+    provenance: Provenance
 
     def to_json(self) -> dict[str, Any]:
         """The document of `quantkit quantize --json`: plain JSON values."""
         return {
             "schema_version": 1,
             "out": str(self.out),
-            "quantkit": self.provenance,
+            "quantkit": self.provenance.to_json(),
             "verify": self.report.to_json(),
         }
 

@@ -14,18 +14,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from quantkit import __version__
-from quantkit.backends.process.job import Result
 from quantkit.checkpoint.directory import INDEX_SUFFIX, Checkpoint, read_json
 from quantkit.checkpoint.gguf import gguf_in
-from quantkit.checkpoint.provenance import PROVENANCE, RESUME_FOLDER
+from quantkit.checkpoint.provenance import LOG, NOT_SEALED, RESUME_FOLDER
 from quantkit.engines.complete import completed
 from quantkit.errors import BackendError
-from quantkit.pipeline.plan import Plan
 
-SCHEMA_VERSION = 1
-CARD = "README.md"
-_OWN_FILES = (PROVENANCE, CARD)
 _QUANTIZATION_FILES = frozenset(
     {"hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml",
      "quant_model_description.json", "quantization_config.json"}
@@ -80,48 +74,12 @@ def _seal_gguf(out: Path) -> list[str]:
     """One GGUF file has everything inside; only the log may stay beside it."""
     notes = []
     for path in sorted(out.iterdir()):
-        if path.suffix == ".gguf" or path.name == "quantkit.log":
+        if path.suffix == ".gguf" or path.name == LOG:
             path.chmod(0o644)
         else:
             notes.append(f"removed {path.name}, which the library left behind")
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return notes
-
-
-def provenance(
-    out: Path,
-    plan: Plan,
-    *,
-    source: dict[str, Any],
-    calibration: dict[str, Any] | None,
-    result: Result,
-    digests: dict[str, str],
-    results: dict[str, Any],
-    notes: list[str],
-) -> dict[str, Any]:
-    """The content of `quantkit.json`: what was asked for, what did it, and what came out."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "quantkit_version": __version__,
-        "method": plan.recipe.name,
-        "recipe": plan.recipe.model_dump(mode="json"),
-        "source": source,
-        "versions": result.versions,
-        **({"compute": result.compute} if result.compute else {}),
-        "seed": plan.recipe.seed,
-        "calibration": calibration,
-        "plan": {
-            "quantized": {name: scheme.name for name, scheme in plan.layers.items()},
-            "kept": dict(plan.kept),
-        },
-        "folds": result.folds,
-        "stages": result.stages,
-        "peak_rss_bytes": result.peak_rss_bytes,
-        "notes": notes,
-        "results": results,
-        "tensors": digests,
-        "files": file_digests(out),
-    }
 
 
 def file_digests(out: Path) -> dict[str, str]:
@@ -131,7 +89,7 @@ def file_digests(out: Path) -> dict[str, str]:
         for path in sorted(out.iterdir())
         if path.is_file()
         and path.suffix not in (".safetensors", ".gguf")
-        and path.name not in _OWN_FILES
+        and path.name not in NOT_SEALED
     }
 
 
@@ -152,7 +110,7 @@ def write_json(path: Path, value: Any) -> None:
 def _belongs(path: Path, sidecars: list[str], custom_code: list[str]) -> bool:
     name = path.name
     return path.is_file() and (
-        name in ("config.json", "quantkit.log")
+        name in ("config.json", LOG)
         or name.endswith((".safetensors", INDEX_SUFFIX))
         or name in _QUANTIZATION_FILES
         or name in sidecars

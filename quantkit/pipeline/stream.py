@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from quantkit import __version__
 from quantkit.backends.process.job import Reporter, Result
 from quantkit.checkpoint.directory import Checkpoint
-from quantkit.checkpoint.provenance import PROVENANCE
+from quantkit.checkpoint.provenance import CARD, PROVENANCE
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.registry import packing, writer_named
 from quantkit.pipeline.engine_view import ignore_list
@@ -18,14 +18,14 @@ from quantkit.pipeline.finish import finish
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.publish import check_space, staged
 from quantkit.pipeline.request import Outcome, Request
-from quantkit.pipeline.seal import CARD, write_json
+from quantkit.pipeline.seal import write_json
 from quantkit.verification import Written
 
 if TYPE_CHECKING:
     from quantkit.backends.streaming.job import Layout, ShardTask, StreamResult
 
 
-def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outcome:
+def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outcome:
     """Quantize shard by shard, then seal, verify and publish.
 
     A run that stops for any reason, up to the end of verification, leaves its finished shards in
@@ -64,7 +64,8 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
             (partial / name).unlink(missing_ok=True)
         outcome = finish(
             partial,
-            request,
+            request.out,
+            request.model,
             plan,
             source,
             source.fingerprint(done.source_digests),
@@ -72,12 +73,13 @@ def stream(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Ou
             _result(done),
             ui,
             Written(done.digests, done.source_digests, done.sqnr_db),
+            trust_remote_code=request.trust_remote_code,
         )
         clear_state(partial)
         return outcome
 
 
-def check_stream(source: Checkpoint, plan: Plan) -> None:
+def check(source: Checkpoint, plan: Plan) -> None:
     """Raise InputError for a layer whose shape, dtype or bias the streaming writer refuses."""
     _tasks(source, plan)
 

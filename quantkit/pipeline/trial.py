@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 import tempfile
 import time
 from dataclasses import replace
@@ -17,15 +16,16 @@ from typing import Any
 
 from quantkit.backends.process.job import Reporter
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
-from quantkit.checkpoint.network.config import text_config
+from quantkit.checkpoint.headers import header_bytes
+from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import layer_index
+from quantkit.checkpoint.tensors import pieces
 from quantkit.errors import InputError
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.request import Request
 
 _TRIALS = (1, 2)
-_PIECE = 4 << 20
 
 
 def measured_seconds(
@@ -84,25 +84,9 @@ def _cut(source: Checkpoint, layers: int, target: Path) -> Path:
 
 
 def _write_shard(file: Path, tensors: list[TensorInfo]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for info in tensors:
-        offsets = [end, end + info.bytes]
-        header[info.name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": offsets,
-        }
-        end += info.bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    head, places = header_bytes({info.name: (info.dtype, info.shape) for info in tensors})
     with file.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for info in tensors:
-            with info.file.open("rb") as handle:
-                handle.seek(info.start)
-                left = info.bytes
-                while left:
-                    piece = handle.read(min(left, _PIECE))
-                    out.write(piece)
-                    left -= len(piece)
+        out.write(head)
+        for info in sorted(tensors, key=lambda info: places[info.name]):
+            for piece in pieces(info):
+                out.write(piece.data)

@@ -18,6 +18,7 @@ METRICS: dict[str, tuple[Direction, str]] = {
     "kl_p99": ("<=", "its 99th percentile over tokens"),
     "kl_max": ("<=", "its largest value"),
     "top1_agreement": (">=", "share of tokens where both put the same one first"),
+    "routing_agreement": (">=", "share of tokens with the baseline's experts, in the worst layer"),
     "mcq_drop": ("<=", "accuracy lost on four-choice facts"),
     "canary_failures": ("<=", "degenerate chat answers where the baseline's is not"),
     "canary_drift": ("<=", "log-likelihood that the baseline's chat answers lose, nats a token"),

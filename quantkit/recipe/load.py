@@ -6,7 +6,6 @@ pydantic with unknown keys refused, and stored as resolved in the checkpoint's `
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -21,8 +20,17 @@ from pydantic import (
 from quantkit.checkpoint.paths import data_dir
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
-from quantkit.recipe.documents import TooDeepError, parse_yaml
+from quantkit.recipe.documents import (
+    Location,
+    TooDeepError,
+    explain,
+    meant,
+    parse_yaml,
+    read_yaml_object,
+)
 from quantkit.recipe.model import CalibrationChoice, Override, Recipe
+
+EXAMPLE = "quantkit recipes show modelopt_fp8  # a recipe that works"
 
 
 @cache
@@ -31,7 +39,7 @@ def recipe_files() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(data_dir("recipes").glob("*.yaml")):
         found[file.stem] = file
-        for alias in _read_yaml(file).get("aliases", []):
+        for alias in read_yaml_object(file, "recipe", EXAMPLE).get("aliases", []):
             found[str(alias)] = file
     return found
 
@@ -43,7 +51,7 @@ def read_recipe(name_or_path: str, sets: tuple[str, ...] = ()) -> tuple[Recipe, 
     Raises InputError that names the file, the key path, the value and what is allowed.
     """
     file = _find(name_or_path)
-    data = _read_yaml(file)
+    data = read_yaml_object(file, "recipe", EXAMPLE)
     data.setdefault("name", file.stem)
     for change in sets:
         _apply(data, change)
@@ -51,7 +59,7 @@ def read_recipe(name_or_path: str, sets: tuple[str, ...] = ()) -> tuple[Recipe, 
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise explain(error, origin, Recipe) from error
+        raise explain_recipe(error, origin, Recipe) from error
     scheme = SCHEMES[recipe.scheme]
     if recipe.group_size is not None and scheme.weight.granularity != "group":
         raise InputError(
@@ -98,31 +106,11 @@ def _find(name_or_path: str) -> Path:
             hint="quantkit recipes list",
             code="recipe.missing",
         )
-    close = difflib.get_close_matches(name_or_path, files, n=3, cutoff=0.5)
     raise InputError(
-        f"There is no method {name_or_path!r}."
-        + (f" Did you mean {' or '.join(close)}?" if close else ""),
+        f"There is no method {name_or_path!r}.{meant(name_or_path, files)}",
         hint="quantkit methods",
         code="recipe.unknown_method",
     )
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        data = parse_yaml(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise InputError(
-            f"The recipe {file} cannot be read: {' '.join(str(error).split())}",
-            hint="quantkit recipes show modelopt_fp8  # a recipe that works",
-            code="recipe.unreadable",
-        ) from error
-    if not isinstance(data, dict):
-        raise InputError(
-            f"The recipe {file} holds a {type(data).__name__}, not keys and values.",
-            hint="quantkit recipes show modelopt_fp8  # a recipe that works",
-            code="recipe.unreadable",
-        )
-    return data
 
 
 def _apply(data: dict[str, Any], change: str) -> None:
@@ -165,32 +153,17 @@ def _apply(data: dict[str, Any], change: str) -> None:
     place[keys[-1]] = value
 
 
-def explain(
-    error: ValidationError, origin: str, model: type[BaseModel], prefix: str = ""
+def explain_recipe(
+    error: ValidationError, origin: str, model: type[BaseModel], *prefix: str
 ) -> InputError:
-    """The first fault that pydantic found, with its key path and what is allowed there."""
-    first = error.errors()[0]
-    parts = [str(part) for part in first["loc"]]
-    path = ".".join([prefix, *parts] if prefix else parts)
-    if first["type"] == "extra_forbidden":
-        allowed = sorted(_fields(model, parts[:-1]))
-        close = difflib.get_close_matches(parts[-1], allowed, n=1)
-        meant = f" Did you mean {close[0]}?" if close else ""
-        message = (
-            f"{origin}: unknown key {path} = {first['input']!r}.{meant} "
-            f"Allowed here: {', '.join(allowed) or 'nothing'}."
-        )
-    elif first["type"] == "missing":
-        message = f"{origin}: the key {path} is missing."
-    else:
-        reason = first["msg"].removeprefix("Value error, ")
-        message = f"{origin}: {path} = {first['input']!r}: {reason}."
-    more = len(error.errors()) - 1
-    return InputError(
-        message + (f" ({more} more)" if more else ""),
-        hint="quantkit recipes show modelopt_fp8  # every key with its value",
-        code="recipe.invalid",
-    )
+    """The first fault of a recipe, or of the part of it under the keys `prefix`."""
+
+    def locate(location: Location) -> tuple[list[str], list[str]]:
+        parts = [str(part) for part in location]
+        return [*prefix, *parts], sorted(_fields(model, parts[:-1]))
+
+    hint = "quantkit recipes show modelopt_fp8  # every key with its value"
+    return explain(error, origin, locate, hint=hint, code="recipe.invalid")
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:

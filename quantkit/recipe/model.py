@@ -108,6 +108,13 @@ class Recipe(_Strict):
     overrides: list[Override] = []
     kv_cache: KVCache = "none"
     calibration: CalibrationChoice | None = CalibrationChoice()
+    experts: Literal["all", "routed"] = "all"
+    """Whether calibration brings every token to every expert, or to those that it is routed to."""
+    expert_floor: Positive = 1
+    """The fewest calibration tokens that an expert must see."""
+    on_unseen: Literal["error", "keep16", "rtn"] = "error"
+    """What becomes of an expert that saw fewer: keep16 keeps the experts of its layer in 16 bit
+    (engines give them one scheme), rtn rounds its weights to nearest."""
     options: dict[str, Any] = {}
     gates: list[str] = []
     on_nan: Literal["error", "keep16"] = "error"

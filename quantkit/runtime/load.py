@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint.directory import open_checkpoint, read_json
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in
+from quantkit.checkpoint.network.config import stop_tokens
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 from quantkit.runtime.linear.kernels import dequantized
-from quantkit.runtime.loading.build import Progress, build_decoder
+from quantkit.runtime.loading.build import build_decoder
 from quantkit.runtime.loading.fuse import Fuse
 from quantkit.runtime.loading.gguf import open_gguf_source
 from quantkit.runtime.loading.hosted import build_hosted
@@ -57,7 +59,8 @@ def load(
     if maker.device.type == "cpu":
         keep()
     records = maker.records + expanded_records(source)
-    return Runtime(config, network, records, source.layout, _stop_tokens(source, config))
+    stop = stop_tokens(source.checkpoint.path, {"eos_token_id": config.eos_token_id})
+    return Runtime(config, network, records, source.layout, stop)
 
 
 def open_path(path: Path) -> CheckpointReader:
@@ -95,7 +98,7 @@ def read_config(source: CheckpointReader) -> Any:
     """
     from transformers import AutoConfig
 
-    stated = dict(source.checkpoint.config)
+    stated = _with_floats(source.checkpoint.config)
     kind = stated.pop("model_type", None)
     stated.pop("quantization_config", None)
     try:
@@ -106,6 +109,15 @@ def read_config(source: CheckpointReader) -> Any:
     if not isinstance(heads, int) or heads < 1:
         raise _unreadable(source, f"num_attention_heads is {heads!r}")
     return config
+
+
+def _with_floats(value: Any) -> Any:
+    """A config as Transformers writes it, `{"__float__": "Infinity"}` being the number."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(inner) for key, inner in value.items()}
+    return [_with_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _unreadable(source: CheckpointReader, why: str) -> InputError:
@@ -152,14 +164,6 @@ def pick_dtype(config: Any, name: str) -> torch.dtype:
     if isinstance(stated, str):
         stated = DTYPES.get(stated)
     return stated if stated in DTYPES.values() else torch.bfloat16
-
-
-def _stop_tokens(source: CheckpointReader, config: Any) -> list[int]:
-    """End-of-text ids of generation_config.json, else of config.json."""
-    file = source.checkpoint.path / "generation_config.json"
-    stated = read_json(file).get("eos_token_id") if file.is_file() else None
-    found = config.eos_token_id if stated is None else stated
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def _check_all_used(source: CheckpointReader) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,6 +85,19 @@ class Runtime(nn.Module):
     def kernels(self) -> dict[str, int]:
         """Kernel → how many modules it computes."""
         return dict(Counter(layer.kernel for layer in self.layers))
+
+    def to_json(self) -> dict[str, Any]:
+        """How the model is computed, as plain JSON values: the layout, the device, the dtype of
+        what is not quantized, bytes in memory, and scheme and kernel of every quantized module."""
+        return {
+            "schema_version": 1,
+            "layout": self.layout,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "memory_bytes": self.memory_bytes,
+            "weights_only": self.weights_only,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
 
     @torch.inference_mode()
     def forward(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.gguf import GgufFile
-from quantkit.checkpoint.network.config import text_config
+from quantkit.checkpoint.network.language import text_config
 from quantkit.errors import BackendError, InputError
 from quantkit.validation.subjects.builtin import BATCH_TOKENS
 

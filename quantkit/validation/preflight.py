@@ -9,16 +9,18 @@ from typing import Any
 
 from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_info
-from quantkit.checkpoint.directory import Checkpoint, open_checkpoint, read_json
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import GgufFile, gguf_in, open_gguf
 from quantkit.checkpoint.hub import resolve_model
-from quantkit.checkpoint.network.config import text_config, text_size
+from quantkit.checkpoint.network.config import text_size
+from quantkit.checkpoint.network.language import text_config
+from quantkit.checkpoint.progress import Progress
+from quantkit.checkpoint.provenance import Provenance, Source, read
 from quantkit.checkpoint.scan import Scan, scan
 from quantkit.checkpoint.sources import source_of
 from quantkit.errors import InputError, command
 from quantkit.formats.registry import is_quantized
 from quantkit.verification import VerifyReport, verify
-from quantkit.verification.run import Progress
 
 SHAPE_KEYS = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
@@ -45,18 +47,23 @@ class Candidate:
 
     held: Checkpoint | GgufFile
     baseline: Checkpoint
-    provenance: dict[str, Any] | None
+    provenance: Provenance | None
 
     @property
     def path(self) -> Path:
         return self.held.path
+
+    @property
+    def source(self) -> Source:
+        """What it was made from, as far as it says so."""
+        return (self.provenance and self.provenance.source) or Source()
 
 
 def open_candidate(path: Path, baseline: str) -> Candidate:
     """Open both. Raises InputError for what cannot be opened, for a baseline that is quantized,
     of another architecture or with another tokenizer, or that nothing names."""
     held = open_gguf(path) if gguf_in(path) else open_checkpoint(path)
-    provenance = _provenance(path)
+    provenance = read(path)
     base = open_checkpoint(resolve_model(baseline or remembered(path, provenance)))
     if found := is_quantized(base):
         raise InputError(
@@ -73,9 +80,9 @@ def open_candidate(path: Path, baseline: str) -> Candidate:
 def source_here(path: Path, ui: Reporter) -> tuple[Path, Scan] | None:
     """The directory of this machine that a checkpoint was made from, with its scan; None where
     none is noted, or it no longer holds that model."""
-    provenance = _provenance(path)
-    fingerprint = ((provenance or {}).get("source") or {}).get("fingerprint")
-    directory = source_of(fingerprint) if isinstance(fingerprint, str) else None
+    stated = read(path)
+    fingerprint = stated.source.fingerprint if stated and stated.source else ""
+    directory = source_of(fingerprint) if fingerprint else None
     if directory is None:
         return None
     try:
@@ -124,34 +131,9 @@ def refuse_missing_rows(base: Checkpoint, ids: Iterable[Sequence[int]]) -> None:
         )
 
 
-def _provenance(path: Path) -> dict[str, Any] | None:
-    """quantkit.json; InputError where its parts are not what this package writes."""
-    file = path / "quantkit.json"
-    if not file.is_file():
-        return None
-    document = read_json(file)
-    for key in ("recipe", "source", "results"):
-        if not isinstance(document.get(key) or {}, dict):
-            raise _malformed(file, key, document[key], "an object")
-    gates = (document.get("recipe") or {}).get("gates") or []
-    if not isinstance(gates, list) or not all(isinstance(gate, str) for gate in gates):
-        raise _malformed(file, "recipe.gates", gates, "a list of words")
-    return document
-
-
-def _malformed(file: Path, key: str, value: Any, wanted: str) -> InputError:
-    return InputError(
-        f"{file} is malformed: {key} is {str(value)[:60]!r}, not {wanted}.",
-        hint="put the file back that quantkit wrote, or remove it; "
-        + command("verify", file.parent),
-        code="validate.provenance",
-    )
-
-
-def remembered(path: Path, provenance: dict[str, Any] | None) -> str:
+def remembered(path: Path, provenance: Provenance | None) -> str:
     """The Hub name of the model that a checkpoint was made from."""
-    source = (provenance or {}).get("source")
-    name = str(source.get("name", "")) if isinstance(source, dict) else ""
+    name = provenance.source.name if provenance and provenance.source else ""
     if "/" not in name:
         raise InputError(
             f"{path} does not say which model on the hub it was made from.",

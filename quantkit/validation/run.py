@@ -15,8 +15,10 @@ from quantkit import __version__
 from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import read_tokenizer_info
-from quantkit.checkpoint.directory import Checkpoint, read_json
-from quantkit.checkpoint.network.config import positions
+from quantkit.checkpoint.directory import Checkpoint
+from quantkit.checkpoint.network.config import expert_count, positions, stop_tokens
+from quantkit.checkpoint.progress import Progress
+from quantkit.checkpoint.provenance import Provenance
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.recipe.gates import Gate, parse_gate
 from quantkit.validation.ask.cachefile import BaselineCache
@@ -35,10 +37,12 @@ from quantkit.validation.ask.tasks import choose_tasks
 from quantkit.validation.forecast import forecast, pace, seconds
 from quantkit.validation.judge.bootstrap import missing
 from quantkit.validation.judge.metrics import (
-    OF_LOGITS,
+    BUILTIN_ONLY,
+    ROUTING,
     PerWindow,
     canary_metrics,
     choice_metric,
+    routing_by_layer,
     speed_metrics,
     task_metrics,
     text_metrics,
@@ -63,7 +67,7 @@ from quantkit.validation.reports.report import (
     kl_histogram,
     recipe_digest,
 )
-from quantkit.validation.subjects.base import Opening, Progress, Subject
+from quantkit.validation.subjects.base import Opening, Subject
 from quantkit.validation.subjects.engines import engine_build, opener, refuse_unopenable
 from quantkit.verification import VerifyReport
 
@@ -191,7 +195,8 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
             subject.close()
     if cache.hits:
         report.notes.append(f"{cache.hits} measurements of the baseline came from the cache")
-    _fill(report, integrity, questions, theirs, ours, _stop_tokens(base))
+    _fill(report, integrity, questions, theirs, ours, set(stop_tokens(base.path, base.config)))
+    gates = _measurable(gates, report)
     absent = missing("this run did not measure it")
     report.gates = [
         hold(
@@ -279,6 +284,7 @@ def _fill(
     report.canary = conversations(their_talk, our_talk)
     report.throughput = Both(theirs.throughput, ours.throughput)
     report.kl_histogram = kl_histogram(ours.text.kl)
+    report.routing = routing_by_layer(ours.text)
 
 
 def _gates(
@@ -286,9 +292,10 @@ def _gates(
 ) -> tuple[list[Gate], list[str]]:
     """The scheme's gates, the recipe's and the command's (of a metric the last one counts), and
     warnings of what the recipe loosens."""
-    recipe = (candidate.provenance or {}).get("recipe") or {}
-    defaults = default_gates({layer.scheme for layer in integrity.layers})
-    stated = [parse_gate(text, "recipe") for text in recipe.get("gates") or []]
+    recipe_gates = candidate.provenance.gates if candidate.provenance else ()
+    mixture = expert_count(candidate.baseline.config) > 0
+    defaults = default_gates({layer.scheme for layer in integrity.layers}, mixture=mixture)
+    stated = [parse_gate(text, "recipe") for text in recipe_gates]
     counted, warnings = accepted(stated, defaults)
     return chosen_gates(defaults, counted, asked), warnings
 
@@ -297,9 +304,25 @@ def _askable(gates: list[Gate], engine: str) -> tuple[list[Gate], list[str]]:
     """Without the default gates that only logits could tell, where the engine gives none."""
     if engine == "builtin":
         return gates, []
-    out = [g for g in gates if g.source == "default" and g.metric in OF_LOGITS]
-    notes = [f"{gate.metric} is not gated: {engine} gives no logits" for gate in out]
+    out = [g for g in gates if g.source == "default" and g.metric in BUILTIN_ONLY]
+    what = {ROUTING: "does not show its routers"}
+    notes = [
+        f"{gate.metric} is not gated: {engine} {what.get(gate.metric, 'gives no logits')}"
+        for gate in out
+    ]
     return [gate for gate in gates if gate not in out], notes
+
+
+def _measurable(gates: list[Gate], report: Report) -> list[Gate]:
+    """Without the default gate of a mixture whose routers cannot be seen, which is noted."""
+    if report.routing:
+        return gates
+    out = [g for g in gates if g.source == "default" and g.metric == ROUTING]
+    report.notes += [
+        f"{gate.metric} is not gated: the choices of this family's routers cannot be seen"
+        for gate in out
+    ]
+    return [gate for gate in gates if gate not in out]
 
 
 def _longest(candidate: Candidate) -> int | None:
@@ -322,12 +345,11 @@ def _check_memory(candidate: Candidate, kernel: str, device: str) -> tuple[int, 
 
 
 def _describe(candidate: Candidate, integrity: VerifyReport) -> dict[str, Any]:
-    provenance = candidate.provenance or {}
-    recipe = provenance.get("recipe")
+    provenance = candidate.provenance or Provenance()
     return {
         "name": candidate.path.resolve().name,
-        "method": provenance.get("method"),
-        "recipe_digest": recipe_digest(recipe),
+        "method": provenance.method,
+        "recipe_digest": recipe_digest(provenance.recipe),
         "layout": integrity.format,
         "schemes": dict(Counter(layer.scheme for layer in integrity.layers)),
         "weight_bytes": candidate.held.weight_bytes,
@@ -342,27 +364,18 @@ def _scanned(base: Checkpoint, ui: Reporter) -> Scan:
 def _name(asked: str, candidate: Candidate) -> str:
     """The baseline as it, or else quantkit.json, names it, a directory by its last part: reports
     are published."""
-    source = (candidate.provenance or {}).get("source") or {}
-    named = asked or str(source.get("name", ""))
+    named = asked or candidate.source.name
     base = candidate.baseline
     return base.path.resolve().name if Path(named).expanduser().exists() else named
 
 
 def _notes(candidate: Candidate, fingerprint: str, seen: float | None) -> list[str]:
     notes = []
-    source = (candidate.provenance or {}).get("source") or {}
-    if candidate.provenance is not None and source.get("fingerprint") != fingerprint:
+    if candidate.provenance is not None and candidate.source.fingerprint != fingerprint:
         notes.append("the baseline is not the model that this checkpoint was made from")
     if seen is None:
         notes.append("whether calibration saw the text is unknown: its tokens are not at hand")
     return notes
-
-
-def _stop_tokens(base: Checkpoint) -> set[int]:
-    file = base.path / "generation_config.json"
-    stated = read_json(file).get("eos_token_id") if file.is_file() else None
-    found = base.config.get("eos_token_id") if stated is None else stated
-    return {token for token in (found if isinstance(found, list) else [found]) if token is not None}
 
 
 def _versions() -> tuple[str, ...]:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import GgufFile, GgufTensor, open_gguf
-from quantkit.checkpoint.network.config import is_tied, text_config
+from quantkit.checkpoint.network.config import is_tied
+from quantkit.checkpoint.network.families import family_of
+from quantkit.checkpoint.network.language import text_config
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 from quantkit.verification.files.digests import check_seal, read_seal
 from quantkit.verification.findings import (
@@ -46,9 +49,6 @@ _FROM_CONFIG = {
     "vocab_size": "vocab_size",
 }
 """Key of the file without its architecture → key of the source's config."""
-_PERMUTED = ("llama",)
-_PLAIN = (*_PERMUTED, "qwen2", "qwen3", "mistral3", "phi3", "olmo2")
-"""Architectures whose other weights are stored as the source has them."""
 _FLOORS = {"8": 16.0, "6": 16.0, "5": 12.0, "4": 9.0, "3": 6.5, "2": 0.0}
 """First digit of a type's name → SQNR in dB under which a tensor counts as broken."""
 _RELATIVE = 1e-5
@@ -66,7 +66,7 @@ def verify_gguf(
     path: Path,
     source: Path | None,
     plan: PlannedLayers | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> VerifyReport:
     """`verify` for a directory that holds one GGUF file; see there."""
     start = time.monotonic()
@@ -83,7 +83,7 @@ def verify_gguf(
     report.findings += malformed
     if seal is not None:
         report.findings += check_seal(held, seal)
-    if source is None or held.architecture not in _PLAIN:
+    if source is None or not family_of(held.architecture).gguf:
         report.findings += _check_values(held)
     if source is not None and not report.errors:
         base = open_checkpoint(source)
@@ -189,7 +189,7 @@ def _compare(
     held: GgufFile,
     base: Checkpoint,
     plan: PlannedLayers | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     """Every tensor of the source against what is stored under llama.cpp's name of it."""
     pairs, findings = source_pairs(held, base)
@@ -202,7 +202,7 @@ def _compare(
             report.findings.append(
                 error("plan.not_quantized", f"{module} was to be quantized and is {kind}", AGAIN)
             )
-    if held.architecture not in _PLAIN:
+    if not family_of(held.architecture).gguf:
         said = f"values of the architecture {held.architecture} are not compared with the source"
         report.findings.append(info("gguf.values_not_compared", said, "evaluate it in llama.cpp"))
         return
@@ -280,7 +280,7 @@ def source_values(held: GgufFile, pair: Pair) -> torch.Tensor:
 
 def _heads(held: GgufFile, name: str) -> int:
     """Heads whose rows are permuted in this tensor, 0 when they are not."""
-    if held.architecture not in _PERMUTED:
+    if family_of(held.architecture).gguf != "permuted":
         return 0
     arch, count = held.architecture, held.metadata[f"{held.architecture}.attention.head_count"]
     if ".q_proj." in name:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in
+from quantkit.checkpoint.progress import Progress
 from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
 from quantkit.formats.quantized import QuantizedCheckpoint, examine
@@ -37,7 +37,6 @@ _MALFORMED = (
 )  # fmt: skip
 """What reading settings of the wrong types raises: a config is untrusted input."""
 
-Progress = Callable[[int, int], None]
 
 _FOLDING: dict[str, Folding] = {
     "modelopt": "never",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import subprocess
+import sys
 import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from quantkit.backends.environments.install import uv_install
 from quantkit.backends.environments.managed import (
     Spec,
     check,
@@ -28,25 +31,28 @@ TINY = Spec("tiny", "tiny_library", "tests", ("tiny-library==1.0",))
 SCRIPT = "tiny-hello"
 
 
-def wheel(folder: Path, version: str = "1.0", code: str = "VALUE = 1\n") -> Path:
+def wheel(
+    folder: Path, version: str = "1.0", code: str = "VALUE = 1\n", name: str = "tiny_library"
+) -> Path:
     """A real wheel of one module and one script, made by hand (PEP 427)."""
     folder.mkdir(exist_ok=True)
-    info = f"tiny_library-{version}.dist-info"
+    info = f"{name}-{version}.dist-info"
+    project = name.replace("_", "-")
     files = {
-        "tiny_library.py": f"{code}\ndef main():\n    print('hello')\n",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: tiny-library\nVersion: {version}\n",
+        f"{name}.py": f"{code}\ndef main():\n    print('hello')\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/entry_points.txt": f"[console_scripts]\n{SCRIPT} = tiny_library:main\n",
+        f"{info}/entry_points.txt": f"[console_scripts]\n{SCRIPT} = {name}:main\n",
     }
     record = ""
-    for name, text in files.items():
+    for file, text in files.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=")
-        record += f"{name},sha256={digest.decode()},{len(text)}\n"
+        record += f"{file},sha256={digest.decode()},{len(text)}\n"
     files[f"{info}/RECORD"] = record + f"{info}/RECORD,,\n"
-    path = folder / f"tiny_library-{version}-py3-none-any.whl"
+    path = folder / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
+        for file, text in files.items():
+            archive.writestr(file, text)
     return path
 
 
@@ -106,6 +112,87 @@ def test_wheels_that_lack_a_pin_are_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a directory"):
         create(TINY, tmp_path / "nowhere", print)
     assert not list(TINY.path.parent.glob("tiny-*"))
+
+
+@pytest.fixture
+def without_uv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(sys, "executable", str(python_alone(tmp_path)))
+
+
+def python_alone(folder: Path) -> Path:
+    """This interpreter in a folder of its own, where no uv lies beside it."""
+    link = folder / "alone" / "bin" / "python"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(Path(sys.executable).resolve())
+    return link
+
+
+def installers(spec: Spec) -> dict[str, str]:
+    """What each package of the environment says that installed it (PEP 627)."""
+    return {
+        file.parent.name: file.read_text().strip()
+        for file in spec.path.rglob("*.dist-info/INSTALLER")
+        if not file.parent.name.startswith(("pip-", "setuptools-"))
+    }
+
+
+def test_uv_fills_an_environment_where_it_is_installed(tmp_path: Path) -> None:
+    needs_uv()
+    wheel(tmp_path / "wheels")
+    create(TINY, tmp_path / "wheels", print)
+    assert installers(TINY) == {"tiny_library-1.0.dist-info": "uv"}
+    script = subprocess.run([TINY.path / "bin" / SCRIPT], capture_output=True, text=True)
+    assert script.stdout == "hello\n"
+
+
+def test_torch_comes_by_pip_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_uv()
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    wheels = tmp_path / "wheels"
+    wheel(wheels)
+    for build in ("2.13.0", "2.13.0+cpu"):
+        wheel(wheels, build, name="torch")
+    spec = Spec("tiny", "torch", "tests", ("torch==2.13.0", "tiny-library==1.0"))
+    create(spec, wheels, print)
+    assert installers(spec) == {
+        "torch-2.13.0+cpu.dist-info": "pip", "tiny_library-1.0.dist-info": "uv",
+    }  # fmt: skip
+
+
+def test_pip_does_what_uv_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_uv()
+    wheel(tmp_path / "wheels")
+    monkeypatch.setenv("UV_CONFIG_FILE", str(tmp_path / "nowhere"))
+    said: list[str] = []
+    create(TINY, tmp_path / "wheels", said.append)
+    assert "pip tries next" in said[1]
+    assert installers(TINY) == {"tiny_library-1.0.dist-info": "pip"}
+
+
+@pytest.mark.usefixtures("without_uv")
+def test_pip_fills_an_environment_without_uv(tmp_path: Path) -> None:
+    wheel(tmp_path / "wheels")
+    create(TINY, tmp_path / "wheels", print)
+    assert installers(TINY) == {"tiny_library-1.0.dist-info": "pip"}
+
+
+def test_uv_asks_nowhere_else_than_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_uv()
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    python = Path(sys.executable)
+    assert uv_install(python, None) is not None
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert uv_install(python, None) is None
+    assert uv_install(python, tmp_path) is not None
+
+
+def needs_uv() -> None:
+    if uv_install(Path(sys.executable), Path()) is None:
+        pytest.skip("uv is not installed")
 
 
 def test_the_key_follows_what_is_held() -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.backends.child import oom_kills
 from quantkit.backends.process import parent as process
 from quantkit.backends.process.job import Job, Result, Unit
-from quantkit.backends.process.parent import oom_kills, run_worker
+from quantkit.backends.process.parent import run_worker
 from quantkit.errors import BackendError, InputError
 from tests.support.helpers import alone
+from tests.support.processes import DAEMON, wait_until_gone
 
 ADAPTERS = Path(__file__).parent / "adapters"
 
@@ -94,21 +96,6 @@ def failure(
     assert caught.value.exit_code == 3
     assert caught.value.hint
     return caught.value
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 10
-    while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert [pid for pid in pids if is_alive(pid)] == []
 
 
 def test_worker_runs_where_quantkit_is_not_installed(tmp_path: Path, bare_python: Path) -> None:
@@ -292,6 +279,13 @@ def test_an_interpreter_that_is_none(tmp_path: Path) -> None:
 
 def test_what_a_worker_leaves_behind_is_killed(tmp_path: Path) -> None:
     assert run(tmp_path, "leaves_grandchild").ok
+    wait_until_gone([int((tmp_path / "out" / "pid").read_text())])
+
+
+def test_a_daemon_that_outlives_its_parent_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "daemon.py").write_text(DAEMON)
+    assert run(tmp_path, "leaves_daemon", options={"modules": str(tmp_path / "modules")}).ok
     wait_until_gone([int((tmp_path / "out" / "pid").read_text())])
 
 

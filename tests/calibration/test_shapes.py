@@ -9,7 +9,7 @@ import pytest
 from quantkit.calibration.config import FileSource
 from quantkit.calibration.documents import Document, Dropped, from_row
 from quantkit.calibration.load import load_calibration
-from quantkit.calibration.rows import guess_field
+from quantkit.calibration.rows import guess_fields
 from quantkit.calibration.shapes import ShapeError, read_messages
 from quantkit.calibration.sources import open_source
 from quantkit.errors import InputError
@@ -26,7 +26,7 @@ def test_a_conversation_is_read_and_its_id_is_not(tmp_path: Path, value: Any, su
     row = {"id": "0b7c", "conversations": value}
     file = tmp_path / f"chat.{suffix}"
     file.write_text(json.dumps([row] if suffix == "json" else row))
-    assert guess_field(file) == ("messages_field", "conversations")
+    assert guess_fields(file) == {"messages_field": "conversations"}
     assert read_messages(value) == PLAIN
 
 
@@ -47,14 +47,14 @@ def test_an_unread_shape_is_refused_beside_a_text(tmp_path: Path) -> None:
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps({"id": "0b7c", "turns": [{"speaker": "a", "said": "b"}]}))
     with pytest.raises(InputError, match="turns, in a shape") as error:
-        guess_field(file)
+        guess_fields(file)
     assert "{from, value}" in str(error.value.hint)
 
 
 def test_a_text_beside_other_lists_is_read(tmp_path: Path) -> None:
     file = tmp_path / "text.jsonl"
     file.write_text(json.dumps({"text": "words", "links": [{"url": "x"}]}))
-    assert guess_field(file) == ("text_field", "text")
+    assert guess_fields(file) == {"text_field": "text"}
 
 
 PAIRS: dict[str, tuple[dict[str, Any], str]] = {
@@ -111,15 +111,53 @@ def test_texts_that_are_no_pair_are_not_guessed(tmp_path: Path, row: dict[str, s
     file = tmp_path / "texts.jsonl"
     file.write_text(json.dumps(row))
     with pytest.raises(InputError, match="several fields that could be the text"):
-        guess_field(file)
+        guess_fields(file)
 
 
 def test_a_text_or_messages_beside_a_pair_are_read(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text(json.dumps({"prompt": "a", "response": "b", "text": "words"}))
-    assert guess_field(file) == ("text_field", "text")
+    assert guess_fields(file) == {"text_field": "text"}
     file.write_text(json.dumps({"prompt": "a", "response": "b", "messages": PLAIN}))
-    assert guess_field(file) == ("messages_field", "messages")
+    assert guess_fields(file) == {"messages_field": "messages"}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"id": "niv.1", "system_prompt": "Be brief.", "question": "hi", "response": "yes"}],
+         True),
+        ([{"system_prompt": "", "question": "hi", "response": "yes"}], False),
+        ([{"instruction": "hi", "output": "yes"}, {"instruction": "hi", "output": "yes",
+                                                   "system": "Be brief."}], True),
+        ([{"id": "7", "system": "Be brief.", "conversations": SHAREGPT}], True),
+        ([{"system": "Be long.", "messages": [SYSTEM, *PLAIN]}], True),
+        ([{"system": None, "messages": PLAIN}], False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_what_the_system_says_comes_first(
+    tmp_path: Path, rows: list[dict[str, Any]], said: bool, suffix: str
+) -> None:
+    file = tmp_path / f"chat.{suffix}"
+    if suffix == "parquet":
+        write_parquet(file, [{**dict.fromkeys(rows[-1]), **row} for row in rows])
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [source] = load_calibration(str(file)).sources
+    assert isinstance(source, FileSource)
+    found = [d.content for d in open_source(source).read(0) if isinstance(d, Document)]
+    assert len(found) == len(rows)
+    assert ([SYSTEM, *PLAIN] in found) == said
+    assert (PLAIN in found) == (not said or len(rows) > 1)
+
+
+def test_a_system_field_needs_a_conversation() -> None:
+    with pytest.raises(ValueError, match="system_field"):
+        FileSource(type="file", path="a.jsonl", text_field="text", system_field="system")
 
 
 BLANK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " \n"}]
@@ -132,6 +170,11 @@ BLANK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content":
         ({"messages_field": "messages"}, {"messages": PLAIN, "tools": 4}, "tools: neither"),
         ({"turn_fields": ["a", "b"]}, {"a": "hi", "b": " "}, "b is blank"),
         ({"turn_fields": ["a", "b"]}, {"a": "hi"}, "no b"),
+        (
+            {"turn_fields": ["a", "b"], "system_field": "c"},
+            {"a": "hi", "b": "yes", "c": 4},
+            "c: not a text",
+        ),
         ({"turn_fields": ["a", "b", "c"]}, {"a": "hi", "b": 4, "c": "yes"}, "a, b, c: not a text"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 
 from quantkit.calibration.config import FileSource, PackageSource, StdlibSource
 from quantkit.calibration.documents import Document, Dropped, passages, shuffled
+from quantkit.calibration.rows import read_rows
 from quantkit.calibration.shapes import READABLE
 from quantkit.calibration.sources import open_source
 from quantkit.errors import InputError
@@ -189,3 +190,20 @@ def test_the_order_is_a_permutation_of_the_seed() -> None:
     assert sorted(shuffled(100, 1)) == list(range(100))
     assert list(shuffled(100, 1)) == list(shuffled(100, 1)) != list(shuffled(100, 2))
     assert list(shuffled(6, 0)) == [3, 2, 1, 0, 4, 5]
+
+
+def test_texts_of_csv_stay_texts(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text('text\n007\nNA\n""\ntrue\n')
+    assert [row["text"] for row in read_rows(file, ["text"])] == ["007", "NA", "", "true"]
+
+
+def test_rows_of_parquet_are_made_when_asked_for(tmp_path: Path) -> None:
+    written = [{"text": str(n), "turns": [{"role": "user", "parts": [n]}]} for n in range(5)]
+    write_parquet(tmp_path / "a.parquet", written)
+    rows = read_rows(tmp_path / "a.parquet", ["turns"])
+    assert list(rows) == [{"turns": row["turns"]} for row in written]
+    assert rows[1:3] == list(rows)[1:3]
+    assert rows[-1] == rows[4]
+    with pytest.raises(IndexError):
+        rows[5]

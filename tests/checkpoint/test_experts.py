@@ -23,7 +23,10 @@ COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exper
 UNBUILT = {
     "lfm2_moe": "its sizes depend on a list of layer types",
     "zaya": "its config takes one number of experts a token only",
+    "deepseek_ocr2": "its sizes depend on a list of layer types",
+    "ernie4_5_vl_moe": "its experts are of two sizes",
     "musicgen": "no language model alone",
+    "vision-encoder-decoder": "it is made of two models",
     "musicgen_melody": "no language model alone",
 }
 SIZES = {
@@ -69,6 +72,9 @@ def test_where_nothing_tells_the_family_does_or_nobody() -> None:
         ("mlp.gate_proj", "linear"),
         ("mlp.gate_up_proj", "linear"),
         ("self_attn.gate", "linear"),
+        ("mlp.gating_network", "router"),
+        ("moe_gate", "router"),
+        ("self_attn.gating", "linear"),
     ],
 )
 def test_what_routes_is_a_router(module: str, kind: str) -> None:
@@ -111,6 +117,22 @@ def test_a_missing_head_is_said_unless_the_embedding_is_it() -> None:
     assert not any("output head" in note for note in planned(shapes, tied).notes)
 
 
+def listed_and_routed(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> None:
+    """Every weight is in one of the plan's lists, and what routes is not quantized."""
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if len(shape) > 1 and not name.endswith("bias"):
+            assert module in plan.layers or module in plan.kept, name
+        if "router" in name or name.endswith(("mlp.gate.weight", "mixer.gate.weight")):
+            assert module not in plan.layers, name
+
+
+def multimodal() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(families()))
+
+
 def families() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -134,11 +156,31 @@ def test_every_family_with_experts(family: str) -> None:
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in build(tiny).named_parameters()}
     plan = planned(shapes, tiny.to_dict())
-    for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        if len(shape) > 1 and not name.endswith("bias"):
-            assert module in plan.layers or module in plan.kept, name
-        if "router" in name or name.endswith(("mlp.gate.weight", "mixer.gate.weight")):
-            assert module not in plan.layers, name
+    listed_and_routed(shapes, plan)
     if expert_count(tiny.to_dict()):
         assert not any("no tensor is one by name" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("family", [name for name in multimodal() if name not in UNBUILT])
+def test_every_multimodal_family_with_experts(family: str) -> None:
+    """As above; the language model is cut to two layers in place, the tower stays whole."""
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    whole: Any = CONFIG_MAPPING[family]()
+    text = whole.get_text_config()
+    stated = text.to_dict()
+    counts = [key for key in COUNTS if isinstance(stated.get(key), int)]
+    if not counts:
+        return
+    for key, value in {**SIZES, **dict.fromkeys(counts, 4)}.items():
+        if isinstance(stated.get(key), int):
+            setattr(text, key, value)
+    for key, value in stated.items():
+        if isinstance(value, list) and len(value) == stated.get("num_hidden_layers"):
+            setattr(text, key, value[: SIZES["num_hidden_layers"]])
+    build: Any = AutoModelForImageTextToText.from_config
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in build(whole).named_parameters()}
+    plan = planned(shapes, whole.to_dict())
+    listed_and_routed(shapes, plan)
+    assert not [module for module in plan.layers if "vision" in module or ".visual." in module]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import pkgutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from typer.main import get_command
 
 import quantkit
 from quantkit import ProgressEvent, api
@@ -30,6 +32,7 @@ from tests.support.cli import inside
 
 ROOT = Path(__file__).parents[2]
 FUNCTIONS = ("quantize", "plan", "export", "verify", "validate", "load")
+RETURNED = (Outcome, PlanReport, VerifyReport, Report, Runtime)
 SOBER = ["canary_failures<=8", "canary_drift<=100"]
 
 
@@ -207,6 +210,34 @@ def test_load_generates(quantized: Path) -> None:
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=2).shape[1] <= 4
     assert {event.stage for event in events} == {"load"}
     assert events[-1].done == events[-1].total == 2
+    document = json.loads(json.dumps(model.to_json()))
+    assert document["layout"] == "compressed-tensors"
+    assert (document["device"], document["dtype"]) == ("cpu", "float32")
+    assert len(document["layers"]) == sum(model.kernels().values()) == 14
+    assert {layer["scheme"] for layer in document["layers"]} == {"w8a16"}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_a_function_returns_has_a_document(function: str) -> None:
+    returned = inspect.signature(getattr(api, function)).return_annotation
+    assert callable({c.__name__: c for c in RETURNED}[returned].to_json)
+
+
+RENAMED = {
+    "--gate": "gates", "--report": "reports", "--no-throughput": "throughput",
+}  # fmt: skip
+ELSEWHERE = {"--json": "to_json", "--dry-run": "plan"}
+"""Flags whose work another name of the API does."""
+
+
+@pytest.mark.parametrize("command", [name for name in FUNCTIONS if name != "load"])
+def test_every_flag_of_a_command_is_a_parameter_of_its_function(command: str) -> None:
+    from quantkit.cli.app import app
+
+    found = get_command(app).commands[command]  # type: ignore[attr-defined]
+    flags = {o for p in found.params for o in p.opts if o.startswith("--")} - {"--help"}
+    names = {RENAMED.get(flag, flag[2:].replace("-", "_")) for flag in flags - ELSEWHERE.keys()}
+    assert names <= inspect.signature(getattr(api, command)).parameters.keys()
 
 
 @pytest.mark.parametrize(

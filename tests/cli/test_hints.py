@@ -19,6 +19,7 @@ from tests.backends.test_refusals import UNWRITABLE
 from tests.cli.test_bad_input import REQUESTS
 from tests.engines.refused_plans import PLANS, Asked
 from tests.pipeline.test_engine_view import judged
+from tests.pipeline.test_situations import ROWS
 from tests.support.cli import inside
 from tests.support.families import CONFIGS, SMALL, model
 
@@ -99,7 +100,8 @@ def test_commands_are_quoted_for_the_shell() -> None:
 
 def follow(error: QuantkitError, *asked: str | Path) -> int:
     """Do what a refusal's hint says in every way that can be typed, and count them."""
-    ways: list[list[str]] = [[*map(str, asked), *more] for more in settings(error.hint)]
+    alone = COMMAND.sub("", error.hint)
+    ways: list[list[str]] = [[*map(str, asked), *more] for more in settings(alone)]
     ways += commands(error.hint)
     for way in ways:
         again = inside(*way)
@@ -183,3 +185,18 @@ def test_the_fix_of_an_engine_ends_elsewhere(case: Asked, tmp_path: Path) -> Non
         for other, more in enumerate(settings(reason[2])):
             again = told((*case.flags, *more), f"fixed{number}.{other}")
             assert reason[:2] not in [found[:2] for found in again], more
+
+
+REFUSED = [name for name, row in ROWS.items() if row.ask[0] == "plan" and row.code == 1]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_hint_of_a_situation(name: str, tmp_path: Path) -> None:
+    """Those that are commands; what is to be moved or merged by hand is told where it is tested."""
+    path, row = tmp_path / "its name", ROWS[name]
+    row.odd(path)
+    asked: Asking = tuple(str(path) if word == "@" else word for word in row.ask)
+    if "--engine" in asked:  # a verdict, not a refusal: followed with the engines' fixes
+        assert inside(*asked)[0] == 1
+        return
+    follow(refusal(*asked), *asked)

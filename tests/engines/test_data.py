@@ -123,6 +123,7 @@ def test_the_support_table_follows_the_rules() -> None:
     known: Any = {
         *SCHEMES, "fp8_e4m3_channel", "fp8_e4m3_tensor", "fp8_e4m3_tensor_fp8_e4m3_token",
         "fp8_e4m3_channel_fp8_e4m3_tensor", "fp8_e4m3_tensor_fp8_e4m3_tensor",
+            "int8_tensor_int8_tensor", "int8_tensor_int8_token",
     }  # fmt: skip
     for engine in engines().values():
         for layout, rule in engine.formats.items():

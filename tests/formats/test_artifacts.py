@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
-from quantkit.formats import inventory, registry
+from quantkit.formats import registry
 from quantkit.formats.base import Declaration, Format, QuantWeight, is_kv_cache_tensor
 from quantkit.formats.dequantize import dequantize
+from tests.support.helpers import tensor_name
 
 Artifact = Callable[[str], Path]
 
@@ -94,7 +95,7 @@ def test_declaration_fits_the_tensors(artifact: Artifact, name: str) -> None:
     left = dict(checkpoint.tensors)
     for module, spec in declaration.layers.items():
         for suffix, tensor in layout.expected(spec).items():
-            info = left.pop(inventory.tensor_name(module, suffix, spec), None)
+            info = left.pop(tensor_name(module, suffix, spec), None)
             if info is None:
                 assert not tensor.required, f"{module} has no {suffix}"
                 continue

@@ -17,7 +17,7 @@ from quantkit.formats import compressed_tensors, gptq, inventory, modelopt
 from quantkit.formats.base import Declaration
 from quantkit.formats.dequantize import dequantize
 from quantkit.formats.registry import detect
-from tests.support.helpers import copy_checkpoint, edit_json, edit_tensors
+from tests.support.helpers import copy_checkpoint, edit_json, edit_tensors, tensor_name
 
 Artifact = Callable[[str], Path]
 Config = dict[str, Any]
@@ -323,7 +323,7 @@ def test_fused_experts_of_modelopt(tmp_path: Path, transposed: bool) -> None:
     assert (spec.shape, spec.experts, spec.transposed) == ((2 * inner, hidden), experts, transposed)
     found = {}
     for suffix, tensor in modelopt.expected(spec).items():
-        full = inventory.tensor_name(name, suffix, spec)
+        full = tensor_name(name, suffix, spec)
         if full in checkpoint.tensors:
             assert checkpoint.tensors[full].shape in tensor.shapes
             found[suffix] = checkpoint.tensor(full)

@@ -12,7 +12,6 @@ from quantkit.formats.dequantize import (
     decode_e8m0,
     dequantize,
     effective_scale,
-    encode_e8m0,
 )
 from quantkit.formats.packing import (
     pack_awq,
@@ -23,6 +22,7 @@ from quantkit.formats.packing import (
     unpack_padded_words,
     unpack_words,
 )
+from tests.support.written import encode_e8m0
 
 
 def codes(rows: int, columns: int, bits: int) -> torch.Tensor:

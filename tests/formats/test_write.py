@@ -12,19 +12,15 @@ import pytest
 import torch
 
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
-from quantkit.formats import awq, compressed_tensors, gptq
-from quantkit.formats.base import LayerSpec, QuantWeight, WritableFormat
+from quantkit.formats import compressed_tensors, gptq
+from quantkit.formats.base import LayerSpec, QuantWeight
 from quantkit.formats.compressed_tensors_config import packing_of
 from quantkit.formats.dequantize import dequantize
+from quantkit.formats.registry import writer_named
 from tests.formats.test_artifacts import opened, read_layer
+from tests.support.written import WRITERS
 
 Artifact = Callable[[str], Path]
-
-WRITERS: dict[str, WritableFormat] = {
-    "compressed-tensors": compressed_tensors,
-    "gptq": gptq,
-    "awq": awq,
-}
 
 
 @pytest.mark.parametrize(
@@ -46,11 +42,10 @@ WRITERS: dict[str, WritableFormat] = {
 )
 def test_writes_the_library_s_bytes(artifact: Artifact, name: str, dtype: torch.dtype) -> None:
     checkpoint, layout, declaration = opened(artifact(name))
-    writer = WRITERS[layout.NAME]
     for module in [m for m in declaration.layers if ".layers.1." in m]:
         weight = read_layer(checkpoint, layout, declaration, module)
         weight = replace(weight, input_scale=None)
-        written = writer.write(weight, declaration.layers[module], dtype)
+        written = WRITERS[layout.NAME](weight, declaration.layers[module], dtype)
         stored = {
             tensor.rpartition(".")[2]: checkpoint.tensor(tensor)
             for tensor in checkpoint.tensors
@@ -143,19 +138,19 @@ SEEDED = [
 def test_round_trip(layout: str, scheme: Scheme, shape: tuple[int, int]) -> None:
     """Signed codes as a quantizer makes them: written, read, the same weight; specs met."""
     weight = seeded(scheme, shape)
-    writer = WRITERS[layout]
+    reader = writer_named(layout)
     packing = {"gptq": "gptq", "awq": "gemm"}.get(layout) or packing_of(scheme)
     spec = LayerSpec(scheme, packing, shape)
-    written = writer.write(weight, spec, torch.bfloat16)
-    for suffix, tensor in writer.expected(spec).items():
+    written = WRITERS[layout](weight, spec, torch.bfloat16)
+    for suffix, tensor in reader.expected(spec).items():
         assert suffix in written or not tensor.required
         if suffix in written:
             assert tuple(written[suffix].shape) in tensor.shapes, suffix
-    again = writer.read(written, spec)
+    again = reader.read(written, spec)
     assert torch.equal(dequantize(again), dequantize(weight))
     assert torch.equal(again.scale, weight.scale)
     assert again.bias is not None
-    twice = writer.write(again, spec, torch.bfloat16)
+    twice = WRITERS[layout](again, spec, torch.bfloat16)
     for suffix, first in written.items():
         assert same_bytes(twice[suffix], first), suffix
 
@@ -165,7 +160,7 @@ def test_gptq_zero_points_wrap(packing: str) -> None:
     """Zero point 0 is stored as -1 modulo 2^bits in the older layout."""
     spec = LayerSpec(SCHEMES["w4a16"].with_weight(group_size=32, symmetric=False), packing, (8, 32))
     weight = replace(seeded(spec.scheme, (8, 32)), zero_point=torch.full((8, 1), -8.0))
-    written = gptq.write(weight, spec, torch.float16)
+    written = WRITERS["gptq"](weight, spec, torch.float16)
     assert written["qzeros"].tolist() == [[-1 if packing == "gptq" else 0]]
     assert torch.equal(dequantize(gptq.read(written, spec)), dequantize(weight))
 

@@ -11,7 +11,8 @@ import pytest
 
 from quantkit.backends.process.job import NO_DATA, Result
 from quantkit.cli.output import Output
-from quantkit.pipeline import quantize as pipeline
+from quantkit.pipeline import process
+from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.request import Request, chosen_recipe
 
 
@@ -35,12 +36,12 @@ def test_identifiers_are_told_and_kept(
         assert ("identifiers" in capsys.readouterr().err) == identifiers
         return Result(calibration=dict(NO_DATA))
 
-    def end(*arguments: Any) -> None:
+    def end(*arguments: Any, trust_remote_code: bool) -> None:
         kept.extend(next(a for a in arguments if isinstance(a, Result)).notes)
 
-    monkeypatch.setattr(pipeline, "run_logged", worker)
-    monkeypatch.setattr(pipeline, "finish", end)
+    monkeypatch.setattr(process, "run_logged", worker)
+    monkeypatch.setattr(process, "finish", end)
     sizes = ["calibration.samples=8", "calibration.sequence_length=64"]
     recipe = chosen_recipe("modelopt_fp8", "", str(file), sizes)
-    pipeline.quantize(Request(str(small_model), recipe, tmp_path / "out"), Output())
+    quantize(Request(str(small_model), recipe, tmp_path / "out"), Output())
     assert any("hold identifiers" in note for note in kept) == identifiers

@@ -22,7 +22,7 @@ from quantkit.runtime.linear.kernels.base import GPU_ONLY, Kernel
 from quantkit.runtime.linear.kernels.select import KERNELS, choose
 from quantkit.runtime.network.decoder import Decoder
 from quantkit.runtime.network.graph import DecodeGraph, unsupported
-from tests.runtime.test_kernels import CPU, random_weight
+from tests.support.kernels import CPU, random_weight
 
 GPU = torch.device("cuda")
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

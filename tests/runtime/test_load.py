@@ -19,8 +19,8 @@ from quantkit.formats.dequantize import dequantize
 from quantkit.runtime.load import load
 from quantkit.runtime.loading.fuse import harmonize, join
 from tests.formats.test_artifacts import CASES, opened, read_layer
-from tests.runtime.test_kernels import random_weight
 from tests.support.helpers import copy_checkpoint, edit_json, edit_tensors
+from tests.support.kernels import random_weight
 from tests.support.streaming import tensors_of
 
 Artifact = Callable[[str], Path]

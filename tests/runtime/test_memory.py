@@ -18,7 +18,8 @@ from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.formats import compressed_tensors
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.compressed_tensors_config import packing_of
-from tests.runtime.test_kernels import random_weight
+from tests.support import written
+from tests.support.kernels import random_weight
 from tests.support.streaming import plain_layers, tensors_of, write_model
 
 MEASURE = """
@@ -70,8 +71,8 @@ def quantized(source: Path, out: Path, name: str) -> Path:
         weight = replace(random_weight(scheme, (rows, columns)), zero_point=None)
         if scheme.weight.is_int:
             weight = replace(weight, q=weight.q.view(torch.int8) >> (8 - scheme.weight.bits))
-        written = compressed_tensors.write(weight, spec, torch.bfloat16)
-        tensors.update({f"{module}.{suffix}": t for suffix, t in written.items()})
+        stored = written.compressed_tensors(weight, spec, torch.bfloat16)
+        tensors.update({f"{module}.{suffix}": t for suffix, t in stored.items()})
         layers[module] = spec
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = compressed_tensors.quantization_config(layers, ["lm_head"])

@@ -200,18 +200,6 @@ def test_prompts_and_answers_fit_the_positions(
     assert fitting(256, 32, longest) == wanted
 
 
-def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
-    config = AutoConfig.for_model(
-        "qwen3_moe", **SMALL, num_experts=4, moe_intermediate_size=32, head_dim=16
-    )
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    model.save_pretrained(tmp_path)
-    with pytest.raises(InputError) as caught:
-        load(tmp_path)
-    assert caught.value.code == "runtime.architecture"
-    assert "mixture of experts" in caught.value.message
-
-
 @pytest.mark.parametrize(("heads", "kv_heads", "count"), [(9, 3, 300), (4, 4, 64), (8, 1, 129)])
 def test_attention_in_blocks_is_causal_attention(heads: int, kv_heads: int, count: int) -> None:
     generator = torch.Generator().manual_seed(count)

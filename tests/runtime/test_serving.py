@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from quantkit.validation.subjects.builtin import Builtin
 from quantkit.validation.subjects.engines import opener
 from tests.runtime.test_launch import modelopt
 from tests.support.helpers import edit_json
+from tests.support.processes import DAEMON, is_alive, wait_until_gone
 from tests.support.rtn import rtn
 
 
@@ -166,7 +168,9 @@ def test_transformers_agrees_and_a_killed_engine_says_so(
         transformers.generate([[1, 2, 3]], 2)
     assert caught.value.code == "engine.killed"
     log = Path(caught.value.hint.removeprefix("read "))
+    transformers.close()
     assert log.is_file()
+    log.unlink()
 
 
 @pytest.mark.engine
@@ -246,6 +250,29 @@ def test_the_sglang_driver_speaks_its_documented_interface(
     assert process.seconds([[5, 6]], 3) > 0
     process.close()
     assert not process.log.exists()
+
+
+def test_a_daemon_that_outlives_its_engine_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = tmp_path / "daemon"
+    (tmp_path / "sglang.py").write_text(f"{DOCUMENTED}\n{DAEMON}\nleave_daemon({str(note)!r})")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    engine: EngineProcessSpec = ENGINES["sglang"]
+    order = EngineOrder(engine.driver, str(tmp_path), "auto", (2,), 64, 1)
+    process = EngineProcess(engine, Path(sys.executable), order)
+    daemon = int(note.read_text())
+    assert is_alive(daemon)
+    process.close()
+    wait_until_gone([daemon])
+
+
+def test_an_engine_whose_interpreter_is_gone(tmp_path: Path) -> None:
+    engine: EngineProcessSpec = ENGINES["sglang"]
+    order = EngineOrder(engine.driver, str(tmp_path), "auto", (2,), 64, 1)
+    with pytest.raises(BackendError, match=r"cannot be started with .*absent") as caught:
+        EngineProcess(engine, tmp_path / "absent", order)
+    assert caught.value.hint == "quantkit env check sglang"
 
 
 def test_logprobs_of_other_tokens_are_not_believed() -> None:

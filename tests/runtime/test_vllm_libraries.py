@@ -16,7 +16,7 @@ from quantkit.runtime.linear.kernels import base, marlin_vllm
 from quantkit.runtime.vllm_ops import cuda as vllm_cuda_operators
 from quantkit.runtime.vllm_ops import library as vllm_library
 from quantkit.validation.subjects.builtin import has_vllm_operators
-from tests.runtime.test_kernels import random_weight
+from tests.support.kernels import random_weight
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,6 @@ from compressed_tensors.quantization.utils import (
 )
 
 from quantkit.backends.streaming.encode import declared, encoder
-from quantkit.backends.streaming.rows_in import TORCH_DTYPES
 from quantkit.backends.streaming.rtn import (
     E4M3_UNIT,
     Clip,
@@ -31,6 +30,7 @@ from quantkit.backends.streaming.rtn import (
     quantize_rows,
 )
 from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.tensors import torch_dtypes
 from tests.support.streaming import scheme_named
 
 PRESETS = {
@@ -123,8 +123,8 @@ def test_bytes_are_those_of_compressed_tensors(name: str, dtype: torch.dtype) ->
         for suffix, tensor in theirs.items():
             stored, size = promised[suffix]
             assert ours[suffix].shape == tensor.shape == torch.Size(size), suffix
-            if stored in TORCH_DTYPES:
-                assert ours[suffix].dtype == TORCH_DTYPES[stored]
+            if stored in torch_dtypes():
+                assert ours[suffix].dtype == torch_dtypes()[stored]
             same = ours[suffix].contiguous().view(torch.uint8)
             assert torch.equal(same, tensor.contiguous().view(torch.uint8)), suffix
 

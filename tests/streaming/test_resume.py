@@ -78,10 +78,15 @@ def killed(process: subprocess.Popen[str], out: Path, delay: float) -> str:
     return told
 
 
-def test_kills_at_random_moments_resume_to_the_same_bytes(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "seed", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in range(20, 36))]
+)
+def test_kills_at_random_moments_resume_to_the_same_bytes(
+    seed: int, model: Path, tmp_path: Path
+) -> None:
     stream(model, tmp_path / "whole", "nvfp4a16")
     expected = files_of(tmp_path / "whole")
-    chance = random.Random(4)
+    chance = random.Random(seed)
     out = tmp_path / "out"
     done = [killed(child(model, out, "resume"), out, chance.random() * 0.1) for _ in range(3)]
     assert not all(done)
@@ -232,12 +237,12 @@ def test_a_stop_while_the_result_is_verified_costs_no_shard(
         quantize(request, Stops("verify"))
     (partial / "quantkit.json").write_text("{}")  # as a kill later on would leave it
     before = (partial / "model.safetensors").stat().st_mtime_ns
-    document = quantize(replace(request, resume=True), Quiet()).provenance
+    made = quantize(replace(request, resume=True), Quiet()).provenance
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     assert {path.name for path in out.iterdir()} >= {"config.json", "quantkit.json", "README.md"}
     assert not list(out.glob(".*"))
     assert not partial.exists()
-    assert not [note for note in document["notes"] if "removed" in note]
+    assert not [note for note in made.notes if "removed" in note]
 
 
 FULL = """

@@ -17,11 +17,12 @@ from quantkit.backends.streaming.crew import hands
 from quantkit.backends.streaming.job import Piece, ShardTask, Slice, StreamOptions, Work
 from quantkit.backends.streaming.resources import worker_count
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo, open_checkpoint
-from quantkit.errors import InputError
-from quantkit.formats import awq, compressed_tensors, compressed_tensors_config, gptq
+from quantkit.errors import BackendError, InputError
+from quantkit.formats import awq, compressed_tensors, compressed_tensors_config
 from quantkit.formats.base import LayerSpec
 from quantkit.formats.dequantize import dequantize
 from tests.support.helpers import copy_checkpoint, edit_tensors
+from tests.support.processes import DAEMON, is_alive, wait_until_gone
 from tests.support.rtn import tiny_moe
 from tests.support.streaming import (
     plain_layers,
@@ -31,6 +32,7 @@ from tests.support.streaming import (
     tensors_of,
     write_model,
 )
+from tests.support.written import WRITERS
 
 SCHEMES = (
     "fp8_dynamic", "fp8_block", "w8a8_dynamic", "w8a16", "w8a16::asymmetric", "w4a16:64",
@@ -77,7 +79,6 @@ def test_gptq_and_awq_layouts(layout: str, small_model: Path, tmp_path: Path) ->
     result = stream(small_model, tmp_path / layout, scheme, layout=layout)
     stream(small_model, tmp_path / "plain", scheme)
     ours, plain = tensors_of(tmp_path / layout), tensors_of(tmp_path / "plain")
-    written = {"gptq": gptq, "awq": awq}[layout]
     for name in ("model.layers.0.mlp.down_proj", "model.layers.2.self_attn.k_proj"):
         shape = shape_of(open_checkpoint(small_model), name)
         spec = LayerSpec(scheme_named(scheme), "pack-quantized", shape)
@@ -85,7 +86,7 @@ def test_gptq_and_awq_layouts(layout: str, small_model: Path, tmp_path: Path) ->
         parts = {s: plain[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in plain}
         weight = compressed_tensors.read(parts, spec)
         packing = "gptq" if layout == "gptq" else awq.PACKING
-        expected = written.write(
+        expected = WRITERS[layout](
             weight, LayerSpec(spec.scheme, packing, shape), torch.bfloat16
         )  # fmt: skip
         for suffix, tensor in expected.items():
@@ -284,6 +285,34 @@ def test_workers_share_the_session_of_the_command_but_not_its_group() -> None:
         assert len(workers) >= 3
         assert {os.getsid(pid) for pid in workers} == {os.getsid(0)}
         assert os.getpgid(0) not in {os.getpgid(pid) for pid in workers}
+
+
+def test_a_daemon_that_outlives_its_parent_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = tmp_path / "daemon"
+    (tmp_path / "sitecustomize.py").write_text(f"{DAEMON}\nleave_daemon({str(note)!r})")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with hands(2, "cpu", StreamOptions()) as crew:
+        crew.start()
+        daemon = int(note.read_text())
+        assert is_alive(daemon)
+    wait_until_gone([daemon])
+
+
+def test_what_a_worker_did_not_expect_is_a_sentence_and_a_log(small_model: Path) -> None:
+    """A device that torch knows and this machine lacks."""
+    info = open_checkpoint(small_model).tensors["model.norm.weight"]
+    with hands(2, "xpu", StreamOptions()) as crew:
+        crew.start()
+        with pytest.raises(BackendError) as caught:
+            crew.do([Slice(info, 0, 1, info.shape[0])], lambda *_: None)
+    assert caught.value.code == "stream.worker_failed"
+    assert "Traceback" not in caught.value.message
+    assert "\n" not in caught.value.message
+    log = Path(caught.value.hint.removeprefix("read ").partition(";")[0])
+    assert "Traceback" in log.read_text()
+    log.unlink()
 
 
 def test_scalars_integers_and_empty_tensors_are_copied(tmp_path: Path) -> None:

@@ -67,3 +67,18 @@ def inside(*args: str | Path) -> tuple[int, str, str]:
         return app([*map(str, args)], standalone_mode=False) or 0, "", ""
     except QuantkitError as error:
         return error.exit_code, error.code, error.message
+
+
+def said(*args: str | Path) -> tuple[int, str]:
+    """Run `quantkit ARGS` in this process: its exit code, and all that a user reads."""
+    from typer.testing import CliRunner
+
+    from quantkit.cli.app import app
+
+    done = CliRunner().invoke(app, [*map(str, args)])
+    if isinstance(done.exception, QuantkitError):
+        error = done.exception
+        return error.exit_code, f"{done.stderr}\nerror {error.code}: {error}\nhint: {error.hint}"
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, " ".join((done.stdout + done.stderr).replace("│", " ").split())

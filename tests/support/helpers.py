@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint.directory import is_sidecar
 from quantkit.checkpoint.network.modules import layer_index
+from quantkit.formats.base import LayerSpec
 
 
 @contextmanager
@@ -66,3 +67,10 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], ob
         file,
         metadata={"format": "pt"},
     )
+
+
+def tensor_name(module: str, suffix: str, spec: LayerSpec) -> str:
+    """The full name of a declared layer's tensor (the inverse of `inventory.take`)."""
+    if spec.experts:
+        return module if suffix == "weight" else f"{module}_{suffix}"
+    return f"{module}.{suffix}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from quantkit.backends.registry import load_recipe
 from quantkit.errors import InputError
 from quantkit.recipe.gates import METRICS, Gate, outcome, parse_gate
 from quantkit.validation.judge.bootstrap import (
+    LEVEL,
     PART_INDICES,
+    RESAMPLES,
     Measured,
     exact,
     missing,
@@ -109,6 +112,32 @@ def test_resamples_are_drawn_in_parts_and_are_always_the_same() -> None:
     assert np.array_equal(parts[0], next(resamples(60_000)))
     whole = np.random.default_rng(0).integers(0, 10_000, (2000, 10_000))
     assert np.array_equal(np.concatenate(list(resamples(10_000))), whole)
+
+
+def interval_end(values: np.typing.NDArray[np.float64]) -> float:
+    interval = sampled(values).interval
+    assert interval is not None
+    return interval[1]
+
+
+@pytest.mark.parametrize("count", [8, 33, 500])
+def test_interval_of_a_mean_is_that_of_scipy(count: int) -> None:
+    values = np.random.default_rng(count).lognormal(-4, 1, count)
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="BCa",
+        rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    assert sampled(values).interval == pytest.approx((theirs.low, theirs.high), rel=1e-9)
+    ratio = sampled(values, np.exp).interval
+    assert ratio == pytest.approx((np.exp(theirs.low), np.exp(theirs.high)), rel=1e-9)
+    less = sampled(values, np.negative).interval
+    assert less == pytest.approx((-theirs.high, -theirs.low), rel=1e-9)
+
+
+def test_a_few_hard_windows_raise_the_upper_end() -> None:
+    rng = np.random.default_rng(0)
+    missed = sum(interval_end(rng.lognormal(-4, 1, 32)) < np.exp(-3.5) for _ in range(400))
+    assert missed <= 45  # percentile intervals end too low 55 times
 
 
 def test_interval_holds_the_truth_as_often_as_it_says_and_narrows_with_samples() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from quantkit.backends.registry import load_recipe
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.gguf import GgufFile, GgufTensor
+from quantkit.checkpoint.provenance import Calibration, Provenance
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.checkpoint.sources import remember_source, source_of
 from quantkit.errors import BackendError, InputError
@@ -325,10 +327,9 @@ def test_text_that_calibration_saw_is_refused(
     candidate = open_candidate(checkpoints["8"], str(small_model))
     seen = eval_text(text, tokenizer_of(small_model), 2, None)
     recipe = load_recipe("modelopt_fp8", tuple(f"calibration.{k}={v}" for k, v in mixture.items()))
-    provenance = {
-        "calibration": {"digest": tokens.digest},
-        "recipe": recipe.model_dump(mode="json"),
-    }
+    provenance = Provenance(
+        calibration=Calibration(digest=tokens.digest), recipe=recipe.model_dump(mode="json")
+    )
     share = seen_by_calibration(seen, provenance, candidate.baseline.path)
     assert share is not None
     assert share > 0.9
@@ -336,6 +337,6 @@ def test_text_that_calibration_saw_is_refused(
         refuse_seen(seen, share)
     held_out = eval_text(None, tokenizer_of(small_model), 4, None)
     assert seen_by_calibration(held_out, provenance, small_model) == pytest.approx(0, abs=0.01)
-    provenance["calibration"] = {"digest": "0" * 64}
-    assert seen_by_calibration(held_out, provenance, small_model) is None
+    other = replace(provenance, calibration=Calibration(digest="0" * 64))
+    assert seen_by_calibration(held_out, other, small_model) is None
     assert seen_by_calibration(held_out, None, small_model) is None

@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from quantkit.backends.environments.managed import spec_named
 from quantkit.errors import BackendError
@@ -91,6 +92,9 @@ def test_numbers_are_in_the_checkpoint_which_still_verifies(
     assert "were not measured" not in card
     assert "no gate failed, 1 undecided." in card
     assert card.count("## Measured") == card.count("## How it was made") == 1
+    results = {one.metric_type: one.metric_value for one in ModelCard(card).data["eval_results"]}
+    assert results["perplexity"] == round(found["values"]["perplexity"]["quantized"], 4)
+    assert results.keys() == {"perplexity", "kl_divergence", "accuracy"}
     assert verify(sealed, small_model).ok
 
 

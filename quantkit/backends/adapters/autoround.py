@@ -22,6 +22,7 @@ from quantkit.backends.adapters.common import (
     usual_scheme,
     warnings_as_notes,
 )
+from quantkit.backends.adapters.places import locate
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.process.job import Job, JobError, Reporter, Result
 
@@ -39,6 +40,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     with warnings_as_notes(report), logs_as_notes("autoround", report):
         report.stage("load")
         model = load_model(job)
+        locate(model, job)
         tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
         tokens = Tokens(job) if job.tokens else None
         witness = SeenTokens(tokens, report)

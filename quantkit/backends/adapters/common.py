@@ -6,7 +6,7 @@ import logging
 import random
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from quantkit.backends.process.job import Job, JobError, JobInputError, Reporter
+from quantkit.backends.process.job import Job, JobError, Reporter
 from quantkit.checkpoint.schemes import NumberFormat, Scheme
 
 _TELLING = re.compile(
@@ -41,10 +41,10 @@ def usual_scheme(job: Job) -> Scheme:
     return job.scheme
 
 
-def modules_by_scheme(job: Job) -> dict[Scheme, list[str]]:
-    """The modules of the plan that share a scheme, in the plan's order."""
+def modules_by_scheme(layers: Mapping[str, Scheme]) -> dict[Scheme, list[str]]:
+    """The modules that share a scheme, in the order of the plan."""
     groups: dict[Scheme, list[str]] = {}
-    for name, scheme in job.layers.items():
+    for name, scheme in layers.items():
         groups.setdefault(scheme, []).append(name)
     return groups
 
@@ -59,10 +59,7 @@ def bits_and_group(number: NumberFormat) -> dict[str, Any]:
 
 
 def load_model(job: Job) -> Any:
-    """The model in the dtype of its checkpoint, on the job's device.
-
-    Raises JobInputError when a layer of the plan is not in it.
-    """
+    """The model in the dtype of its checkpoint, on the job's device."""
     placement = {} if job.device == "cpu" else {"device_map": {"": job.device}}
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         job.model,
@@ -71,15 +68,6 @@ def load_model(job: Job) -> Any:
         trust_remote_code=job.trust_remote_code,
         **placement,
     )
-    present = {name for name, _ in model.named_modules()}
-    absent = sorted(set(job.layers) - present)
-    if absent:
-        raise JobInputError(
-            f"{len(absent)} modules of the plan are not in the model that Transformers builds from "
-            f"{job.model}: {absent[:3]}.",
-            hint="put them on the recipe's ignore list",
-            code="worker.layers_absent",
-        )
     return model.eval()
 
 
@@ -107,9 +95,12 @@ def folded(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> d
     return {"norm": changed} if changed else {}
 
 
-def check_followed(job: Job, quantized: set[str]) -> None:
-    """Raise JobError unless the library quantized exactly the modules of the plan."""
-    wanted = set(job.layers)
+def check_followed(job: Job, quantized: set[str], planned: Collection[str] | None = None) -> None:
+    """Raise JobError unless the library quantized exactly the modules of the plan.
+
+    `planned` are their names in the model, where those are not the checkpoint's.
+    """
+    wanted = set(job.layers if planned is None else planned)
     missed, extra = sorted(wanted - quantized), sorted(quantized - wanted)
     if missed or extra:
         raise JobError(

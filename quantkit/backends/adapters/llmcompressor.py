@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor import oneshot
+from llmcompressor.modeling.moe.linearize import repack_moe
 from llmcompressor.modifiers.autoround import AutoRoundModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -26,10 +28,17 @@ from quantkit.backends.adapters.common import (
     norms,
     seed_everything,
     telling,
-    unplanned,
     usual_scheme,
     warnings_as_notes,
 )
+from quantkit.backends.adapters.experts_seen import ExpertsSeen, settled
+from quantkit.backends.adapters.kept_lists import complete_lists
+from quantkit.backends.adapters.linear_experts import (
+    checkpoint_names,
+    others,
+    separate_experts,
+)
+from quantkit.backends.adapters.places import expert_blocks, kept_layers, locate
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.process.job import Job, Reporter, Result
 from quantkit.checkpoint.schemes import NumberFormat
@@ -41,38 +50,59 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     with warnings_as_notes(report), _log_as_notes(report):
         report.stage("load")
         model = load_model(job)
+        found, kept = locate(model, job), kept_layers(model, job)
+        mixture = any(place.parameter for place in found.values())
+        layers = separate_experts(model, found, rename=mixture)
+        planned = {name: job.layers[layer] for layer, names in layers.items() for name in names}
         tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
         before = norms(model)
-        modifiers = _modifiers(job, model)
+        modifiers = _modifiers(job, planned, others(model, planned))
         fallbacks = [m._rtn_fallback_module_names for m in modifiers if isinstance(m, GPTQModifier)]
         call = {"model": model, "recipe": modifiers, "processor": tokenizer}
         if job.tokens is None:
             report.stage("quantize")
             oneshot(**call)
         else:
-            _calibrate(call, job, report, result)
-        check_followed(job, _quantized(model))
+            _calibrate(call, job, report, result, planned, expert_blocks(found))
+        check_followed(job, _quantized(model), planned)
         result.folds = folded(before, norms(model))
         for name in [name for names in fallbacks for name in names]:
             report.note(f"{name}: rounded to nearest, its Hessian could not be inverted")
         report.stage("save")
+        if not mixture:
+            repack_moe(model)
         model.save_pretrained(job.out, save_compressed=True, max_shard_size=job.shard_size)
+        complete_lists(Path(job.out), kept, checkpoint_names(model, {**found, **kept}))
 
 
-def _calibrate(call: dict[str, Any], job: Job, report: Reporter, result: Result) -> None:
+def _calibrate(
+    call: dict[str, Any],
+    job: Job,
+    report: Reporter,
+    result: Result,
+    planned: Collection[str],
+    blocks: Mapping[str, str],
+) -> None:
     tokens = Tokens(job)
     witness = SeenTokens(tokens, report)
+    experts = ExpertsSeen(call["model"], blocks, tokens, job.batch_size)
     # A loader of our own keeps order, length and padding; a data set would be shuffled and cut.
     loader: DataLoader[Any] = DataLoader(tokens.batches(job.batch_size), batch_size=None)  # type: ignore[arg-type]
-    with witness.watch(call["model"], "calibrate", job.layers):
-        oneshot(**call, dataset=loader, num_calibration_samples=len(tokens))
+    with witness.watch(call["model"], "calibrate", planned), experts.watch(feed=False):
+        oneshot(
+            **call,
+            dataset=loader,
+            num_calibration_samples=len(tokens),
+            moe_calibrate_all_experts=job.experts == "all",
+        )
     result.calibration = witness.summary()
+    result.experts = settled(job, experts.summary())
 
 
-def _modifiers(job: Job, model: torch.nn.Module) -> list[Any]:
+def _modifiers(job: Job, planned: Mapping[str, Any], ignore: list[str]) -> list[Any]:
     """The library's recipe: an optional fold, then what rounds the weights."""
-    groups = {f"group_{number}": scheme for number, scheme in enumerate(_groups(job))}
-    target: dict[str, Any] = {"config_groups": groups, "ignore": unplanned(model, job)}
+    groups = {f"group_{number}": scheme for number, scheme in enumerate(_groups(planned))}
+    target: dict[str, Any] = {"config_groups": groups, "ignore": ignore}
     if job.kv_cache == "fp8":
         target["kv_cache_scheme"] = QuantizationArgs(
             num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False
@@ -100,9 +130,9 @@ def _modifiers(job: Job, model: torch.nn.Module) -> list[Any]:
     return [*modifiers, QuantizationModifier(**target)]
 
 
-def _groups(job: Job) -> Iterator[QuantizationScheme]:
+def _groups(planned: Mapping[str, Any]) -> Iterator[QuantizationScheme]:
     """One group a scheme; the only group of a plan names the class, several name their modules."""
-    schemes = modules_by_scheme(job)
+    schemes = modules_by_scheme(planned)
     for scheme, names in schemes.items():
         yield QuantizationScheme(
             targets=["Linear"] if len(schemes) == 1 else names,

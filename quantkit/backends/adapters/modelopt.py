@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -17,12 +19,25 @@ from quantkit.backends.adapters.common import (
     seed_everything,
     warnings_as_notes,
 )
+from quantkit.backends.adapters.experts_seen import ExpertsSeen, settled
+from quantkit.backends.adapters.kept_lists import complete_lists
 from quantkit.backends.adapters.modelopt_config import (
     check_calibrated,
+    keep_blocks,
+    leave_fused,
+    planned_names,
     quant_config,
     quantized_layers,
 )
 from quantkit.backends.adapters.modelopt_state import restore_state, save_state
+from quantkit.backends.adapters.places import (
+    Place,
+    expert_blocks,
+    kept_layers,
+    locate,
+    places,
+    renamed_modules,
+)
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.process.job import Job, Reporter, Result
 
@@ -35,36 +50,49 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         model = load_model(job)
         if job.task == "export":
             report.stage("restore")
+            found = places(model, job.layers)
             model = restore_state(model, job)
             if job.layers:
-                check_followed(job, set(quantized_layers(model)))
+                check_followed(job, set(quantized_layers(model)), planned_names(model, found))
         else:
             _quantize(model, job, report, result)
             if job.checkpoint_save:
                 report.stage("save state")
                 save_state(model, job, result)
         report.stage("export")
+        kept = kept_layers(model, job)
+        leave_fused(model, kept.values())
         before = norms(model)
         export_hf_checkpoint(model, export_dir=job.out, max_shard_size=job.shard_size)
+        complete_lists(Path(job.out), [*kept, *result.kept], renamed_modules(kept))
         result.folds = folded(before, norms(model))
 
 
 def _quantize(model: torch.nn.Module, job: Job, report: Reporter, result: Result) -> None:
-    config = quant_config(job, model)
-    calibration = Calibration(job, report) if job.tokens else None
+    found = locate(model, job)
+    config = quant_config(job, model, found)
+    calibration = Calibration(job, report, model, found) if job.tokens else None
     report.stage("quantize")
     mtq.quantize(model, config, calibration.run if calibration else None)
-    check_followed(job, set(quantized_layers(model)))
+    check_followed(job, set(quantized_layers(model)), planned_names(model, found))
     calibrated = check_calibrated(config, model)
     if calibration is not None:
         result.calibration = calibration.witness.summary(calibrated)
+        result.experts = settled(job, calibration.experts.summary())
+        if job.on_unseen == "keep16":
+            kept = {name.rpartition(".")[0] for name in result.experts.get("under_floor", ())}
+            result.kept = keep_blocks(model, found, kept)
 
 
 class Calibration:
     """Forward passes over the job's tokens, watched by a witness."""
 
-    def __init__(self, job: Job, report: Reporter) -> None:
+    def __init__(
+        self, job: Job, report: Reporter, model: torch.nn.Module, found: Mapping[str, Place]
+    ) -> None:
         self.tokens = Tokens(job)
+        self.experts = ExpertsSeen(model, expert_blocks(found), self.tokens, job.batch_size)
+        self.feed = job.experts == "all"
         self.witness = SeenTokens(self.tokens, report)
         self.report = report
         self.batch_size = job.batch_size
@@ -83,7 +111,7 @@ class Calibration:
         self.report.stage(name, len(batches))
         hook = model.get_input_embeddings().register_forward_pre_hook(self.witness.embedded)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.experts.watch(feed=self.feed):
                 for done, batch in enumerate(batches, 1):
                     moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
                     model(**moved, **options)

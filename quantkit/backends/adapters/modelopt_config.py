@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
+from modelopt.torch.export.registry import ExportContext, PrepareMoEInputsRegistry
+from modelopt.torch.opt.dynamic import DynamicModule
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
 
 from quantkit.backends.adapters.common import usual_scheme
+from quantkit.backends.adapters.places import Place, expert_blocks, fused_tensors
 from quantkit.backends.adapters.seen_tokens import never_ran
 from quantkit.backends.process.job import Job, JobError, JobInputError
 
@@ -35,8 +39,8 @@ _SCALING_ALGORITHMS = ("smoothquant", "awq_lite", "awq_full")
 """Algorithms that give every layer a scale of its input channels, found with the data."""
 
 
-def quant_config(job: Job, model: torch.nn.Module) -> dict[str, Any]:
-    """The config for `mtq.quantize` that quantizes exactly the modules of `job.layers`.
+def quant_config(job: Job, model: torch.nn.Module, found: Mapping[str, Place]) -> dict[str, Any]:
+    """The config for `mtq.quantize` that quantizes exactly the layers of the plan, at `found`.
 
     The library's lists of names to leave alone are not used: the plan is the authority, so every
     other module with a weight is switched off by its exact name. Classes that it leaves alone
@@ -51,13 +55,43 @@ def quant_config(job: Job, model: torch.nn.Module) -> dict[str, Any]:
             entries.append({**entry, "cfg": _with_group(entry["cfg"], job)})
         elif entry.get("parent_class"):
             entries.append(entry)
-    off = set(job.keep) | set(_weighted(model)) - set(job.layers)
-    entries += [{"quantizer_name": f"{name}.*", "enable": False} for name in sorted(off)]
+    planned = {place.module for place in found.values() if not place.parameter}
+    planned |= set(fused_tensors(model))
+    off = {f"{name}.*" for name in set(_weighted(model)) - planned}
+    off |= set(_experts_off(model, found))
+    entries += [{"quantizer_name": name, "enable": False} for name in sorted(off)]
     config = {"quant_cfg": entries, "algorithm": algorithm}
     if job.kv_cache != "none":
         kv_preset = getattr(mtq, KV_PRESETS[job.kv_cache])
         config = update_quant_cfg_with_kv_cache_quant(config, kv_preset["quant_cfg"])
     return config
+
+
+def _experts_off(model: torch.nn.Module, found: Mapping[str, Place]) -> Iterator[str]:
+    """Patterns of the quantizers of fused experts that the plan leaves alone."""
+    planned = planned_names(model, found)
+    for name, tensors in fused_tensors(model).items():
+        for tensor, count in tensors.items():
+            names = [f"{name}.{tensor}.{index}" for index in range(count)]
+            if not planned.intersection(names):
+                yield f"{name}.{tensor}_*"
+            else:
+                left = [index for index in range(count) if names[index] not in planned]
+                yield from (f"{name}.{tensor}_weight_quantizers.{index}" for index in left)
+
+
+def planned_names(model: torch.nn.Module, found: Mapping[str, Place]) -> set[str]:
+    """What `quantized_layers` must find: modules, and `module.tensor.expert` of fused experts."""
+    tensors = fused_tensors(model)
+    names = set()
+    for place in found.values():
+        if not place.parameter:
+            names.add(place.module)
+            continue
+        count = tensors[place.module][place.parameter]
+        experts = range(count) if place.expert is None else [place.expert]
+        names |= {f"{place.module}.{place.parameter}.{expert}" for expert in experts}
+    return names
 
 
 def check_calibrated(config: dict[str, Any], model: torch.nn.Module) -> int:
@@ -68,16 +102,12 @@ def check_calibrated(config: dict[str, Any], model: torch.nn.Module) -> int:
     """
     method = _method(config["algorithm"])
     missing, broken, calibrated = [], [], 0
-    for name, module in quantized_layers(model).items():
-        with_data = [
-            quantizer.amax
-            for quantizer in _leaves(module.input_quantizer)
-            if _needs_amax(quantizer)
-        ]
+    for name, layer in quantized_layers(model).items():
+        with_data = [q.amax for q in layer.inputs if _needs_amax(q)]
         if method in _SCALING_ALGORITHMS:
-            with_data.append(module.input_quantizer.pre_quant_scale)
+            with_data.append(layer.input_holder.pre_quant_scale)
         calibrated += bool(with_data)
-        ranges = [q.amax for q in _leaves(module.weight_quantizer) if _needs_amax(q)] + with_data
+        ranges = [q.amax for q in layer.weights if _needs_amax(q)] + with_data
         if any(r is None for r in ranges):
             missing.append(name)
         elif not all(bool(torch.isfinite(r).all()) for r in ranges):
@@ -99,17 +129,81 @@ def check_calibrated(config: dict[str, Any], model: torch.nn.Module) -> int:
     return calibrated
 
 
-def quantized_layers(model: torch.nn.Module) -> dict[str, Any]:
-    """Modules with an enabled weight or input quantizer, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if any(
-            quantizer.is_enabled
-            for kind in ("weight_quantizer", "input_quantizer")
-            for quantizer in _leaves(getattr(module, kind, None))
-        )
-    }
+def keep_blocks(
+    model: torch.nn.Module, found: Mapping[str, Place], blocks: Collection[str]
+) -> list[str]:
+    """Switch the experts of these blocks off; the layers of the plan that so stay in 16 bit."""
+    names = expert_blocks(found)
+    modules = {module for module, block in names.items() if block in blocks}
+    for name, quantizer in model.named_modules():
+        inside = any(name.startswith(f"{module}.") for module in modules)
+        if inside and isinstance(quantizer, TensorQuantizer):
+            quantizer.disable()
+    return [layer for layer, place in found.items() if place.parameter and place.module in modules]
+
+
+def leave_fused(model: torch.nn.Module, kept: Iterable[Place]) -> None:
+    """Give fused experts that the checkpoint holds fused, and that stay in 16 bit, their own class
+    back: the export takes apart whatever has quantizers."""
+    modules = {place.module for place in kept if place.parameter and place.expert is None}
+    for name in sorted(modules):
+        module = model.get_submodule(name)
+        if isinstance(module, DynamicModule):
+            module.export()
+        PrepareMoEInputsRegistry.register(type(module).__name__)(_nothing_to_prepare)
+
+
+def _nothing_to_prepare(name: str, module: torch.nn.Module, context: ExportContext) -> None:
+    """Experts in 16 bit have no ranges."""
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """The quantizers of a layer, or of one expert of a fused tensor (whose input is all experts').
+
+    input_holder: the module or sequence that the quantizers of the input are kept in.
+    """
+
+    weight_holder: Any
+    input_holder: Any
+
+    @property
+    def weights(self) -> list[Any]:
+        return _leaves(self.weight_holder)
+
+    @property
+    def inputs(self) -> list[Any]:
+        return _leaves(self.input_holder)
+
+
+def quantized_layers(model: torch.nn.Module) -> dict[str, QuantizedLayer]:
+    """Layers with an enabled quantizer of the weight or input: modules by their names, experts of
+    fused tensors as `module.tensor.expert`."""
+    found = {}
+    for name, module in model.named_modules():
+        for tensor in ("", "gate_up_proj", "up_proj", "down_proj"):
+            stem = f"{tensor}_" if tensor else ""
+            inputs = getattr(module, f"{stem}input_quantizer", None)
+            one = getattr(module, f"{stem}weight_quantizer", None)
+            several = getattr(module, f"{stem}weight_quantizers", None)
+            if tensor and inputs is not None:
+                weights = list(several) if several is not None else [one] * _experts(module, tensor)
+                layers = {
+                    f"{name}.{tensor}.{index}": QuantizedLayer(weight, inputs)
+                    for index, weight in enumerate(weights)
+                }
+                own = several is not None
+            else:
+                layers, own = {name: QuantizedLayer(one, inputs)}, False
+            for key, layer in layers.items():
+                asked = layer.weights if own else [*layer.weights, *layer.inputs]
+                if any(quantizer.is_enabled for quantizer in asked):
+                    found[key] = layer
+    return found
+
+
+def _experts(module: Any, tensor: str) -> int:
+    return int(getattr(module, tensor).shape[0])
 
 
 def _check_device(job: Job, algorithm: Any) -> None:

@@ -145,7 +145,7 @@ def _needs_data(spec: dict[str, Any]) -> bool:
 
 def _steps(job: Job) -> Iterator[dict[str, Any]]:
     """One step for each scheme of the plan, with the exact names of its modules."""
-    for scheme, names in modules_by_scheme(job).items():
+    for scheme, names in modules_by_scheme(job.layers).items():
         given = scheme.input
         activation = dict(_ACTIVATIONS[given.granularity if given else None])
         if given:

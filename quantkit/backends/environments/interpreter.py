@@ -59,8 +59,6 @@ def find_interpreter(backend: Backend, python: str | None = None) -> Path:
 
 def missing_reason(backend: Backend) -> str | None:
     """Why the backend's library cannot be used here, with the command that adds it, or None."""
-    if backend.adapter is None:
-        return None
     try:
         find_interpreter(backend)
     except BackendError as error:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.backends.environments.device import has_nvidia_gpu
+from quantkit.backends.environments.install import pip_install, uv_install
 from quantkit.checkpoint.paths import cache_dir
 from quantkit.errors import BackendError, InputError
 
@@ -40,7 +41,7 @@ importlib.import_module(sys.argv[1])
 class Spec:
     """What an environment holds. `library` must import in it.
 
-    `pins` are `name==version`, all of them: pip adds nothing (but what torch's build needs).
+    `pins` are `name==version`, all of them: nothing is added (but what torch's build needs).
     """
 
     name: str
@@ -119,7 +120,7 @@ def create(spec: Spec, wheels: Path | None, tell: Callable[[str], None]) -> Path
 
     `wheels` is a folder of wheels for a machine without a package index. A second run waits for
     the first and uses what it made. Raises BackendError when the environment cannot be used on this
-    machine, when pip fails, or when the result is broken.
+    machine, when pip and uv fail, or when the result is broken.
     """
     if reason := unavailable(spec):
         raise BackendError(
@@ -164,12 +165,13 @@ def _fill(spec: Spec, staging: Path, wheels: Path | None, tell: Callable[[str], 
     tell(f"making {spec.name} ({len(spec.pins)} packages)")
     _run([sys.executable, "-m", "venv", str(staging)], spec, "venv")
     python = staging / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-    source = ["--no-index", "--find-links", str(wheels.resolve())] if wheels else []
+    pip = pip_install(python, wheels)
     torch = [pin for pin in spec.pins if pin.startswith("torch==")]
     if torch:  # alone and with what its build needs: GPU builds bring their libraries
-        _run([*install, *source, *torch], spec, "pip")
-    _run([*install, *source, "--no-deps", *spec.pins], spec, "pip")
+        _run([*pip, *torch], spec, "pip")
+    uv = uv_install(python, wheels)
+    if not (uv and _uv_fills(uv, spec, tell)):
+        _run([*pip, "--no-deps", *spec.pins], spec, "pip")
     reason = _check(spec, python)
     if reason:
         raise BackendError(
@@ -178,6 +180,15 @@ def _fill(spec: Spec, staging: Path, wheels: Path | None, tell: Callable[[str], 
             code="environment.broken",
         )
     _move_scripts(staging, spec.path)
+
+
+def _uv_fills(uv: list[str], spec: Spec, tell: Callable[[str], None]) -> bool:
+    try:
+        _run([*uv, "--no-deps", *spec.pins], spec, "uv")
+    except BackendError as error:
+        tell(f"{error.message}; pip tries next")
+        return False
+    return True
 
 
 def _move_scripts(staging: Path, target: Path) -> None:
@@ -201,7 +212,10 @@ def _check(spec: Spec, python: Path) -> str | None:
 
 def _run(command: list[str], spec: Spec, what: str) -> None:
     environment = {**os.environ, "PYTHONNOUSERSITE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    # uv reads the settings of the folder where it is started, which may be another project's.
+    done = subprocess.run(
+        command, cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise BackendError(
             f"{what} failed while making the environment {spec.name}: "

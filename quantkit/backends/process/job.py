@@ -53,6 +53,9 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     tokens: str | None = None
     batch_size: int = 4
+    experts: Literal["all", "routed"] = "all"
+    expert_floor: int = 1
+    on_unseen: Literal["error", "keep16", "rtn"] = "error"
     device: str = "cpu"
     seed: int = 0
     shard_size: int = 5_000_000_000
@@ -89,6 +92,9 @@ class Result:
     fall-backs and skipped layers, in words for the user; `calibration` holds
     `{samples, tokens, digest, passes, modules}` as they really reached the model (`digest` by
     `token_digest`, `passes` runs over all samples, `modules` that were calibrated with them);
+    `experts` holds `{calibrated, floor, min, median, under_floor, decided, routed, seen}`, the last
+    two as tokens of each expert by the name of its block (`experts_seen.settled`);
+    `kept` names layers of the plan that stay in 16 bit after all (`on_unseen: keep16`);
     `folds` names the modules of the source that the method rewrites (`{"norm": [module, …]}`).
     `compute` says how bfloat16 products were computed where the CPU has none ("float32 on avx2").
     `error` holds `{kind, code, type, message, hint, stage, traceback}`, with `kind` "input" when
@@ -101,6 +107,8 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
+    experts: dict[str, Any] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
     folds: dict[str, list[str]] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     compute: str = ""

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
-import select
-import signal
-import subprocess
 import tempfile
-import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantkit.backends.child import Child, Ending, log_text
 from quantkit.backends.environments import install_command
 from quantkit.backends.process import worker
 from quantkit.backends.process.job import Job, Reporter, Result
 from quantkit.backends.registry import backend_named
 from quantkit.errors import BackendError, InputError, QuantkitError
 
-POLL_SECONDS = 0.2
-OOM_WINDOW_SECONDS = 30.0
 LOG_LINES = 5
 LOG_WIDTH = 300
-VMSTAT = Path("/proc/vmstat")
 
 
 def run_worker(job: Job, *, python: Path, log: Path, report: Reporter) -> Result:
     """Run `job` in a child process of the interpreter `python` and return what it did.
 
-    The child leads a process group of its own, which is killed whole when this call ends for any
-    reason, Ctrl-C included; the kernel kills the child when this process dies. Its stdout and
+    The child and all that it starts are ended when this call ends for any reason, Ctrl-C included
+    (`Child`); the kernel kills the child when this process dies. Its stdout and
     stderr go to the file `log` as they come, its progress to `report`. A half-written
     `job.checkpoint_save` is removed.
 
@@ -43,133 +35,75 @@ def run_worker(job: Job, *, python: Path, log: Path, report: Reporter) -> Result
         job_file, result_file = Path(work, "job.json"), Path(work, "result.json")
         job.write(job_file)
         try:
-            ending = _run(job_file, result_file, python, log, report)
-            return _conclude(ending, job, python, log, result_file)
+            ending, told = _run(job_file, result_file, python, log, report)
+            return _conclude(ending, told, job, python, log, result_file)
         finally:
             if job.checkpoint_save:
                 Path(job.checkpoint_save + ".partial").unlink(missing_ok=True)
 
 
 @dataclass
-class _Ending:
-    """How a worker ended: its exit status, the failure it announced, whether memory ran out."""
+class _Told:
+    """What the worker said on its way: the stages that it began, the failure that it announced."""
 
-    status: int = 0
-    error: dict[str, str] | None = None
-    oom_killer: bool = False
     stages: list[str] = field(default_factory=list)
+    error: dict[str, str] | None = None
 
 
 def _run(
     job_file: Path, result_file: Path, python: Path, log: Path, report: Reporter
-) -> _Ending:  # fmt: skip
+) -> tuple[Ending, _Told]:
     events, events_of_child = os.pipe()
     script = Path(worker.__file__).resolve()
+    arguments = [str(python), str(script), str(job_file), str(result_file), str(events_of_child)]
     try:
-        with log.open("wb") as log_handle:
-            child = subprocess.Popen(
-                [str(python), str(script), str(job_file), str(result_file)],
-                stdin=subprocess.DEVNULL,
-                stdout=log_handle,
-                stderr=subprocess.STDOUT,
-                pass_fds=(events_of_child,),
-                start_new_session=True,
-                cwd=job_file.parent,
-                env=child_environment() | {"QUANTKIT_EVENTS_FD": str(events_of_child)},
-            )
-    except OSError as error:
-        os.close(events)
-        raise BackendError(
-            f"The worker cannot be started with {python}: {error.strerror}.",
-            hint="name an interpreter with --python",
-            code="worker.no_interpreter",
-        ) from error
+        with _start(arguments, python, log, events_of_child, job_file.parent) as child:
+            told = _Told()
+            for event in child.events(events):
+                _pass_on(event, told, report)
+            return child.ending(), told
     finally:
-        os.close(events_of_child)
-    try:
-        return _follow(child, events, report)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
         os.close(events)
 
 
-def child_environment() -> dict[str, str]:
-    """The child's environment: no downloads, no unsafe unpickling, the same hashes every run."""
-    child = dict(os.environ)
-    child.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
-    child.update(
-        HF_HUB_OFFLINE="1",
-        TOKENIZERS_PARALLELISM="false",
-        PYTHONUNBUFFERED="1",
-        PYTHONHASHSEED="0",
-        QUANTKIT_PARENT_PID=str(os.getpid()),
-    )
-    return child
+def _start(arguments: list[str], python: Path, log: Path, events: int, folder: Path) -> Child:
+    with log.open("wb") as handle:
+        try:
+            return Child(arguments, log=handle, descriptors=(events,), folder=folder)
+        except OSError as error:
+            raise BackendError(
+                f"The worker cannot be started with {python}: {error.strerror}.",
+                hint="name an interpreter with --python",
+                code="worker.no_interpreter",
+            ) from error
 
 
-def _follow(child: subprocess.Popen[bytes], events: int, report: Reporter) -> _Ending:
-    """Pass events on until the child is gone, even if a grandchild keeps the pipe open."""
-    ending = _Ending()
-    rest = b""
-    kills, last_kill = oom_kills(), -OOM_WINDOW_SECONDS
-    while True:
-        readable, _, _ = select.select([events], [], [], POLL_SECONDS)
-        if kills != oom_kills():
-            kills, last_kill = oom_kills(), time.monotonic()
-        if readable:
-            chunk = os.read(events, 1 << 16)
-            if not chunk:
-                break
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                _pass_on(line, ending, report)
-        elif child.poll() is not None:
-            break
-    ending.status = child.wait()
-    recent = time.monotonic() - last_kill < OOM_WINDOW_SECONDS
-    ending.oom_killer = recent or kills != oom_kills()
-    return ending
-
-
-def _pass_on(line: bytes, ending: _Ending, report: Reporter) -> None:
-    event: dict[str, Any] = json.loads(line)
+def _pass_on(event: dict[str, Any], told: _Told, report: Reporter) -> None:
     kind = event["event"]
     if kind == "stage":
-        ending.stages.append(event["name"])
+        told.stages.append(event["name"])
         report.stage(event["name"], event["total"], event["unit"])
     elif kind == "advance":
         report.advance(event["done"])
     elif kind == "note":
         report.note(event["text"])
     elif kind == "error":
-        ending.error = event["error"]
+        told.error = event["error"]
 
 
-def oom_kills(vmstat: Path = VMSTAT) -> int:
-    """Processes that the kernel has killed for memory since it started (0 where it won't say).
-
-    `oom_kill` of proc_vmstat(5) counts kills by cgroup limits too.
-    """
-    with suppress(OSError):
-        for line in vmstat.read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
-
-
-def _conclude(ending: _Ending, job: Job, python: Path, log: Path, result_file: Path) -> Result:
-    if ending.status < 0:
-        raise _killed(ending, job, log)
+def _conclude(
+    ending: Ending, told: _Told, job: Job, python: Path, log: Path, result_file: Path
+) -> Result:
+    if ending.killer:
+        raise _killed(ending, told, job, log)
     try:
         result = Result.read(result_file)
     except (OSError, ValueError, TypeError) as error:
-        if ending.error is None:
+        if told.error is None:
             raise _bad_result(
                 job, log, f"left no readable result (exit status {ending.status}, {error})"
             ) from error
-        result = Result(error=ending.error)
+        result = Result(error=told.error)
     if result.error is not None:
         raise _failure(result.error, job, python, log)
     out = Path(job.out)
@@ -180,19 +114,15 @@ def _conclude(ending: _Ending, job: Job, python: Path, log: Path, result_file: P
     return result
 
 
-def _killed(ending: _Ending, job: Job, log: Path) -> BackendError:
-    where = f" in stage {ending.stages[-1]}" if ending.stages else ""
-    if ending.status == -signal.SIGKILL and ending.oom_killer:
+def _killed(ending: Ending, told: _Told, job: Job, log: Path) -> BackendError:
+    where = f" in stage {told.stages[-1]}" if told.stages else ""
+    if ending.out_of_memory:
         return _out_of_memory(
             f"The worker of {job.method} was killed{where} because the machine or its container "
             "ran out of memory."
         )
-    try:
-        name = signal.Signals(-ending.status).name
-    except ValueError:
-        name = f"signal {-ending.status}"
     return BackendError(
-        f"The worker of {job.method} was killed by {name}{where}.{_tail(log)}",
+        f"The worker of {job.method} was killed by {ending.killer}{where}.{_tail(log)}",
         hint=f"read {log}, then run the command again",
         code="worker.killed",
     )
@@ -251,12 +181,7 @@ def _failure(error: dict[str, str], job: Job, python: Path, log: Path) -> Quantk
 
 def _tail(log: Path) -> str:
     """The last lines of the log before a traceback, each on an indented line of its own."""
-    with suppress(OSError):
-        with log.open("rb") as handle:
-            handle.seek(max(0, log.stat().st_size - (1 << 16)))
-            text = handle.read().decode("utf-8", "replace")
-        lines = text.rpartition("Traceback (most recent call last):")[0] or text
-        kept = [line.strip()[:LOG_WIDTH] for line in lines.splitlines() if line.strip()]
-        if kept:
-            return "\nIts log ends with:\n  " + "\n  ".join(kept[-LOG_LINES:])
-    return ""
+    text = log_text(log)
+    lines = text.rpartition("Traceback (most recent call last):")[0] or text
+    kept = [line.strip()[:LOG_WIDTH] for line in lines.splitlines() if line.strip()]
+    return "\nIts log ends with:\n  " + "\n  ".join(kept[-LOG_LINES:]) if kept else ""

@@ -1,12 +1,12 @@
-"""Child process entry: `PYTHON …/quantkit/backends/process/worker.py job.json result.json`.
+"""Child process entry: `PYTHON …/backends/process/worker.py job.json result.json EVENTS_FD`.
 
 Also runs where quantkit is not installed, so everything before the adapter's library is the
 standard library. The folder of this file is taken off `sys.path` (its modules would shadow
 others), and only the package `quantkit` is made importable: the rest of the parent's environment
 must not leak into another interpreter.
 
-Progress goes as one JSON object a line to the file descriptor in QUANTKIT_EVENTS_FD; stdout and
-stderr are the log. `result.json` is always written, with the failure when there was one.
+Progress goes as one JSON object a line to the file descriptor EVENTS_FD; stdout and stderr are the
+log. `result.json` is always written, with the failure when there was one.
 """
 
 from __future__ import annotations
@@ -43,22 +43,19 @@ LIBRARIES = (
 """Distributions whose versions shape a checkpoint, recorded where they are installed."""
 
 
-class Progress:
+class WorkerReporter:
     """The worker's `Reporter`: times the stages and sends events to the parent."""
 
-    def __init__(self, result: Result) -> None:
+    def __init__(self, result: Result, descriptor: int) -> None:
         self.result = result
         self.name = ""
         self.started = self.used = 0.0
-        descriptor = os.environ.pop("QUANTKIT_EVENTS_FD", "")
-        self.descriptor = int(descriptor) if descriptor else None
-        if self.descriptor is not None:
-            os.set_inheritable(self.descriptor, False)
+        self.descriptor = descriptor
+        os.set_inheritable(descriptor, False)
 
     def send(self, event: str, **values: object) -> None:
-        if self.descriptor is not None:
-            with suppress(BrokenPipeError):
-                os.write(self.descriptor, json.dumps({"event": event, **values}).encode() + b"\n")
+        with suppress(BrokenPipeError):
+            os.write(self.descriptor, json.dumps({"event": event, **values}).encode() + b"\n")
 
     def stage(self, name: str, total: int = 0, unit: Unit = "steps") -> None:
         self.finish()
@@ -214,7 +211,7 @@ def _disk_is_full(job: Job) -> bool:
     return False
 
 
-def main(job_file: str, result_file: str) -> int:
+def main(job_file: str, result_file: str, events: int) -> int:
     """Run one job; 0 when it succeeded."""
     die_with_parent()
     faulthandler.enable()
@@ -222,7 +219,7 @@ def main(job_file: str, result_file: str) -> int:
     from quantkit.backends.process.job import Job, Result
 
     result = Result()
-    progress = Progress(result)
+    progress = WorkerReporter(result, events)
     progress.stage("import")
     job: Job | None = None
     try:
@@ -249,4 +246,4 @@ def _short(error: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2]))
+    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

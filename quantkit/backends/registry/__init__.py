@@ -21,7 +21,7 @@ from quantkit.backends.registry.msmodelslim import MSMODELSLIM
 from quantkit.backends.registry.rtn import RTN
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
-from quantkit.recipe.load import explain, read_recipe
+from quantkit.recipe.load import explain_recipe, read_recipe
 from quantkit.recipe.model import Recipe
 
 __all__ = [
@@ -37,12 +37,21 @@ def backends() -> dict[str, Backend]:
     """Every known backend by name, the built-in ones first."""
     found = {backend.name: backend for backend in _BUILT_IN}
     for entry in entry_points(group="quantkit.backends"):
-        backend = entry.load()
+        makers = f"ask the makers of {entry.dist.name if entry.dist else entry.name}"
+        try:
+            backend = entry.load()
+        except Exception as error:
+            raise InputError(
+                f"The plugin {entry.name} ({entry.value}) cannot be imported: "
+                f"{type(error).__name__}: {error}.",
+                hint=f"{makers}, or uninstall it",
+                code="backend.bad_plugin",
+            ) from error
         if not isinstance(backend, Backend):
             raise InputError(
                 f"The plugin {entry.name} ({entry.value}) is a {type(backend).__name__}, "
                 "not a quantkit.backends.Backend.",
-                hint=f"ask the makers of {entry.dist.name if entry.dist else entry.name}",
+                hint=makers,
                 code="backend.bad_plugin",
             )
         found.setdefault(backend.name, backend)
@@ -100,5 +109,5 @@ def checked(recipe: Recipe, origin: str) -> Recipe:
     try:
         options = backend.options.model_validate(recipe.options)
     except ValidationError as error:
-        raise explain(error, origin, backend.options, prefix="options") from error
+        raise explain_recipe(error, origin, backend.options, "options") from error
     return recipe.model_copy(update={"options": options.model_dump(exclude_none=True)})

@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from quantkit.recipe.model import Recipe
 
+Way = Literal["process", "streaming"]
+"""How a backend runs: its adapter in a child process, or the built-in shard by shard
+(`quantkit/pipeline/ways.py` has what each does)."""
+
 Folding = Literal["none", "multiplier", "norms"]
 """Whether a method rewrites weights that it keeps: not, only through an input multiplier that is
 stored beside the codes, or also by folding scales into norms and neighbouring layers."""
@@ -44,25 +48,27 @@ class Method:
 class Backend:
     """One quantization library, described.
 
-    adapter: `"module:attr"` of the worker-side `run(job, report, result)`; None for the built-in
-        streaming backend, which needs no child process.
+    adapter: `"module:attr"` of the worker-side `run(job, report, result)`; "" for a `way` without.
+    way: how it runs.
     library: the import name that must exist in the interpreter; distribution: its name on PyPI.
     extra: quantkit's optional dependency that installs it ("" when there is none).
     environment: the managed environment that holds it, for a library that cannot share quantkit's.
     methods: scheme name → what it becomes.
     chosen: the method as a recipe's options change it.
     overrides: whether single layers may have schemes of their own.
-    dense_only: whether models with experts or towers are beyond it.
+    dense_only: whether models with towers are beyond it, and with experts, but for those families
+        that `families.yaml` names.
     reads_fp8_blocks: whether a source in FP8 blocks (DeepSeek) is dequantized on the way.
     unsupported: a reason why this recipe cannot run in this backend, or None.
     """
 
     name: str
-    adapter: str | None
+    adapter: str
     library: str
     distribution: str
     extra: str
     methods: Mapping[str, Method]
+    way: Way = "process"
     chosen: Callable[[Recipe, Method], Method] | None = None
     options: type[BaseModel] = Options
     kv_caches: tuple[str, ...] = ("none",)

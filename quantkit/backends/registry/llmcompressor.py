@@ -50,6 +50,11 @@ def _unsupported(recipe: Recipe) -> str | None:
     algorithm = recipe.options.get("algorithm")
     if recipe.on_nan == "keep16":
         return "on_nan=keep16 is not supported by LLM Compressor"
+    if recipe.on_unseen != "error":
+        return (
+            f"on_unseen={recipe.on_unseen} is not supported by LLM Compressor, which has no scale "
+            "for an expert without data; experts=all brings some to each"
+        )
     if algorithm == "autoround" and recipe.overrides:
         return "LLM Compressor's AutoRound gives every layer the same scheme; remove overrides"
     return None

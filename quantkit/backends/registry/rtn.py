@@ -47,7 +47,8 @@ _ALGORITHMS = {
 
 RTN = Backend(
     name="rtn",
-    adapter=None,
+    adapter="",
+    way="streaming",
     library="torch",
     distribution="quantkit",
     extra="",

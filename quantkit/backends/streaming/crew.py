@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import quantkit
+from quantkit.backends.child import Child
 from quantkit.backends.streaming.job import Slice, StreamOptions, WorkOrder
 from quantkit.backends.streaming.memory import MemoryWatch
+from quantkit.checkpoint.paths import new_log
+from quantkit.checkpoint.progress import BytesDone
 from quantkit.errors import BackendError, InputError
 
 TICK = 0.1
 
 Answered = Callable[[Any, Any], None]
 """Takes an Order's number and its WorkRecord, or a Slice and whether it is finite."""
-
-Progress = Callable[[int], None]
-"""Takes the source bytes done."""
 
 
 class Crew(Protocol):
@@ -41,7 +37,7 @@ class Crew(Protocol):
         self,
         orders: Iterable[WorkOrder | Slice],
         answered: Answered,
-        progress: Progress | None = None,
+        progress: BytesDone | None = None,
     ) -> None:
         """Have every order done. Raises InputError, OSError or BackendError from the worker."""
 
@@ -71,7 +67,7 @@ class Alone:
         self,
         orders: Iterable[WorkOrder | Slice],
         answered: Answered,
-        progress: Progress | None = None,
+        progress: BytesDone | None = None,
     ) -> None:
         """See `Crew`."""
         import torch
@@ -105,46 +101,40 @@ sys.path.append(sys.argv[1])
 from quantkit.backends.streaming.worker import main
 main(sys.argv[2], [int(argument) for argument in sys.argv[3:]])
 """
+LEAVE_SECONDS = 10.0
+"""What workers get to leave by themselves when nothing more is asked of them."""
 
 
 class Workers:
-    """Worker processes for one run, as a context: they start at once and end with it.
+    """Worker processes for one run, as a context: they start at once and end with it (`Child`).
 
-    When this process is killed they end by themselves: their sockets close.
+    When this process is killed they end by themselves: their sockets close. What workers wrote is
+    kept in a log, which the error names, when one was lost or failed.
     """
 
     def __init__(self, count: int, device: str, options: StreamOptions) -> None:
         self.memory = MemoryWatch()
         self._options = options
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the context
         pairs = [socket.socketpair() for _ in range(count)]
-        theirs = [pair[1].fileno() for pair in pairs]
+        theirs = [their.detach() for _, their in pairs]
         root = str(Path(quantkit.__file__).parent.parent)
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the context
-        self._server = subprocess.Popen(
+        self._child = Child(
             [sys.executable, "-P", "-c", _START, root, device, *map(str, theirs)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors,
-            pass_fds=theirs, process_group=0,
-        )  # fmt: skip
-        for _, their in pairs:
-            their.close()
+            log=self._log,
+            descriptors=theirs,
+            own_session=False,
+        )
         self._sockets = [Connection(ours.detach()) for ours, _ in pairs]
 
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for connection in self._sockets:
             connection.close()
-        if kind is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._server.pid, signal.SIGKILL)
-        self._server.wait()
-        self._errors.close()
+        self._child.end(patience=LEAVE_SECONDS if kind is None else 0.0)
+        self._log.close()
 
     def start(self) -> None:
         """See `Crew`."""
@@ -156,7 +146,7 @@ class Workers:
         self,
         orders: Iterable[WorkOrder | Slice],
         answered: Answered,
-        progress: Progress | None = None,
+        progress: BytesDone | None = None,
     ) -> None:
         """See `Crew`."""
         queue = iter(orders)
@@ -185,6 +175,7 @@ class Workers:
             if progress:
                 progress(done)
             self.memory.look()
+            self._child.look()
 
     def _send(self, connection: Connection, value: StreamOptions | WorkOrder | Slice) -> None:
         try:
@@ -204,19 +195,34 @@ class Workers:
             raise InputError(content[0], hint=content[1], code=content[2])
         if kind == "os":
             raise OSError(content[0], content[1])
+        log = self._kept_log(content[0])
         raise BackendError(
-            f"A streaming worker failed: {content[0].strip().splitlines()[-1]}\n{content[0]}",
-            hint="report this with the text above",
+            f"A streaming worker failed: {content[0].strip().splitlines()[-1]}",
+            hint=f"read {log}; finished files are kept, --resume goes on from them",
             code="stream.worker_failed",
         )
 
     def _lost(self) -> BackendError:
-        self._errors.seek(0)
-        told = self._errors.read().decode(errors="replace").strip().splitlines()
+        what = "A streaming worker was killed or could not start (out of memory?)."
+        told = self._written().strip().splitlines()
+        if self._child.memory_ran_out():
+            what = "A streaming worker was killed: the machine or its container ran out of memory."
+        elif told:
+            log = self._kept_log()
+            what = f"A streaming worker was killed or could not start: {told[-1]} ({log})."
         return BackendError(
-            "A streaming worker was killed or could not start"
-            + (f": {told[-1]}" if told else " (out of memory?)")
-            + ". Finished files are kept.",
+            f"{what} Finished files are kept.",
             hint="run the same command with --resume, and with a lower --jobs if memory was short",
             code="stream.worker_lost",
         )
+
+    def _written(self) -> str:
+        """What the workers wrote; they go on from where they are."""
+        file = self._log.fileno()
+        return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
+
+    def _kept_log(self, more: str = "") -> Path:
+        """A file with what the workers wrote, and `more`."""
+        log = new_log("streaming")
+        log.write_text(self._written() + more, encoding="utf-8")
+        return log

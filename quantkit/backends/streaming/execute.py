@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from quantkit.backends.streaming.crew import Crew, Progress
+from quantkit.backends.streaming.crew import Crew
 from quantkit.backends.streaming.job import ShardRecord, ShardTask, Work, WorkOrder, WorkRecord
 from quantkit.backends.streaming.rows_out import ShardFile
+from quantkit.checkpoint.progress import BytesDone
 
 Finished = Callable[[ShardRecord], None]
 
@@ -17,7 +18,7 @@ def run_tasks(
     tasks: Sequence[ShardTask],
     out: Path,
     known: Mapping[str, str],
-    progress: Progress,
+    progress: BytesDone,
     finished: Finished,
 ) -> None:
     """Write every task's file into `out`.

@@ -1,19 +1,13 @@
-"""SHA-256 of tensors by `Checkpoint.digest`'s rule, and of a source while there is time for it."""
+"""SHA-256 of a source's tensors while there is time for it."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from threading import Event, Thread
 
 from quantkit.checkpoint.directory import TensorInfo
-
-PIECE = 1 << 20
-
-
-def tensor_hash(dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
-    """A hash that has taken in what `Checkpoint.digest` puts before the bytes."""
-    return hashlib.sha256(f"{dtype}{list(shape)}".encode())
+from quantkit.checkpoint.tensors import pieces, tensor_hash
+from quantkit.errors import InputError
 
 
 class HashAhead:
@@ -45,18 +39,11 @@ class HashAhead:
 
     def _digest(self, info: TensorInfo) -> str | None:
         total = tensor_hash(info.dtype, info.shape)
-        buffer = bytearray(PIECE)
         try:
-            with info.file.open("rb", buffering=0) as file:
-                file.seek(info.start)
-                left = info.bytes
-                while left:
-                    view = memoryview(buffer)[: min(left, PIECE)]
-                    count = file.readinto(view)
-                    if not count or self._stop.is_set():
-                        return None
-                    total.update(view[:count])
-                    left -= count
-        except OSError:
+            for piece in pieces(info):
+                if self._stop.is_set():
+                    return None
+                total.update(piece.data)
+        except (OSError, InputError):
             return None
         return total.hexdigest()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -175,7 +176,4 @@ class StreamResult:
 
 def entry_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor of that safetensors dtype and shape."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count * DTYPE_BITS[dtype] // 8
+    return prod(shape) * DTYPE_BITS[dtype] // 8

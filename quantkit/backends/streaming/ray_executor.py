@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit.backends.streaming.crew import Progress, hands
+from quantkit.backends.streaming.crew import hands
 from quantkit.backends.streaming.execute import Finished, run_tasks
 from quantkit.backends.streaming.job import ShardRecord, ShardTask, StreamOptions
+from quantkit.checkpoint.progress import BytesDone
 from quantkit.errors import BackendError, InputError
 
 RETRIES = 3
@@ -26,7 +27,7 @@ def run_on_ray(
     options: StreamOptions,
     jobs: int,
     device: str,
-    progress: Progress,
+    progress: BytesDone,
     finished: Finished,
 ) -> None:
     """As `execute.run_tasks`, with `jobs` workers a shard (at most the cores of a node).

@@ -12,27 +12,18 @@ from types import TracebackType
 
 import torch
 
-from quantkit.backends.streaming.hashing import tensor_hash
 from quantkit.backends.streaming.job import Slice
 from quantkit.backends.streaming.rtn import E4M3_UNIT, decode_e4m3
 from quantkit.checkpoint.directory import TensorInfo
-from quantkit.errors import InputError
+from quantkit.checkpoint.tensors import PIECE, read_into, tensor_hash, torch_dtypes
 
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-
-
-COPY_BYTES = 1 << 20
+FLOATS = ("BF16", "F16", "F32", "F8_E4M3", "F8_E8M0")
+"""Dtypes whose values are looked at; others are copied as bytes."""
 
 
 def float_dtype(part: Slice) -> torch.dtype:
     """The dtype of a slice's rows."""
-    return torch.bfloat16 if part.scale else TORCH_DTYPES[part.tensor.dtype]
+    return torch.bfloat16 if part.scale else torch_dtypes()[part.tensor.dtype]
 
 
 class RowReader:
@@ -75,23 +66,23 @@ class RowReader:
             self._buffer = torch.empty(stop - start, dtype=torch.uint8, pin_memory=pinned)
         data = self._buffer[: stop - start]
         view = data.numpy().data
-        _read_into(self._file, view, self.tensor, start)
+        read_into(self._file, view, self.tensor, start)
         if self._hash is not None:
             self._hash.update(view)
         return data
 
     def whole(self) -> Iterator[torch.Tensor]:
         """All values in order, flat, a block at a time: floats as such, all else as bytes."""
-        dtype = TORCH_DTYPES.get(self.tensor.dtype, torch.uint8)
-        for start in range(0, self.tensor.bytes, COPY_BYTES):
-            yield self.read(start, min(start + COPY_BYTES, self.tensor.bytes)).view(dtype)
+        dtype = torch_dtypes()[self.tensor.dtype if self.tensor.dtype in FLOATS else "U8"]
+        for start in range(0, self.tensor.bytes, PIECE):
+            yield self.read(start, min(start + PIECE, self.tensor.bytes)).view(dtype)
 
     def rows(self, part: Slice, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the slice, [stop - start, columns], in a float dtype."""
         if part.transposed:
             matrix = self._transposed(part)
             return matrix[:, part.first + start : part.first + stop].T.contiguous()
-        dtype = TORCH_DTYPES[self.tensor.dtype]
+        dtype = torch_dtypes()[self.tensor.dtype]
         first = part.matrix * self.tensor.shape[-2] + part.first + start
         row = part.columns * dtype.itemsize
         raw = self.read(first * row, (first + stop - start) * row)
@@ -105,7 +96,7 @@ class RowReader:
         if self._matrix is None or self._matrix[0] != part.matrix:
             self._matrix = None
             height, width = self.tensor.shape[-2:]
-            dtype = TORCH_DTYPES[self.tensor.dtype]
+            dtype = torch_dtypes()[self.tensor.dtype]
             size = height * width * dtype.itemsize
             raw = self.read(part.matrix * size, (part.matrix + 1) * size)
             self._matrix = part.matrix, raw.view(dtype).view(height, width).to(self.device)
@@ -116,23 +107,10 @@ class RowReader:
     ) -> torch.Tensor:
         if self._scales is None:
             with RowReader(scale, self.device, hashed=True) as reader:
-                raw = reader.read(0, scale.bytes).view(TORCH_DTYPES[scale.dtype])
+                raw = reader.read(0, scale.bytes).view(torch_dtypes()[scale.dtype])
                 self._scales = raw.view(scale.shape).to(self.device, torch.float32)
                 self._digests = reader.digests()
         rows = torch.arange(first, first + codes.shape[0], device=self.device) // block[0]
         scales = self._scales[rows].repeat_interleave(block[1], 1)[:, : codes.shape[1]]
         values = decode_e4m3(codes).mul_(E4M3_UNIT).mul_(scales)
         return values.masked_fill_(codes.isnan(), torch.nan).to(torch.bfloat16)
-
-
-def _read_into(file: int, view: memoryview, tensor: TensorInfo, start: int) -> None:
-    at = tensor.start + start
-    while view:
-        done = os.preadv(file, [view], at)
-        if not done:
-            raise InputError(
-                f"{tensor.file} ends inside tensor {tensor.name}.",
-                hint=f"download or copy {tensor.file.name} again, then retry",
-                code="checkpoint.truncated",
-            )
-        view, at = view[done:], at + done

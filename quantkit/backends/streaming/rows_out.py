@@ -6,15 +6,13 @@ written and hashed in order, any number of tensors at a time.
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from pathlib import Path
 from secrets import token_hex
 
-from quantkit.backends.streaming.hashing import tensor_hash
 from quantkit.backends.streaming.job import WRITING, ShardTask, entry_bytes
-from quantkit.checkpoint.directory import DTYPE_BITS
+from quantkit.checkpoint.headers import header_bytes
+from quantkit.checkpoint.tensors import tensor_hash
 
 Buffer = bytes | bytearray | memoryview
 
@@ -28,21 +26,9 @@ class ShardFile:
     def __init__(self, folder: Path, task: ShardTask) -> None:
         outputs = task.outputs
         self.path = folder / f"{task.file}.{token_hex(4)}{WRITING}"
-        self.places: dict[str, int] = {}
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name in sorted(outputs, key=lambda n: (-DTYPE_BITS[outputs[n][0]], n)):
-            dtype, shape = outputs[name]
-            end = at + entry_bytes(dtype, shape)
-            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
-            self.places[name] = at
-            at = end
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        data = 8 + len(text)
-        self.places = {name: data + place for name, place in self.places.items()}
-        self.size = data + at
-        self.path.write_bytes(struct.pack("<Q", len(text)) + text)
+        header, self.places = header_bytes(outputs)
+        self.size = len(header) + sum(entry_bytes(*outputs[name]) for name in outputs)
+        self.path.write_bytes(header)
         os.truncate(self.path, self.size)
 
 

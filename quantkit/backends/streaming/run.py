@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf, log10, sqrt
 from pathlib import Path
@@ -30,6 +30,7 @@ from quantkit.backends.streaming.resume import State, finished_shards, settings,
 from quantkit.backends.streaming.tasks import plan_shards
 from quantkit.checkpoint.directory import INDEX_SUFFIX, Checkpoint, TensorInfo
 from quantkit.checkpoint.network.modules import expert_groups, fused_groups
+from quantkit.checkpoint.progress import Progress
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
 
@@ -46,7 +47,7 @@ def stream_quantize(
     executor: Literal["local", "ray"] = "local",
     resume: bool = False,
     device: str = "auto",
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> StreamResult:
     """Write the shards and the index of `checkpoint`, quantized, into the directory `out`.
 

@@ -31,7 +31,7 @@ def main(device: str, descriptors: list[int]) -> None:
                 if other != descriptor:
                     os.close(other)
             try:
-                serve(Connection(descriptor), find_device(device, index))
+                serve(Connection(descriptor), device, index)
             finally:
                 os._exit(0)
     for descriptor in descriptors:
@@ -40,8 +40,8 @@ def main(device: str, descriptors: list[int]) -> None:
         os.wait()
 
 
-def serve(socket: Connection, device: torch.device) -> None:
-    """Answer orders until the socket is closed.
+def serve(socket: Connection, device: str, index: int) -> None:
+    """Answer orders until the socket is closed, as the worker of that index.
 
     First comes the run's StreamOptions, then orders for `Performer.answer`. Replies are ("ready",)
     once, ("done", *answer), in between ("read", bytes), and ("failed", kind, …) at the end of all.
@@ -51,7 +51,7 @@ def serve(socket: Connection, device: torch.device) -> None:
         options: StreamOptions = socket.recv()
         keep_freed_memory()
         reporter = _Reporter(socket)
-        performer = Performer(device, options, reporter.advance)
+        performer = Performer(find_device(device, index), options, reporter.advance)
         with torch.inference_mode():
             while True:
                 answer = performer.answer(socket.recv())

@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config: itself, or nested in a multi-modal one."""
-    for key in ("text_config", "llm_config", "language_config"):
-        nested = config.get(key)
-        if isinstance(nested, dict) and "hidden_size" in nested:
-            return nested
-    thinker = config.get("thinker_config")
-    if isinstance(thinker, dict):
-        return text_config(thinker)
-    return config
-
-
-_DEFAULTS: Mapping[str, Mapping[str, int]] = {
-    "gemma": {"head_dim": 256},
-    "gemma2": {"head_dim": 256},
-    "gemma3_text": {
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
-    },
-    "glm4": {"head_dim": 128},
-    "gpt_oss": {"head_dim": 64},
-    "qwen3": {"head_dim": 128},
-    "qwen3_vl_text": {"head_dim": 128},
-    "qwen3_vl_moe_text": {"head_dim": 128},
-}  # fmt: skip
-"""Sizes that a config.json may leave to Transformers' config class, by the language model's type;
-not those that follow from others (head_dim from the hidden size)."""
+from quantkit.checkpoint.headers import read_json
+from quantkit.checkpoint.network.families import family
+from quantkit.checkpoint.network.language import text_config
 
 
 def text_size(config: Mapping[str, Any], key: str) -> int:
     """A size of the language model: as config.json states it, else its family's default, else 0."""
     text = text_config(config)
-    kind = str(text.get("model_type") or f"{config.get('model_type')}_text")
-    return _integer(text[key]) if key in text else _DEFAULTS.get(kind, {}).get(key, 0)
+    return _integer(text[key]) if key in text else family(config).sizes.get(key, 0)
 
 
 def positions(config: Mapping[str, Any]) -> int | None:
@@ -47,6 +23,15 @@ def positions(config: Mapping[str, Any]) -> int | None:
     keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
     stated = [inner[key] for key in keys if isinstance(inner.get(key), int) and inner[key] > 0]
     return stated[0] if stated else None
+
+
+def stop_tokens(directory: Path, config: Mapping[str, Any]) -> list[int]:
+    """End-of-text ids: those of the directory's generation_config.json, else of `config`."""
+    file = directory / "generation_config.json"
+    stated = read_json(file).get("eos_token_id") if file.is_file() else None
+    found = config.get("eos_token_id") if stated is None else stated
+    every = found if isinstance(found, list) else [found]
+    return [token for token in every if token is not None]
 
 
 def expert_count(config: Mapping[str, Any]) -> int:
@@ -64,13 +49,25 @@ def expert_count(config: Mapping[str, Any]) -> int:
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the output head shares the embedding's weight.
 
-    The outermost statement counts; Transformers' default is True for configs that are silent in
-    families that tie (Gemma), and False for the others.
+    The outermost statement counts, then what Transformers' class of the family has.
     """
     for level in (config, text_config(config)):
         if isinstance(level.get("tie_word_embeddings"), bool):
             return bool(level["tie_word_embeddings"])
-    return str(text_config(config).get("model_type", "")).startswith("gemma")
+    return family(config).tied
+
+
+def missing_head(config: Mapping[str, Any], has_head: bool) -> str | None:
+    """What to say of a causal language model that has no output head, and does not say that the
+    embedding is one; None for others."""
+    stated = "tie_word_embeddings" in config or "tie_word_embeddings" in text_config(config)
+    generates = "ForCausalLM" in str(config.get("architectures") or "")
+    if has_head or stated or not generates or is_tied(config):
+        return None
+    return (
+        "no tensor is an output head, and config.json does not say that the embedding is one "
+        "(tie_word_embeddings): engines may start with a random head; state it, true or false"
+    )
 
 
 def _integer(value: object) -> int:

@@ -7,20 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
-from quantkit.checkpoint.network.config import text_config
+from quantkit.checkpoint.network.families import family
+from quantkit.checkpoint.network.language import text_config
 from quantkit.errors import InputError
 
 _UP = ("gate_up_proj", "up_proj", "gate_proj", "input_linear")
 _DOWN = ("down_proj", "output_linear")
-_FAMILIES = (
-    "gpt_oss",
-    "openai_privacy_filter",
-    "qwen3_vl_moe",
-    "qwen3_vl_moe_text",
-    "llama4",
-    "llama4_text",
-)
-"""Families that publish their fused experts as [experts, in, out]."""
 
 
 def input_first(
@@ -39,7 +31,7 @@ def input_first(
         if len(shape) == 3 and (shape[1] == hidden) != (shape[2] == hidden):
             # Experts read the hidden state, and their last layer writes it.
             return (shape[2] if leaf in _DOWN else shape[1]) == hidden
-    return True if text_config(config).get("model_type") in _FAMILIES else None
+    return family(config).experts.input_first
 
 
 def held_input_first(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> bool:

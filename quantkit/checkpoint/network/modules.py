@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quantkit.checkpoint.network.config import expert_count, text_size
+from quantkit.checkpoint.network.families import tower_names
 from quantkit.checkpoint.network.patterns import matches
 
 Kind = Literal[
@@ -32,9 +33,11 @@ FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
 """Siblings that serving engines merge into one linear layer."""
 
 _HEADS = {"lm_head", "output", "embed_out", "output_layer", "score", "head"}
-_ROUTERS = {"router", "shared_expert_gate", "gate_up_router", "wg"}
+_ROUTERS = {"shared_expert_gate", "gate_up_router", "wg", "moe_gate", "expert_gate"}
+_ROUTING = {"routing", "gating"}
+"""Words of a compound name (`gating_network`), outside of attention."""
 _SMALL_GATES = {"in_proj_a", "in_proj_b", "in_proj_ba"}
-_CONTROLS = {"x_proj", "dt_proj"}
+CONTROLS = {"x_proj", "dt_proj"}
 """What steers a state-space layer (Jamba, Mamba): small, and as fragile as a router."""
 FUSED_EXPERTS = ("gate_up_proj", "down_proj", "gate_proj", "up_proj")
 """Leaves of fused 3-D expert tensors that are written as a layer an expert."""
@@ -67,6 +70,7 @@ _MLP_PARENTS = {"mlp", "ffn", "feed_forward", "block_sparse_moe", "experts", "sh
 PRESETS: dict[str, Callable[[Module], bool]] = {
     "@linear": lambda m: m.kind in ("linear", "experts"),
     "@mlp": lambda m: not _MLP_PARENTS.isdisjoint(m.name.split(".")),
+    "@experts": lambda m: m.kind == "experts" or (".experts." in m.name and m.kind == "linear"),
     "@attention": lambda m: "attn" in m.name or "attention" in m.name,
     "@head": lambda m: m.kind == "head",
     "@embeddings": lambda m: m.kind == "embedding",
@@ -90,6 +94,7 @@ def classify(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -
         experts=expert_count(config),
         layers=text_size(config, "num_hidden_layers"),
         expert_parents=parents_of_experts,
+        towers=tower_names(config),
     )
     found = []
     for tensor, shape in shapes.items():
@@ -128,9 +133,11 @@ def fused_groups(names: Collection[str]) -> list[tuple[str, ...]]:
     return groups
 
 
-def in_tower(name: str) -> bool:
-    """Whether a module or tensor belongs to a vision or audio tower."""
-    return not _TOWERS.isdisjoint(name.split("."))
+def in_tower(name: str, own: frozenset[str]) -> bool:
+    """Whether a module or tensor belongs to a vision or audio tower; `own` are the names of its
+    family's (`tower_names`)."""
+    parts = name.split(".")
+    return not (_TOWERS.isdisjoint(parts) and own.isdisjoint(parts))
 
 
 def expert_groups(names: Collection[str]) -> list[tuple[str, ...]]:
@@ -155,6 +162,7 @@ class _Context:
     experts: int
     layers: int
     expert_parents: set[str]
+    towers: frozenset[str]
 
 
 def _module_of(tensor: str, shape: tuple[int, ...]) -> str | None:
@@ -169,7 +177,7 @@ def _module_of(tensor: str, shape: tuple[int, ...]) -> str | None:
 def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
     parts = name.split(".")
     leaf, parent = parts[-1], ".".join(parts[:-1])
-    if in_tower(name):
+    if in_tower(name, context.towers):
         return "tower"
     index = layer_index(name)
     beyond = index is not None and 0 < context.layers <= index
@@ -190,17 +198,19 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
         return "embedding"
     beside_experts = parent in context.expert_parents and leaf != "experts"
     routes = beside_experts and shape[0] in (context.experts, 1)
-    if routes or leaf in _SMALL_GATES | _CONTROLS or leaf.endswith("_coefs") or _routes(parts):
+    if routes or leaf in _SMALL_GATES | CONTROLS or leaf.endswith("_coefs") or _routes(parts):
         return "router"
     return "linear"
 
 
 def _routes(parts: list[str]) -> bool:
-    """Whether a component of a path routes: `gate`, `router` in any compound (`modality_router`),
-    as in `router.layer` and `gate.router_mlp`. The gate of an attention multiplies its output, and
+    """Whether a component of a path routes: `gate`, `router` in any compound, as in `router.layer`
+    and `gate.router_mlp`. The gate of an attention multiplies its output, and
     routes nothing."""
     inside = {"self_attn", "attn", "attention"}.isdisjoint(parts)
     return any(
-        part in _ROUTERS or (part == "gate" and inside) or "router" in part.split("_")
+        part in _ROUTERS
+        or "router" in part.split("_")
+        or (inside and (part == "gate" or not _ROUTING.isdisjoint(part.split("_"))))
         for part in parts
     )

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.checkpoint.network.config import expert_count, text_config, text_size
+from quantkit.checkpoint.network.config import expert_count, text_size
+from quantkit.checkpoint.network.families import family
+from quantkit.checkpoint.network.language import text_config
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,5 @@ def sizes(config: Mapping[str, Any]) -> Sizes:
         linear_key=number("linear_num_key_heads") * number("linear_key_head_dim"),
         linear_value=number("linear_num_value_heads") * number("linear_value_head_dim"),
         linear_value_heads=number("linear_num_value_heads"),
-        gated=text.get("model_type") in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
-        or bool(text.get("attn_output_gate")),
+        gated=family(config).gated_queries or bool(text.get("attn_output_gate")),
     )

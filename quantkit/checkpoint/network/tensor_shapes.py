@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.checkpoint.network.config import text_config
 from quantkit.checkpoint.network.experts import input_first
+from quantkit.checkpoint.network.families import tower_names
+from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import in_tower
 from quantkit.checkpoint.network.sizes import Sizes
 
@@ -23,7 +24,7 @@ def derived_shape(name: str, config: Mapping[str, Any], size: Sizes) -> tuple[in
     if suffix not in ("weight", "bias"):
         module = name
     leaf = module.rpartition(".")[2]
-    tower = in_tower(name)
+    tower = in_tower(name, tower_names(config))
     rows = _tower(leaf, module, config) if tower else _text(leaf, module, config, size)
     if rows is None or suffix == "bias":
         return (rows[-2] if rows is not None and len(rows) > 1 else size.hidden,)

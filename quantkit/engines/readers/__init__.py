@@ -11,17 +11,17 @@ from quantkit.engines.readers.compressed_tensors import compressed_tensors
 from quantkit.engines.readers.integers import auto_round, awq, gptq
 from quantkit.engines.readers.listed import fp8, mxfp4, quark
 from quantkit.engines.readers.modelopt import modelopt
-from quantkit.engines.rules import EngineRules, Family
+from quantkit.engines.rules import EngineFamily, EngineRules
 
 
-def reader(engine: EngineRules, family: Family, candidate: Loadable) -> SettingsReader | None:
+def reader(engine: EngineRules, family: EngineFamily, candidate: Loadable) -> SettingsReader | None:
     """The rule by which `engine` reads this candidate's settings; None for a layout it does not
     know. Layers that a family builds in 16 bit whatever the settings say are not asked for."""
     rule = engine.match.get(candidate.layout)
     return None if rule is None else READERS[rule](family, candidate)
 
 
-READERS: dict[str, Callable[[Family, Loadable], SettingsReader]] = {
+READERS: dict[str, Callable[[EngineFamily, Loadable], SettingsReader]] = {
     "exact_or_regex": lambda f, c: compressed_tensors(f, c, suffix=False),
     "suffix_or_regex": lambda f, c: compressed_tensors(f, c, suffix=True),
     "path_or_glob_or_substring": lambda f, c: modelopt(f, c, substring=True),

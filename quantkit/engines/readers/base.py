@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from quantkit.engines.names import EngineLayer, renamed
-from quantkit.engines.rules import Family
+from quantkit.engines.rules import EngineFamily
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ ALWAYS_SPLIT = {
 """What some readers take apart even where a family is not told of its merges."""
 
 
-def members(layer: EngineLayer, family: Family) -> tuple[str, ...]:
+def members(layer: EngineLayer, family: EngineFamily) -> tuple[str, ...]:
     """The engine's names of what it knows a layer to be merged from, else its own name."""
     told = family.told.get(layer.leaf)
     if told is None or len(layer.parts) == 1:
@@ -48,7 +48,7 @@ def members(layer: EngineLayer, family: Family) -> tuple[str, ...]:
     return tuple(f"{parent}{leaf}" for leaf in told)
 
 
-def expert_names(layer: EngineLayer, family: Family) -> list[str]:
+def expert_names(layer: EngineLayer, family: EngineFamily) -> list[str]:
     """The names by which compressed-tensors configurations are asked about a block of experts."""
     return [f"{layer.name}.0.{leaf}" for leaf in family.experts]
 
@@ -61,11 +61,11 @@ def each(names: Sequence[str], match: Callable[[str], str | None]) -> Reading:
     return MIXED if None in found else Reading(quantized=False, entry=found[0])
 
 
-def mapped(entries: Iterable[str], family: Family) -> list[str]:
+def mapped(entries: Iterable[str], family: EngineFamily) -> list[str]:
     """A list as the engine renames its entries."""
     return [mapped_name(entry, family) for entry in entries]
 
 
-def mapped_name(entry: str, family: Family) -> str:
+def mapped_name(entry: str, family: EngineFamily) -> str:
     """A path as the engine renames it; patterns and class names stay as they are."""
     return entry if entry.startswith("re:") or "." not in entry else renamed(entry, family.maps)

@@ -23,7 +23,7 @@ from quantkit.engines.readers.base import (
     mapped_name,
     members,
 )
-from quantkit.engines.rules import Family
+from quantkit.engines.rules import EngineFamily
 
 
 class Entries:
@@ -48,7 +48,9 @@ class Entries:
         return next((e for e, pattern in self.patterns.items() if pattern.match(name)), None)
 
 
-def compressed_tensors(family: Family, candidate: Loadable, *, suffix: bool) -> SettingsReader:
+def compressed_tensors(
+    family: EngineFamily, candidate: Loadable, *, suffix: bool
+) -> SettingsReader:
     """The ignore list first, then the targets: by name, by class "Linear", by merged members.
 
     `suffix` is SGLang's way: a name also matches from any dot on, and the class comes before the

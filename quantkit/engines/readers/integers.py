@@ -20,10 +20,10 @@ from quantkit.engines.readers.base import (
     mapped_name,
     members,
 )
-from quantkit.engines.rules import Family
+from quantkit.engines.rules import EngineFamily
 
 
-def gptq(family: Family, candidate: Loadable, *, stored: bool) -> SettingsReader:
+def gptq(family: EngineFamily, candidate: Loadable, *, stored: bool) -> SettingsReader:
     """`dynamic` rules on the engine's name of a layer, the first match first.
 
     `stored` is vLLM's way: which layers are quantized it reads from the tensors, and of a layer
@@ -61,7 +61,7 @@ def _gptq_settings(base: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple
     return tuple({**base, **changes}.get(key) for key in ("bits", "group_size", "sym"))
 
 
-def awq(family: Family, candidate: Loadable, *, whole: bool) -> SettingsReader:
+def awq(family: EngineFamily, candidate: Loadable, *, whole: bool) -> SettingsReader:
     """Entries match anywhere in a name; `whole` (SGLang) does not take merged layers apart."""
     entries = mapped(candidate.settings.get("modules_to_not_convert") or (), family)
     head = bool(candidate.settings.get("lm_head"))
@@ -83,7 +83,7 @@ def awq(family: Family, candidate: Loadable, *, whole: bool) -> SettingsReader:
     return read
 
 
-def auto_round(family: Family, candidate: Loadable) -> SettingsReader:
+def auto_round(family: EngineFamily, candidate: Loadable) -> SettingsReader:
     """Entries by name or regular expression over the settings of the blocks."""
     settings = candidate.settings
     extra = {

@@ -24,10 +24,10 @@ from quantkit.engines.readers.base import (
     mapped,
     members,
 )
-from quantkit.engines.rules import Family
+from quantkit.engines.rules import EngineFamily
 
 
-def fp8(family: Family, candidate: Loadable, *, path: bool) -> SettingsReader:
+def fp8(family: EngineFamily, candidate: Loadable, *, path: bool) -> SettingsReader:
     """`path` is SGLang's way: a run of name parts, with and without "model." before it."""
     settings = candidate.settings
     keys = ("ignored_layers", "modules_to_not_convert")
@@ -59,12 +59,12 @@ def fp8(family: Family, candidate: Loadable, *, path: bool) -> SettingsReader:
     return read
 
 
-def mxfp4(_: Family, __: Loadable) -> SettingsReader:
+def mxfp4(_: EngineFamily, __: Loadable) -> SettingsReader:
     """Experts are quantized, all other layers are 16 bit whatever the settings say."""
     return lambda layer: YES if layer.experts else NOT
 
 
-def quark(family: Family, candidate: Loadable) -> SettingsReader:
+def quark(family: EngineFamily, candidate: Loadable) -> SettingsReader:
     """`exclude` first; of the others each has the settings of its entry, or the global ones."""
     settings = candidate.settings
     match = _matcher(mapped(settings.get("exclude") or (), family))

@@ -24,10 +24,10 @@ from quantkit.engines.readers.base import (
     mapped_name,
     members,
 )
-from quantkit.engines.rules import Family
+from quantkit.engines.rules import EngineFamily
 
 
-def modelopt(family: Family, candidate: Loadable, *, substring: bool) -> SettingsReader:
+def modelopt(family: EngineFamily, candidate: Loadable, *, substring: bool) -> SettingsReader:
     """Members of merged layers by name, then the whole name by globs; `substring` is vLLM's way."""
     listed = _modelopt_list(candidate.settings)
     if substring:  # vLLM splits "x*" in two before it renames
@@ -88,7 +88,7 @@ def _modelopt_list(settings: Mapping[str, Any]) -> list[str]:
     return list(section.get("exclude_modules") or section.get("ignore") or ())
 
 
-def _modelopt_layers(family: Family, settings: Mapping[str, Any]) -> SettingsReader | None:
+def _modelopt_layers(family: EngineFamily, settings: Mapping[str, Any]) -> SettingsReader | None:
     """The per-layer algorithms of a MIXED_PRECISION checkpoint."""
     section = settings.get("quantization") or settings
     listed = section.get("quantized_layers")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from quantkit.checkpoint.network.config import is_tied
+from quantkit.checkpoint.network.families import family_of
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 from quantkit.runtime.linear.modules import PlainLinear
 from quantkit.runtime.loading.make_layers import LayerMaker
 from quantkit.runtime.loading.memory import release
 from quantkit.runtime.network.decoder import Block, CacheScales, Decoder, Shape
-
-Progress = Callable[[int, int], None]
 
 
 def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = None) -> Decoder:
@@ -37,11 +36,11 @@ def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = No
 def _block(config: Any, maker: LayerMaker, name: str, shape: Shape, eps: float) -> Block:
     hidden, wide = int(config.hidden_size), int(config.intermediate_size)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    everywhere = bool(getattr(config, "attention_bias", False))
+    kin, everywhere = family_of(config.model_type), bool(getattr(config, "attention_bias", False))
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
     mlp_bias = bool(getattr(config, "mlp_bias", False))
     head_norms = None
-    if config.model_type == "qwen3":
+    if kin.qk_norm:
         head_norms = (
             _plain(maker, f"{attention}.q_norm.weight", (shape.head_dim,)),
             _plain(maker, f"{attention}.k_norm.weight", (shape.head_dim,)),
@@ -49,7 +48,7 @@ def _block(config: Any, maker: LayerMaker, name: str, shape: Shape, eps: float) 
     qkv = maker.merged(
         [f"{attention}.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj")],
         [(queries, hidden), (keys, hidden), (keys, hidden)],
-        everywhere or config.model_type == "qwen2",
+        everywhere or kin.qkv_bias,
     )
     out = maker.linear(f"{attention}.o_proj", (hidden, queries), everywhere)
     gate_up = maker.merged(

@@ -6,7 +6,7 @@ model that the file was made from, so its tokenizer files are what encodes text 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.gguf import GgufFile, open_gguf
+from quantkit.checkpoint.network.families import FAMILIES
 from quantkit.errors import InputError, command
 from quantkit.runtime.loading.source import CheckpointReader, check_finite, wrong_shape
 from quantkit.verification.gguf import Pair, source_values
@@ -30,15 +31,18 @@ _KEYS = {
     "head_dim": "attention.key_length",
 }
 """Key of a Transformers config → the file's, without its architecture."""
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(kw_only=True)
 class GgufSource(CheckpointReader):
-    """`names`: Transformers' name of every tensor of the network that the file holds → its own."""
+    """`stored`: Transformers' name of every tensor of the network that the file holds → its own."""
 
     held: GgufFile
-    names: Mapping[str, str]
+    stored: Mapping[str, str]
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.stored.keys()
 
     @property
     def layout(self) -> str | None:
@@ -48,16 +52,13 @@ class GgufSource(CheckpointReader):
     def expanded(self) -> dict[str, str]:
         return {
             name.removesuffix(".weight"): self.held.tensors[stored].type
-            for name, stored in self.names.items()
+            for name, stored in self.stored.items()
             if self.held.tensors[stored].quantized
         }
 
-    def has(self, name: str) -> bool:
-        return name in self.names
-
     def plain(self, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> torch.Tensor:
         self.require(name)
-        stored = self.held.tensors[self.names[name]]
+        stored = self.held.tensors[self.stored[name]]
         if shape is not None and stored.shape != shape:
             raise wrong_shape(name, stored.shape, shape)
         self.used.add(name)
@@ -66,9 +67,9 @@ class GgufSource(CheckpointReader):
         return values.to(dtype)
 
     def unused(self) -> list[str]:
-        known = set(self.names.values())
+        known = set(self.stored.values())
         strangers = sorted(name for name in self.held.tensors if name not in known)
-        return strangers + sorted(self.names.keys() - self.used)
+        return strangers + sorted(self.stored.keys() - self.used)
 
 
 def open_gguf_source(path: Path) -> GgufSource:
@@ -78,10 +79,11 @@ def open_gguf_source(path: Path) -> GgufSource:
     file that is broken or lacks metadata.
     """
     held = open_gguf(path)
-    if held.architecture not in _ARCHITECTURES:
+    computed = [t for f in FAMILIES if f.gguf and f.network == "decoder" for t in f.types]
+    if held.architecture not in computed:
         raise InputError(
             f"{held.file} holds a {held.architecture or 'nameless'} network; of GGUF the runtime "
-            f"computes {', '.join(_ARCHITECTURES)}.",
+            f"computes {', '.join(computed)}.",
             hint="evaluate it in llama.cpp, or quantize to another layout",
             code="runtime.architecture",
         )
@@ -96,7 +98,7 @@ def open_gguf_source(path: Path) -> GgufSource:
         )
     names = _names(held)
     checkpoint = Checkpoint(path, _config(held, names), {}, {})
-    return GgufSource(checkpoint=checkpoint, subject=None, held=held, names=names)
+    return GgufSource(checkpoint=checkpoint, subject=None, held=held, stored=names)
 
 
 def _meta(held: GgufFile, key: str) -> Any:

@@ -1,12 +1,13 @@
 """Networks that the lean decoder does not know: Transformers' own modules, filled tensor by tensor.
 
-The module is built without memory (meta device); its linear layers are replaced, its parameters
-read one at a time, and the buffers that no file holds (rotary frequencies) are computed by the
-model's own initialisation.
+The module is built without memory (meta device); its linear layers and experts are replaced, its
+other parameters read one at a time, and the buffers that no file holds (rotary frequencies) are
+computed by the model's own initialisation.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,14 @@ import torch
 from torch import nn
 
 from quantkit.checkpoint.network.config import is_tied
-from quantkit.checkpoint.network.modules import fused_groups
+from quantkit.checkpoint.network.modules import CONTROLS, fused_groups
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 from quantkit.runtime.linear.modules import PlainLinear
-from quantkit.runtime.loading.build import Progress
+from quantkit.runtime.loading.experts import find_experts, replace_experts, router_widths
 from quantkit.runtime.loading.make_layers import LayerMaker
 from quantkit.runtime.loading.memory import release
-
-_FILE_HEADS = ("embed_out",)
-"""What heads are called in files beside their names in Transformers (GPT-NeoX, Pythia)."""
+from quantkit.runtime.loading.names import FileNames
 
 
 class HostedNetwork(nn.Module):
@@ -34,10 +34,12 @@ class HostedNetwork(nn.Module):
         self.embed: torch.Tensor = model.get_input_embeddings().weight
 
     def new_cache(self, batch: int, capacity: int) -> Any:  # noqa: ARG002
-        """An empty Transformers cache, which grows by itself."""
+        """An empty Transformers cache, which grows by itself; the family's own where it has one."""
         from transformers import DynamicCache
 
-        return DynamicCache(config=self.model.config)
+        family = vars(sys.modules[type(self.model).__module__]).values()
+        own = [kind for kind in family if isinstance(kind, type) and DynamicCache in kind.__bases__]
+        return own[0]() if own else DynamicCache(config=self.model.config)
 
     def forward(
         self,
@@ -61,15 +63,16 @@ class HostedNetwork(nn.Module):
 def build_hosted(config: Any, maker: LayerMaker, progress: Progress | None = None) -> HostedNetwork:
     """Transformers' model of a config, with the checkpoint's layers in it; raises InputError."""
     model = empty_model(config, maker.source.checkpoint.path, maker.dtype)
+    names = FileNames(model, maker.source)
     _compute_buffers(model, maker.device)
-    _replace_linears(model, maker, progress)
-    _fill_parameters(model, maker)
+    _replace_layers(model, maker, names, progress)
+    _fill_parameters(model, maker, names)
     return HostedNetwork(model.eval())
 
 
 def empty_model(config: Any, path: Path, dtype: torch.dtype) -> Any:
     """Transformers' model of a config on the meta device; InputError for a network that cannot be
-    computed: none that continues text, or a mixture of experts."""
+    computed: none that continues text, or experts kept in no known way."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -87,13 +90,7 @@ def empty_model(config: Any, path: Path, dtype: torch.dtype) -> Any:
             hint="check the values of config.json, rope_parameters and rope_scaling among them",
             code="runtime.architecture",
         ) from error
-    for name, weight in model.named_parameters():
-        if weight.dim() == 3 and "expert" in name:
-            raise InputError(
-                f"{path} is a mixture of experts ({name}), which the runtime does not compute.",
-                hint="quantkit validate DIR --engine vllm",
-                code="runtime.architecture",
-            )
+    find_experts(model)
     return model
 
 
@@ -119,29 +116,46 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
             )
 
 
-def _replace_linears(model: Any, maker: LayerMaker, progress: Progress | None) -> None:
-    head = model.get_output_embeddings()
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
+def _replace_layers(
+    model: Any, maker: LayerMaker, names: FileNames, progress: Progress | None
+) -> None:
+    experts = find_experts(model)
+    linears = _linears(model, maker, names, router_widths(experts))
     groups = {members[0]: members for members in fused_groups(linears)}
     grouped = {name for members in groups.values() for name in members[1:]}
-    names = [name for name in linears if name not in grouped]
-    for index, name in enumerate(names):
+    heads = [name for name in linears if name not in grouped]
+    total = len(heads) + len(experts)
+    for index, name in enumerate(heads):
         members = list(groups.get(name, (name,)))
         shapes = [(linears[m].out_features, linears[m].in_features) for m in members]
         has_bias = linears[name].bias is not None
-        made = maker.separate(members, shapes, has_bias)
+        made = maker.separate([names.module(member) for member in members], shapes, has_bias)
         for member, module in zip(members, made, strict=True):
             model.set_submodule(member, module)
         release()
         if progress is not None:
-            progress(index + 1, len(names))
+            progress(index + 1, total)
+    for index, _ in enumerate(replace_experts(model, experts, maker, names), len(heads)):
+        if progress is not None:
+            progress(index + 1, total)
 
 
-def _fill_parameters(model: Any, maker: LayerMaker) -> None:
+def _linears(
+    model: Any, maker: LayerMaker, names: FileNames, widths: set[int]
+) -> dict[str, nn.Linear]:
+    """The linear layers to replace. Routers and the like stay as they are where they are in 16 bit:
+    what holds them may use their weight itself."""
+    head = model.get_output_embeddings()
+    found = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module is not head:
+            small = module.out_features in widths or name.rpartition(".")[2] in CONTROLS
+            if not small or names.module(name) in maker.source.layers:
+                found[name] = module
+    return found
+
+
+def _fill_parameters(model: Any, maker: LayerMaker, names: FileNames) -> None:
     """Embeddings, norms and whatever else is still on the meta device; then the output head."""
     source = maker.source
     head = model.get_output_embeddings()
@@ -151,14 +165,15 @@ def _fill_parameters(model: Any, maker: LayerMaker) -> None:
         if not value.is_meta or name.rpartition(".")[0] == head_name:
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
-        tensor = source.plain(name, tuple(value.shape), value.dtype).to(maker.device)
+        stored = names.tensor(name)
+        tensor = source.plain(stored, tuple(value.shape), value.dtype).to(maker.device)
         if isinstance(value, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(owner, name.rpartition(".")[2], tensor)
     if head_name is None:
         return
     embedding = model.get_input_embeddings().weight
-    stored = _stored_head(maker, head_name)
+    stored = names.module(head_name)
     if stored in source.layers or not is_tied(source.checkpoint.config):
         shape = (head.out_features, head.in_features)
         made: nn.Module = maker.linear(stored, shape, head.bias is not None)
@@ -166,10 +181,3 @@ def _fill_parameters(model: Any, maker: LayerMaker) -> None:
         source.used.add(f"{stored}.weight")
         made = PlainLinear(embedding, None)
     model.set_submodule(head_name, made)
-
-
-def _stored_head(maker: LayerMaker, name: str) -> str:
-    """The name that the head of Transformers' module has in the file."""
-    source = maker.source
-    held = (n for n in (name, *_FILE_HEADS) if n in source.layers or source.has(f"{n}.weight"))
-    return next(held, name)

@@ -16,7 +16,7 @@ from quantkit.runtime.linear.kernels.select import Choice, choose
 from quantkit.runtime.linear.modules import JoinedLinear, PlainLinear, QuantLinear
 from quantkit.runtime.loading.fuse import Fuse, harmonize, join
 from quantkit.runtime.loading.memory import release
-from quantkit.runtime.loading.source import CheckpointReader
+from quantkit.runtime.loading.source import CheckpointReader, wrong_shape
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,40 @@ class LayerMaker:
             self._quantized([name], self.source.layers[name].scheme, weight)
             for name, weight in zip(names, weights, strict=True)
         ]
+
+    def stacked(
+        self,
+        name: str,
+        count: int,
+        shape: tuple[int, int],
+        *,
+        transposed: bool,
+        bias: str | None = None,
+    ) -> list[nn.Module]:
+        """The `count` layers, weight [out, in] each, of a 3-D tensor that holds [in, out] where it
+        is `transposed`; `bias` is the tensor [count, out] of their biases.
+
+        The tensor may hold more of them, which are left.
+        """
+        spec = self.source.layers.get(name)
+        if spec is not None:
+            made: list[nn.Module] = []
+            for number, weight in enumerate(self.source.stacked(name, count, shape, bool(bias))):
+                moved = _to(centred(weight), self.device)
+                made.append(self._quantized([f"{name}[{number}]"], spec.scheme, moved))
+            return made
+        whole = self.tensor(name, None)
+        wanted = (shape[1], shape[0]) if transposed else shape
+        if whole.dim() != 3 or len(whole) < count or tuple(whole.shape[1:]) != wanted:
+            raise wrong_shape(name, tuple(whole.shape), (count, *wanted))
+        biases = self.tensor(bias, (len(whole), shape[0])) if bias else [None] * len(whole)
+        weights = [one.T if transposed else one for one in whole[:count]]
+        pairs = zip(weights, biases[:count], strict=True)
+        return [PlainLinear(weight.contiguous(), one) for weight, one in pairs]
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None) -> torch.Tensor:
+        """A 16-bit tensor on the device."""
+        return self.source.plain(name, shape, self.dtype).to(self.device)
 
     def _read(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: bool

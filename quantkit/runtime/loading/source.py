@@ -6,7 +6,7 @@ with the finding that `quantkit verify` would report.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.errors import InputError, command
 from quantkit.formats.base import LayerSpec, QuantWeight, is_kv_cache_tensor
+from quantkit.formats.inventory import expert
 from quantkit.formats.quantized import QuantizedCheckpoint, examine
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.verification.configuration.completeness import check_completeness
@@ -38,17 +39,22 @@ class CheckpointReader:
         return None if self.subject is None else self.subject.declaration.quant_method
 
     @property
-    def layers(self) -> dict[str, LayerSpec]:
+    def layers(self) -> Mapping[str, LayerSpec]:
         """Every module that is declared quantized."""
-        return {} if self.subject is None else dict(self.subject.declaration.layers)
+        return {} if self.subject is None else self.subject.declaration.layers
 
     @property
     def expanded(self) -> dict[str, str]:
         """Modules whose quantized weights `plain` gives dequantized, with their format's name."""
         return {}
 
+    @property
+    def names(self) -> Collection[str]:
+        """Every tensor that the checkpoint holds."""
+        return self.checkpoint.tensors.keys()
+
     def has(self, name: str) -> bool:
-        return name in self.checkpoint.tensors
+        return name in self.names
 
     def plain(self, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> torch.Tensor:
         """A 16- or 32-bit tensor in `dtype`; InputError when absent, mis-shaped, coded or NaN."""
@@ -71,21 +77,43 @@ class CheckpointReader:
 
         Raises InputError for another shape, a missing bias, and scales that are NaN or wrongly 0.
         """
-        assert self.subject is not None
-        spec = self.subject.declaration.layers[module]
+        spec = self.layers[module]
         if spec.shape != shape or spec.experts:
             raise wrong_shape(module, spec.shape, shape)
-        parts = self.subject.parts[module]
-        wanted = self.subject.expected[module]
-        names = {suffix: parts[suffix].name for suffix in wanted if suffix in parts}
-        tensors = {suffix: self._read(name) for suffix, name in names.items()}
-        findings = check_tensors(module, tensors, wanted)
-        if not findings:
-            weight = self.subject.layout.read(tensors, spec)
-            findings = check_weight(module, weight, spec, None)
-        _refuse(self.checkpoint, findings)
+        weight = self._weight(module, self._parts(module), spec)
         if bias and weight.bias is None:
             self.require(f"{module}.bias")
+        return weight
+
+    def stacked(
+        self, module: str, count: int, shape: tuple[int, int], bias: bool
+    ) -> Iterator[QuantWeight]:
+        """The `count` experts of a declared 3-D tensor, one after the other; see `quantized`."""
+        spec = self.layers[module]
+        if (spec.experts, spec.shape) != (count, shape):
+            raise wrong_shape(module, (spec.experts, *spec.shape), (count, *shape))
+        tensors = self._parts(module)
+        for number in range(count):
+            weight = self._weight(module, expert(tensors, spec, number), spec)
+            if bias and weight.bias is None:
+                self.require(f"{module}_bias")
+            yield weight
+
+    def _parts(self, module: str) -> dict[str, torch.Tensor]:
+        """The tensors of a declared layer, by suffix, checked."""
+        assert self.subject is not None
+        parts, wanted = self.subject.parts[module], self.subject.expected[module]
+        names = {suffix: parts[suffix].name for suffix in wanted if suffix in parts}
+        tensors = {suffix: self._read(name) for suffix, name in names.items()}
+        _refuse(self.checkpoint, check_tensors(module, tensors, wanted))
+        return tensors
+
+    def _weight(
+        self, module: str, tensors: Mapping[str, torch.Tensor], spec: LayerSpec
+    ) -> QuantWeight:
+        assert self.subject is not None
+        weight = self.subject.layout.read(tensors, spec)
+        _refuse(self.checkpoint, check_weight(module, weight, spec, None))
         return weight
 
     def bias(
@@ -99,6 +127,10 @@ class CheckpointReader:
         """Tensors that no part of the model took; KV-cache scales aside."""
         left = self.checkpoint.tensors.keys() - self.used
         return sorted(name for name in left if not is_kv_cache_tensor(name))
+
+    def leave(self, module: str) -> None:
+        """Count the tensors of a module as used, which the network does not compute."""
+        self.used.update(name for name in self.names if name.startswith(f"{module}."))
 
     def require(self, name: str) -> None:
         """InputError when the checkpoint has no such tensor."""

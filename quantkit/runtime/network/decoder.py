@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding
 
+from quantkit.checkpoint.network.families import FAMILIES, family_of
 from quantkit.runtime.network import attention_vllm, rotary
 from quantkit.runtime.network.attention import attend
 from quantkit.runtime.network.attention_vllm import Operators, TurnedCache
@@ -26,19 +27,19 @@ from quantkit.runtime.network.rotary import Rotary, head_dim, rotate
 PART_TOKENS = 2048
 """On a CPU a batch goes through all layers in parts of about so many tokens."""
 
-MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-
 
 def unsupported(config: Any) -> str | None:
     """Why this decoder does not compute the network of a Transformers config, or None."""
-    if config.model_type not in MODEL_TYPES:
-        return f"model_type {config.model_type} is not one of {', '.join(sorted(MODEL_TYPES))}"
+    kin = family_of(config.model_type)
+    if kin.network != "decoder":
+        computed = sorted(t for f in FAMILIES if f.network == "decoder" for t in f.types)
+        return f"model_type {config.model_type} is not one of {', '.join(computed)}"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
     if not rotary.supported(config):
         return "its rotary frequencies depend on the length"
     windows = getattr(config, "layer_types", None) or []
-    sliding = config.model_type == "mistral" and getattr(config, "sliding_window", None)
+    sliding = kin.sliding and getattr(config, "sliding_window", None)
     if sliding or any(kind != "full_attention" for kind in windows):
         return "some of its layers attend to a sliding window"
     return None

@@ -5,30 +5,29 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quantkit.backends.process.parent import child_environment, oom_kills
-from quantkit.checkpoint.paths import cache_dir
+from quantkit.backends.child import Child, log_text
+from quantkit.checkpoint.paths import new_log
+from quantkit.checkpoint.progress import Progress
 from quantkit.errors import BackendError
 from quantkit.runtime.serving import worker
 from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import EngineProcessSpec
 
-Progress = Callable[[int, int], None]
-
 _ERROR_LINE = re.compile(r"^\S*(?:Error|Exception|Interrupt)\b.*")
 _PREFIX = re.compile(r"^\([^)]*\) (?:ERROR|WARNING|INFO) \S+ \S+ \[[^]]*\] ?")
 LINE_WIDTH = 400
+LEAVE_SECONDS = 5.0
+"""What an engine gets to stop by itself when nothing more is asked of it."""
 
 
 class EngineProcess:
-    """An engine with its model, in a process group that ends with this object or this process.
+    """An engine with its model, as processes that end with this object or this process (`Child`).
 
     Raises BackendError from the constructor and from every call: `engine.out_of_memory`,
     `engine.import_failed`, `engine.killed` or `engine.failed`, with the engine's last error line
@@ -38,34 +37,34 @@ class EngineProcess:
     def __init__(self, engine: EngineProcessSpec, python: Path, order: EngineOrder) -> None:
         self.engine = engine
         self.model = order.model
-        self._kills = oom_kills()
-        logs = cache_dir() / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{engine.name}-", suffix=".log", dir=logs)
-        self.log = Path(name)
+        self.log = new_log(engine.name)
         self._work = tempfile.TemporaryDirectory(prefix="quantkit-")
         requests_of_child, requests = os.pipe()
         events, events_of_child = os.pipe()
+        self._requests = os.fdopen(requests, "w", encoding="utf-8")
+        self._pipe = os.fdopen(events, "rb")
+        self._told_why = False
         order_file = Path(self._work.name, "order.json")
         order.write(order_file)
         script = Path(worker.__file__).resolve()
         descriptors = (requests_of_child, events_of_child)
         try:
-            self._child = subprocess.Popen(
-                [str(python), str(script), str(order_file), *map(str, descriptors)],
-                stdin=subprocess.DEVNULL,
-                stdout=handle,
-                stderr=subprocess.STDOUT,
-                pass_fds=descriptors,
-                start_new_session=True,
-                cwd=self._work.name,
-                env=child_environment(),
-            )
-        finally:
-            for descriptor in (*descriptors, handle):
-                os.close(descriptor)
-        self._requests = os.fdopen(requests, "w", encoding="utf-8")
-        self._events = os.fdopen(events, encoding="utf-8")
+            with self.log.open("wb") as handle:
+                self._child = Child(
+                    [str(python), str(script), str(order_file), *map(str, descriptors)],
+                    log=handle,
+                    descriptors=descriptors,
+                    folder=order_file.parent,
+                )
+        except OSError as error:
+            self._release()
+            self.log.unlink()
+            raise BackendError(
+                f"{engine.title} cannot be started with {python}: {error.strerror}.",
+                hint=self._check_hint(),
+                code="engine.failed",
+            ) from error
+        self._events = self._child.events(events)
         try:
             started = self._until("ready", None)
         except BaseException:
@@ -96,9 +95,10 @@ class EngineProcess:
         return value
 
     def close(self) -> None:
-        """End the engine; its log goes."""
+        """End the engine; its log goes, unless an error named it."""
         self._stop()
-        self.log.unlink(missing_ok=True)
+        if not self._told_why:
+            self.log.unlink(missing_ok=True)
 
     def _ask(self, call: str, progress: Progress | None, **arguments: object) -> Any:
         try:
@@ -110,14 +110,15 @@ class EngineProcess:
 
     def _until(self, wanted: str, progress: Progress | None) -> dict[str, Any]:
         """The next event of that kind, progress passed on; raises when the engine fails first."""
-        for line in self._events:
-            event: dict[str, Any] = json.loads(line)
+        for event in self._events:
             if event["event"] == "error":
+                self._told_why = True
                 raise self._failed(event)
             if event["event"] == wanted:
                 return event
             if progress:
                 progress(event["done"], event["total"])
+        self._told_why = True
         raise self._gone()
 
     def _failed(self, event: dict[str, Any]) -> BackendError:
@@ -139,20 +140,19 @@ class EngineProcess:
         )  # fmt: skip
 
     def _gone(self) -> BackendError:
-        status = self._child.wait()
+        ending = self._child.ending()
         what = f"{self.engine.title} with {self.model}"
-        if status == -signal.SIGKILL and oom_kills() != self._kills:
+        if ending.out_of_memory:
             return self._out_of_memory(
                 f"{what} was killed: the machine or its container ran out of memory."
             )
-        name = f"ended with status {status}"
-        if status < 0:
-            name = f"was killed by {signal.Signals(-status).name}"
+        how = f"was killed by {ending.killer}" if ending.killer else ""
         last = self._last_error()
         return BackendError(
-            f"{what} {name}." + (f" Its log ends with: {last}" if last else ""),
+            f"{what} {how or f'ended with status {ending.status}'}."
+            + (f" Its log ends with: {last}" if last else ""),
             hint=f"read {self.log}",
-            code="engine.killed" if status < 0 else "engine.failed",
+            code="engine.killed" if ending.killer else "engine.failed",
         )
 
     def _out_of_memory(self, message: str) -> BackendError:
@@ -168,24 +168,24 @@ class EngineProcess:
 
     def _last_error(self) -> str:
         """The last line of the log that names an error, else its last line."""
-        with suppress(OSError):
-            text = self.log.read_text(encoding="utf-8", errors="replace")
-            lines = [_PREFIX.sub("", line).strip() for line in text.splitlines()]
-            lines = [line for line in lines if line and "See root cause above" not in line]
-            errors = [line for line in lines if _ERROR_LINE.match(line)]
-            return _line((errors or lines or [""])[-1])
-        return ""
+        lines = [_PREFIX.sub("", line).strip() for line in log_text(self.log).splitlines()]
+        lines = [line for line in lines if line and "See root cause above" not in line]
+        errors = [line for line in lines if _ERROR_LINE.match(line)]
+        return _line((errors or lines or [""])[-1])
 
     def _stop(self) -> None:
+        """Close the requests, which ends the engine, and make sure that it ends."""
         with suppress(BrokenPipeError):
             self._requests.close()
-        if self._child.poll() is None:
-            with suppress(subprocess.TimeoutExpired):
-                self._child.wait(timeout=5)
-        with suppress(ProcessLookupError):
-            os.killpg(self._child.pid, signal.SIGKILL)
-        self._child.wait()
-        self._events.close()
+        try:
+            self._child.end(patience=LEAVE_SECONDS)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        with suppress(BrokenPipeError):
+            self._requests.close()
+        self._pipe.close()
         self._work.cleanup()
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from quantkit.calibration.chat import TemplateRefusalError, compile_template
 from quantkit.calibration.tokenizer import Tokenizer, read_tokenizer_info
-from quantkit.validation.subjects.base import Progress, Subject
+from quantkit.checkpoint.progress import Progress
+from quantkit.validation.subjects.base import Subject
 
 NEW_TOKENS = 48
 QUESTIONS = (

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.calibration.tokenizer import Tokenizer
+from quantkit.checkpoint.progress import Progress
 from quantkit.validation.ask.canary import padded
 from quantkit.validation.ask.text import WithLogits
-from quantkit.validation.subjects.base import Progress, Subject
+from quantkit.validation.subjects.base import Subject
 from quantkit.validation.subjects.builtin import next_logprobs
 
 BATCH = 64

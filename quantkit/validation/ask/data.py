@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +13,11 @@ from pydantic import ValidationError
 
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.heldout import HELD_OUT_FROM, held_out_texts, seen_share
-from quantkit.calibration.rows import guess_field, read_rows
+from quantkit.calibration.rows import guess_fields, read_rows
 from quantkit.calibration.tokenfile import TokenFile, read_token_file
 from quantkit.calibration.tokenizer import Tokenizer
 from quantkit.checkpoint.paths import cache_dir
+from quantkit.checkpoint.provenance import Provenance
 from quantkit.errors import InputError
 from quantkit.recipe.model import Recipe
 
@@ -76,8 +75,8 @@ def read_texts(file: Path) -> list[str]:
         )
     if file.suffix.lower() == ".txt":
         return [file.read_text(encoding="utf-8", errors="replace")]
-    kind, field = guess_field(file)
-    if kind != "text_field" or not isinstance(field, str):
+    field = guess_fields(file).get("text_field")
+    if not isinstance(field, str):
         raise InputError(
             f"{file.name} holds conversations; perplexity is measured on plain text.",
             hint="--data with a field named text",
@@ -86,9 +85,7 @@ def read_texts(file: Path) -> list[str]:
     return [str(row[field]) for row in read_rows(file, [field])]
 
 
-def seen_by_calibration(
-    text: EvalText, provenance: Mapping[str, Any] | None, model: Path
-) -> float | None:
+def seen_by_calibration(text: EvalText, provenance: Provenance | None, model: Path) -> float | None:
     """The share of the windows' 13-token runs that the checkpoint's calibration holds.
 
     The calibration's tokens come from the cache, or are made again for `model`, the baseline.
@@ -96,10 +93,9 @@ def seen_by_calibration(
     """
     if provenance is None:
         return None
-    calibration = provenance.get("calibration")
-    if not isinstance(calibration, Mapping):
+    if provenance.calibration is None:
         return 0.0
-    digest = str(calibration.get("digest"))
+    digest = str(provenance.calibration.digest)
     tokens = _cached_tokens(digest) or _tokens_again(provenance, model)
     if tokens is None or tokens.digest != digest:
         return None
@@ -129,17 +125,12 @@ def _cached_tokens(digest: str) -> TokenFile | None:
     return None
 
 
-def _tokens_again(provenance: Mapping[str, Any], model: Path) -> TokenFile | None:
+def _tokens_again(provenance: Provenance, model: Path) -> TokenFile | None:
     """The recipe's calibration made again; None where its sources are not here any more."""
     try:
-        choice = Recipe.model_validate(provenance.get("recipe")).calibration
+        choice = Recipe.model_validate(provenance.recipe).calibration
         if choice is None:
             return None
         return build_tokens(load_calibration(choice.name, choice.overrides()), model)
     except (InputError, ValidationError):
         return None
-
-
-def texts_digest(texts: Sequence[str]) -> str:
-    """SHA-256 over texts in order."""
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()

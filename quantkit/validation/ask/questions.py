@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import Tokenizer
+from quantkit.checkpoint.progress import Progress
 from quantkit.validation.ask import text as texts
 from quantkit.validation.ask.cachefile import BaselineCache
 from quantkit.validation.ask.canary import answer, answer_logprobs, answer_tokens
@@ -163,7 +164,7 @@ def _arrays(text: BaselineText) -> dict[str, NDArray[Any]]:
     return {name: value for name, value in vars(text).items() if value is not None}
 
 
-def _on(ui: Reporter) -> Callable[[int, int], None]:
+def _on(ui: Reporter) -> Progress:
     return lambda done, _total: ui.advance(done)
 
 

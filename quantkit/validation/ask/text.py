@@ -14,14 +14,17 @@ depends on the first tokens alone, which leaves the estimate unbiased: all of it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.validation.subjects.base import Progress, Subject
+from quantkit.checkpoint.progress import Progress
+from quantkit.validation.subjects.base import Subject
+from quantkit.validation.subjects.routing import Routes
 
 if TYPE_CHECKING:
     import torch
@@ -47,29 +50,37 @@ class WithLogits(Protocol):
         """
         ...
 
+    def watch_routers(self) -> AbstractContextManager[Routes]:
+        """Note which experts the routers choose while the block runs."""
+        ...
+
 
 @dataclass(frozen=True)
 class BaselineText:
     """The baseline on windows [n, length]; all arrays have length - 1 predictions a window.
 
     logprobs: float32 [n, length - 1], of the token that follows. first: int64, the likeliest
-    token. ids, kept: tokens and their log-probabilities [n, length - 1, TOP + TAIL]. Without logits
-    only `logprobs` is there.
+    token. ids, kept: tokens and their log-probabilities [n, length - 1, TOP + TAIL]. experts: those
+    that compute each token, [layers, n, length, k], of a mixture. Without logits only `logprobs` is
+    there.
     """
 
     logprobs: NDArray[np.float32]
     first: NDArray[np.int64] | None = None
     ids: NDArray[np.int32] | None = None
     kept: NDArray[np.float32] | None = None
+    experts: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
 class QuantizedText:
-    """The quantized model on the same windows: `kl` in nats and `agrees` (same first token)."""
+    """The quantized model on the same windows: `kl` in nats, `agrees` (same first token), and of a
+    mixture by decoder layer whether the same experts compute a token, [n, length]."""
 
     logprobs: NDArray[np.float32]
     kl: NDArray[np.float32] | None = None
     agrees: NDArray[np.bool_] | None = None
+    routed: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict)
 
 
 def measure_baseline(
@@ -85,20 +96,23 @@ def measure_baseline(
     kept_ids: torch.Tensor | None = None
     kept = torch.empty(0)
     dice: torch.Generator | None = None
-    for place, scores, following in _chunks(subject, windows, progress):
-        if kept_ids is None or dice is None:
-            count = TOP + TAIL if scores.shape[-1] > TOP else scores.shape[-1]
-            kept_ids = torch.empty(*logprobs.shape, count, dtype=torch.int32)
-            kept = torch.empty(*logprobs.shape, count)
-            dice = torch.Generator(scores.device).manual_seed(0)
-        scores = scores.log_softmax(-1)
-        logprobs[place] = scores.gather(-1, following).squeeze(-1).cpu()
-        first[place] = scores.argmax(-1).cpu()
-        ids = _keep(scores, dice)
-        kept_ids[place] = ids.to(torch.int32).cpu()
-        kept[place] = scores.gather(-1, ids).cpu()
+    with subject.watch_routers() as routes:
+        for place, scores, following in _chunks(subject, windows, progress):
+            if kept_ids is None or dice is None:
+                count = TOP + TAIL if scores.shape[-1] > TOP else scores.shape[-1]
+                kept_ids = torch.empty(*logprobs.shape, count, dtype=torch.int32)
+                kept = torch.empty(*logprobs.shape, count)
+                dice = torch.Generator(scores.device).manual_seed(0)
+            scores = scores.log_softmax(-1)
+            logprobs[place] = scores.gather(-1, following).squeeze(-1).cpu()
+            first[place] = scores.argmax(-1).cpu()
+            ids = _keep(scores, dice)
+            kept_ids[place] = ids.to(torch.int32).cpu()
+            kept[place] = scores.gather(-1, ids).cpu()
     assert kept_ids is not None
-    return BaselineText(logprobs.numpy(), first.numpy(), kept_ids.numpy(), kept.numpy())
+    return BaselineText(
+        logprobs.numpy(), first.numpy(), kept_ids.numpy(), kept.numpy(), routes.table(windows)
+    )
 
 
 def measure_quantized(
@@ -116,13 +130,25 @@ def measure_quantized(
     first = torch.from_numpy(baseline.first)
     logprobs = torch.empty(len(windows), windows.shape[1] - 1)
     kl, agrees = torch.empty_like(logprobs), torch.empty(logprobs.shape, dtype=torch.bool)
-    for place, scores, following in _chunks(subject, windows, progress):
-        total = scores.logsumexp(-1, keepdim=True)
-        logprobs[place] = (scores.gather(-1, following) - total).squeeze(-1).cpu()
-        ours = scores.gather(-1, kept_ids[place].long().to(scores.device)) - total
-        kl[place] = divergence(kept[place].to(scores.device), ours).cpu()
-        agrees[place] = scores.argmax(-1).cpu() == first[place]
-    return QuantizedText(logprobs.numpy(), kl.numpy(), agrees.numpy())
+    with subject.watch_routers() as routes:
+        for place, scores, following in _chunks(subject, windows, progress):
+            total = scores.logsumexp(-1, keepdim=True)
+            logprobs[place] = (scores.gather(-1, following) - total).squeeze(-1).cpu()
+            ours = scores.gather(-1, kept_ids[place].long().to(scores.device)) - total
+            kl[place] = divergence(kept[place].to(scores.device), ours).cpu()
+            agrees[place] = scores.argmax(-1).cpu() == first[place]
+    routed = _same(routes, windows, baseline.experts)
+    return QuantizedText(logprobs.numpy(), kl.numpy(), agrees.numpy(), routed)
+
+
+def _same(
+    routes: Routes, windows: NDArray[np.int64], experts: NDArray[np.int32] | None
+) -> dict[int, NDArray[np.bool_]]:
+    """By decoder layer, whether a token's experts are those of the baseline, [n, length]."""
+    ours = routes.table(windows)
+    if ours is None or experts is None or ours.shape != experts.shape:
+        return {}
+    return dict(zip(routes.layers, (ours == experts).all(-1), strict=True))
 
 
 def divergence(base: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:

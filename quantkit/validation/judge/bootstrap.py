@@ -1,13 +1,18 @@
-"""How sure a measured number is: percentile bootstrap over windows or questions.
+"""How sure a measured number is: bootstrap over windows or questions (Efron and Tibshirani 1993).
 
-Both models see the same windows, so that windows are resampled in pairs (Efron and Tibshirani
-1993, chapter 13): what is hard for both moves neither a ratio nor a difference.
+Both models see the same windows, so that windows are resampled in pairs: what is hard for both
+moves neither a ratio nor a difference. Means get the bias-corrected and accelerated interval
+(BCa, chapter 14): a few hard windows make the KL divergence skewed, and a percentile interval of a
+skewed mean ends too low. `scipy.stats.bootstrap` gives the same (a test compares), but finds the
+acceleration by leaving out one sample after another, whose cost grows with their square; that of
+a mean has a closed form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +21,7 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 2000
 LEVEL = 0.95
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 PART_INDICES = 1 << 20
 """Indices held at a time, 8 MB: a task may have tens of thousands of samples."""
 FEWEST = 8
@@ -57,8 +63,9 @@ def sampled(values: Floats, statistic: Callable[[Floats], Floats] | None = None)
         return Measured(float("nan"), sampled=True)
     if len(values) < FEWEST:
         return Measured(value, sampled=True)
-    means = [values[draws].mean(axis=1) for draws in resamples(len(values))]
-    return Measured(value, percentiles(finish(np.concatenate(means))), sampled=True)
+    means = np.concatenate([values[draws].mean(axis=1) for draws in resamples(len(values))])
+    low, high = np.sort(finish(np.quantile(means, _bca_tails(values, means))))
+    return Measured(value, (float(low), float(high)), sampled=True)
 
 
 def resamples(count: int, most: int = RESAMPLES) -> Iterator[NDArray[np.int64]]:
@@ -72,6 +79,19 @@ def resamples(count: int, most: int = RESAMPLES) -> Iterator[NDArray[np.int64]]:
 
 def percentiles(values: Floats) -> tuple[float, float]:
     """The middle `LEVEL` of bootstrapped values."""
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
+    low, high = np.quantile(values, TAILS)
     return float(low), float(high)
+
+
+def _bca_tails(values: Floats, means: Floats) -> list[float]:
+    """The quantiles of the resampled `means` of `values` at which BCa ends (equation 14.10)."""
+    mean = values.mean()
+    squares = float(((values - mean) ** 2).sum())
+    if squares == 0:  # every mean is the same
+        return list(TAILS)
+    acceleration = float(((values - mean) ** 3).sum()) / (6 * squares**1.5)
+    below = float((means < mean).mean() + (means <= mean).mean()) / 2
+    normal = NormalDist()
+    bias = normal.inv_cdf(min(max(below, 0.5 / len(means)), 1 - 0.5 / len(means)))
+    shifted = [bias + normal.inv_cdf(tail) for tail in TAILS]
+    return [normal.cdf(bias + z / (1 - acceleration * z)) for z in shifted]

@@ -26,7 +26,9 @@ from quantkit.verification import VerifyReport
 Floats = NDArray[np.float64]
 NO_LOGITS = "the engine does not give logits"
 OF_LOGITS = ("kl_mean", "kl_p99", "kl_max", "top1_agreement")
-"""Metrics that only an engine that gives logits can tell: the builtin one."""
+ROUTING = "routing_agreement"
+BUILTIN_ONLY = (*OF_LOGITS, ROUTING)
+"""Metrics that only an engine that shows its inside can tell: the builtin one."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class PerWindow:
     nll: Floats
     kl: Floats | None
     agreement: Floats | None
+    routing: Floats | None = None
 
     @classmethod
     def of(cls, baseline: BaselineText, quantized: QuantizedText) -> PerWindow:
@@ -45,6 +48,7 @@ class PerWindow:
             -_means(quantized.logprobs),
             None if quantized.kl is None else _means(quantized.kl),
             None if quantized.agrees is None else _means(quantized.agrees),
+            _worst_routing(quantized),
         )
 
 
@@ -54,12 +58,24 @@ def text_metrics(windows: PerWindow, kl: NDArray[np.float32] | None) -> dict[str
     if windows.kl is None or windows.agreement is None or kl is None:
         absent = missing(NO_LOGITS)
         return found | dict.fromkeys(OF_LOGITS, absent)
+    if windows.routing is not None:
+        found[ROUTING] = sampled(windows.routing)
     return found | {
         "kl_mean": sampled(windows.kl),
         "kl_p99": _p99(kl.astype(np.float64)),
         "kl_max": Measured(float(kl.max())),  # of this text: an extreme has no interval
         "top1_agreement": sampled(windows.agreement),
     }
+
+
+def routing_by_layer(quantized: QuantizedText) -> dict[int, float]:
+    """Decoder layer → share of the tokens that the baseline's experts compute."""
+    return {layer: float(same.mean()) for layer, same in quantized.routed.items()}
+
+
+def _worst_routing(quantized: QuantizedText) -> Floats | None:
+    shares = routing_by_layer(quantized)
+    return _means(quantized.routed[min(shares, key=shares.__getitem__)]) if shares else None
 
 
 def choice_metric(baseline: NDArray[np.bool_], quantized: NDArray[np.bool_]) -> Measured:

@@ -29,6 +29,7 @@ _SAME: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 TOLERANCE: dict[str, float] = {
     "ppl_ratio": 0.002, "kl_mean": 0.002, "kl_p99": 0.02, "top1_agreement": 0.005,
+    "routing_agreement": 0.01,
     "mcq_drop": 0.01, "canary_drift": 0.01, "weight_sqnr_margin": 0.5, "canary_failures": 0.0,
     "verify_errors": 0.0, "prefill_speedup": 0.1, "decode_speedup": 0.1, "memory_ratio": 0.01,
 }  # fmt: skip
@@ -132,6 +133,7 @@ def _paired(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Measur
         "ppl_ratio": ("windows", "nll"),
         "kl_mean": ("windows", "kl"),
         "top1_agreement": ("windows", "agreement"),
+        "routing_agreement": ("windows", "routing"),
         "mcq_drop": ("right", "quantized"),
     }
     if name not in places:

@@ -24,9 +24,15 @@ BY_BITS: dict[int, tuple[str, ...]] = {
 }  # fmt: skip
 """Bits of the narrowest weights → the gates of their accuracy; docs/validate.md says why."""
 
+ROUTING: dict[int, str] = {
+    8: "routing_agreement>=0.7", 4: "routing_agreement>=0.5", 3: "routing_agreement>=0.3",
+    2: "routing_agreement>=0.2",
+}  # fmt: skip
+"""The same of a mixture of experts, for its worst layer."""
+
 ACCURACY = (
-    "ppl_ratio", "kl_mean", "kl_p99", "kl_max", "top1_agreement", "mcq_drop", "canary_failures",
-    "canary_drift",
+    "ppl_ratio", "kl_mean", "kl_p99", "kl_max", "top1_agreement", "routing_agreement", "mcq_drop",
+    "canary_failures", "canary_drift",
 )  # fmt: skip
 """Metrics that a run without the activations' quantization cannot vouch for, tasks aside."""
 
@@ -60,11 +66,12 @@ class GateResult:
         return asdict(self)
 
 
-def default_gates(schemes: Iterable[str]) -> list[Gate]:
+def default_gates(schemes: Iterable[str], *, mixture: bool = False) -> list[Gate]:
     """The gates of a checkpoint with layers of these schemes, or ggml types: those of the narrowest
-    weights, and the strictest where no name tells how many bits they have."""
-    bits = [_bits(name) for name in schemes]
-    texts = (*ALWAYS, *BY_BITS[min(bits, default=max(BY_BITS))])
+    weights, and the strictest where no name tells how many bits they have. A `mixture` of experts
+    has one more."""
+    least = min((_bits(name) for name in schemes), default=max(BY_BITS))
+    texts = (*ALWAYS, *BY_BITS[least], *([ROUTING[least]] if mixture else []))
     return [parse_gate(text, "default") for text in texts]
 
 

@@ -9,7 +9,13 @@ from typing import Any
 
 from quantkit.errors import InputError
 from quantkit.recipe.gates import outcome
-from quantkit.validation.reports.markdown import gate_row, kernels, measured, number
+from quantkit.validation.reports.markdown import (
+    gate_row,
+    kernels,
+    lowest_routing,
+    measured,
+    number,
+)
 
 Document = Mapping[str, Any]
 
@@ -34,6 +40,7 @@ def as_html(document: Document) -> str:
     figures = {
         "layers": plots.layers_figure(document),
         "kl": plots.kl_figure(document),
+        "routing": plots.routing_figure(document),
         "throughput": plots.throughput_figure(document),
     }
     environment = Environment(
@@ -47,6 +54,7 @@ def as_html(document: Document) -> str:
         measured=list(measured(document)),
         kernels=kernels(document["engine"]),
         number=number,
+        routing=lowest_routing(document),
         worst=sorted(document["layers"], key=lambda layer: layer["sqnr_db"])[:10],
         pictures={
             name: None if figure is None else Markup(plots.svg(figure))  # noqa: S704  ours

@@ -35,6 +35,10 @@ def as_markdown(document: Mapping[str, Any]) -> str:
         lines += ["", "## Since the earlier report", ""]
         lines += table(["metric", "before", "now", "verdict"], rows)
     lines += ["", "## Measured", "", *table(["", "baseline", "quantized"], measured(document))]
+    routing = lowest_routing(document)
+    if routing:
+        lines += ["", f"## The {len(routing)} layers with the lowest routing agreement", ""]
+        lines += table(["decoder layer", "share of tokens with the baseline's experts"], routing)
     layers = sorted(document["layers"], key=lambda layer: layer["sqnr_db"])
     if layers:
         lines += ["", f"## The {WORST_LAYERS} layers with the lowest weight SQNR", ""]
@@ -45,6 +49,13 @@ def as_markdown(document: Mapping[str, Any]) -> str:
     lines += ["", *(f"- **Warning**: {text}" for text in document["warnings"])]
     lines += [f"- {note}" for note in document["notes"]]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def lowest_routing(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The worst layers of a mixture of experts and their routing agreement; none of other models,
+    nor in the reports of earlier versions."""
+    rows = sorted(document.get("routing", ()), key=lambda row: row["agreement"])
+    return [(str(row["layer"]), f"{row['agreement']:.1%}") for row in rows[:WORST_LAYERS]]
 
 
 def measured(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

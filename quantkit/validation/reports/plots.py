@@ -98,6 +98,25 @@ def kl_figure(document: Document) -> Figure | None:
     return figure
 
 
+def routing_figure(document: Document) -> Figure | None:
+    """Share of tokens with the baseline's experts, layer by layer; None of other models."""
+    rows = document.get("routing")
+    if not rows:
+        return None
+    figure, axes = _figure(9, 2.6)
+    shares = [row["agreement"] for row in rows]
+    axes.bar([row["layer"] for row in rows], shares, 0.8, color=OURS)
+    for gate in document["gates"]:
+        if gate["metric"] == "routing_agreement":
+            limit = float(gate["limit"].removeprefix(">="))
+            axes.axhline(limit, color=BAD, linestyle="--", linewidth=1)
+    axes.set_ylim(0, 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("tokens with the same experts")
+    return figure
+
+
 def throughput_figure(document: Document) -> Figure | None:
     """Prefill and decode rates of both models; None where they were not measured."""
     theirs, ours = document["throughput"]["baseline"], document["throughput"]["quantized"]

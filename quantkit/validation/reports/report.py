@@ -39,7 +39,9 @@ class Report:
 
     checkpoint, baseline, engine, text: who was compared, how, and on what. metrics: what gates can
     be held against, measured or not; values, windows (means over each), right (facts answered), …:
-    what they were derived from. changes: since an earlier report, where there is one.
+    what they were derived from; routing: of a mixture of experts, by decoder layer the share of
+    tokens that the baseline's experts compute. changes: since an earlier report, where there is
+    one.
     """
 
     checkpoint: dict[str, Any]
@@ -57,6 +59,7 @@ class Report:
     canary: list[dict[str, Any]] = field(default_factory=list)
     throughput: Both = Both(None, None)
     kl_histogram: dict[str, Any] | None = None
+    routing: dict[int, float] = field(default_factory=dict)
     changes: list[Change] | None = None
     seconds: float = 0.0
 
@@ -97,6 +100,9 @@ class Report:
             },
             "layers": [asdict(layer) for layer in self.layers],
             "kl_histogram": self.kl_histogram,
+            "routing": [
+                {"layer": layer, "agreement": share} for layer, share in self.routing.items()
+            ],
             "windows": {k: _list(v) for k, v in vars(self.windows).items()} if self.windows else {},
             "right": {name: [int(v) for v in value] for name, value in vars(self.right).items()},
             "regression": None if self.changes is None else [asdict(c) for c in self.changes],

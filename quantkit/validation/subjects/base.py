@@ -10,8 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Progress = Callable[[int, int], None]
-"""(steps done, steps in all)."""
+from quantkit.checkpoint.progress import Progress
 
 
 @dataclass(frozen=True)

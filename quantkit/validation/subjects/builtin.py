@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit import __version__
-from quantkit.validation.subjects.base import Opening, Progress, Throughput
+from quantkit.checkpoint.progress import Progress
+from quantkit.validation.subjects.base import Opening, Throughput
+from quantkit.validation.subjects.routing import Routes, watch_routers
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +57,10 @@ class Builtin:
             rows = slice(start, min(start + step, len(windows)))
             ids = torch.from_numpy(windows[rows]).to(self.runtime.device)
             yield rows, self.runtime(ids, logits_to_keep=last).logits
+
+    def watch_routers(self) -> AbstractContextManager[Routes]:
+        """Note which experts the routers choose while the block runs."""
+        return watch_routers(self.runtime)
 
     def logprobs(
         self, windows: NDArray[np.int64], progress: Progress | None = None

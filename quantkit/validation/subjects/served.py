@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.checkpoint.directory import Checkpoint, open_checkpoint, read_json
-from quantkit.checkpoint.network.config import positions, text_config
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
+from quantkit.checkpoint.network.config import positions, stop_tokens
+from quantkit.checkpoint.network.language import text_config
+from quantkit.checkpoint.progress import Progress
 from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec, find_interpreter
 from quantkit.runtime.serving.process import EngineProcess
-from quantkit.validation.subjects.base import Opening, Progress, Throughput
+from quantkit.validation.subjects.base import Opening, Throughput
 
 if TYPE_CHECKING:
     from quantkit.validation.subjects.base import Opener
@@ -131,7 +133,7 @@ def _order(checkpoint: Checkpoint, engine: EngineProcessSpec, opening: Opening) 
         driver=engine.driver,
         model=str(checkpoint.path.resolve()),
         device=opening.device,
-        stop=tuple(_stop_tokens(checkpoint, config)),
+        stop=tuple(stop_tokens(checkpoint.path, config)),
         length=length,
         cache_bytes=2 * length * per_token,
     )
@@ -139,14 +141,6 @@ def _order(checkpoint: Checkpoint, engine: EngineProcessSpec, opening: Opening) 
 
 def _longest(checkpoint: Checkpoint) -> int:
     return min(LONGEST, positions(checkpoint.config) or LONGEST)
-
-
-def _stop_tokens(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[int]:
-    """End-of-text ids of generation_config.json, else of config.json, as the runtime has them."""
-    file = checkpoint.path / "generation_config.json"
-    stated = read_json(file).get("eos_token_id") if file.is_file() else None
-    found = config.get("eos_token_id") if stated is None else stated
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def _quantizes_activations(checkpoint: Checkpoint) -> bool:

@@ -8,7 +8,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from quantkit.checkpoint.network.config import positions
-from quantkit.validation.subjects.base import Progress, Spread, Throughput, ThroughputRow
+from quantkit.checkpoint.progress import Progress
+from quantkit.validation.subjects.base import Spread, Throughput, ThroughputRow
 
 if TYPE_CHECKING:
     import torch

@@ -36,7 +36,8 @@ def check_input_scales(subject: QuantizedCheckpoint, broken: set[str]) -> Iterat
     """Static activation scales that are all one value: no calibration gives that.
 
     A SmoothQuant export of ModelOpt is the exception: the multiplier normalises every input to
-    [-1, 1], so that its INT8 scale is 1/127 in every layer.
+    [-1, 1], so that its INT8 scale is 1/127 in every layer. In `quant_method: fp8`, which makers
+    publish after training with the scale, one value other than 1 is worth a warning only.
     """
     scales = {
         module: read_tensor(info).float().flatten().tolist()
@@ -52,6 +53,14 @@ def check_input_scales(subject: QuantizedCheckpoint, broken: set[str]) -> Iterat
         return
     value = values.pop()
     if smoothed and isclose(value, 1 / 127, rel_tol=1e-3):
+        return
+    if subject.declaration.quant_method == "fp8" and value != 1:
+        yield warning(
+            "input_scale.one_value",
+            f"the static activation scale of all {count} layers is {value:g}: fixed, not measured "
+            "by calibration; right where the model was trained with it",
+            "compare with the published model, and measure the result (quantkit validate)",
+        )
         return
     yield error(
         "input_scale.uncalibrated",

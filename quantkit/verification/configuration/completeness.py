@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from quantkit.checkpoint.directory import Checkpoint
-from quantkit.checkpoint.network.config import is_tied, text_config
+from quantkit.checkpoint.network.config import is_tied, missing_head
+from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import layer_index
 from quantkit.checkpoint.tensors import same_bytes
 from quantkit.errors import InputError
 from quantkit.formats.quantized import QuantizedCheckpoint, as_subject
 from quantkit.formats.registry import writer_named
-from quantkit.verification.findings import Finding, error
+from quantkit.verification.findings import Finding, error, warning
 
 Fault = tuple[str, str | None]
 """Code and place of a finding."""
@@ -60,6 +61,7 @@ def refuse_incomplete(source: Checkpoint) -> None:
     subject = as_subject(source, writer_named("compressed-tensors"))
     text = text_config(source.config)
     found = [*_check_layers(_by_layer(subject, text), text), *_check_ends(subject, text)]
+    found = [finding for finding in found if finding.severity == "error"]
     if found:
         raise InputError(
             f"{source.path} is no whole model: {'; '.join(f.message for f in found)}.",
@@ -185,6 +187,10 @@ def _check_ends(subject: QuantizedCheckpoint, text: Mapping[str, Any]) -> Iterat
             "complete.no_head",
             "config.json says that the output head is not tied, and the checkpoint has none",
             "restore tie_word_embeddings of the source's config.json, or export the head",
+        )
+    if note := missing_head(config, bool(heads)):
+        yield warning(
+            "complete.silent_head", note, "state tie_word_embeddings in config.json, true or false"
         )
 
 

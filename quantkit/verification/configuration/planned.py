@@ -26,14 +26,14 @@ def check_plan(subject: QuantizedCheckpoint, plan: PlannedLayers) -> Iterator[Fi
         elif not _same(spec.scheme, wanted):
             yield error(
                 "plan.wrong_scheme",
-                f"{module} was to be {_name(wanted)} and is {_describe(spec.scheme)}",
+                f"{module} was to be {_name(wanted)} and is {spec.scheme.described}",
                 _HINT,
                 module,
             )
     for module in sorted(set(layers) - set(plan.quantized)):
         yield error(
             "plan.quantized_but_kept",
-            f"{module} was to stay in 16 bit and is {_describe(layers[module].scheme)}",
+            f"{module} was to stay in 16 bit and is {layers[module].scheme.described}",
             _HINT,
             module,
         )
@@ -49,13 +49,7 @@ def check_plan(subject: QuantizedCheckpoint, plan: PlannedLayers) -> Iterator[Fi
 
 
 def _name(wanted: Scheme | str) -> str:
-    return wanted if isinstance(wanted, str) else _describe(wanted)
-
-
-def _describe(scheme: Scheme) -> str:
-    size = scheme.weight.group_size
-    sign = "" if scheme.weight.symmetric else ", asymmetric"
-    return f"{scheme.name} (group {size}{sign})" if size else f"{scheme.name}{sign}"
+    return wanted if isinstance(wanted, str) else wanted.described
 
 
 def _same(found: Scheme, wanted: Scheme | str) -> bool:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from quantkit.checkpoint.network.modules import expert_groups, fused_groups
-from quantkit.checkpoint.schemes import Scheme
+from quantkit.checkpoint.schemes import Scheme, described
 from quantkit.checkpoint.tensors import read_tensor, same_bytes
 from quantkit.formats.quantized import QuantizedCheckpoint
 from quantkit.verification.findings import Finding, error, info, warning
@@ -66,13 +66,6 @@ def _scheme(subject: QuantizedCheckpoint, module: str) -> Scheme | None:
     return spec.scheme if spec else None
 
 
-def _describe(scheme: Scheme | None) -> str:
-    if scheme is None:
-        return "16 bit"
-    size = scheme.weight.group_size
-    return f"{scheme.name} (group {size})" if size else scheme.name
-
-
 def _check_groups(
     subject: QuantizedCheckpoint, groups: Sequence[tuple[str, ...]]
 ) -> Iterator[Finding]:
@@ -80,7 +73,7 @@ def _check_groups(
         schemes = {member: _scheme(subject, member) for member in members}
         if len(set(schemes.values())) > 1:
             parent = members[0].rpartition(".")[0]
-            listed = ", ".join(f"{m.rpartition('.')[2]} {_describe(s)}" for m, s in schemes.items())
+            listed = ", ".join(f"{m.rpartition('.')[2]} {described(s)}" for m, s in schemes.items())
             yield error(
                 "structure.mixed_group",
                 f"{parent}: {listed}; engines merge these into one layer of one scheme",
@@ -96,7 +89,7 @@ def _check_experts(subject: QuantizedCheckpoint, linear: Sequence[str]) -> Itera
         for name in members:
             schemes.setdefault(_scheme(subject, name), name)
         if len(schemes) > 1:
-            listed = ", ".join(f"{name} {_describe(scheme)}" for scheme, name in schemes.items())
+            listed = ", ".join(f"{name} {described(scheme)}" for scheme, name in schemes.items())
             yield error(
                 "structure.mixed_experts",
                 f"the experts of {parent} have {len(schemes)} schemes: {listed}",

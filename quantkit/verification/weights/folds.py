@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.checkpoint.directory import TensorInfo
-from quantkit.checkpoint.network.config import text_config
+from quantkit.checkpoint.network.families import family
+from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import Module, layer_index
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats.quantized import QuantizedCheckpoint
@@ -47,8 +48,6 @@ _ROW_PAIRS = (
     ("wv", "wo"), ("up_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("w3", "w2"),
     ("fc1", "fc2"),
 )  # fmt: skip
-_UNIT_OFFSET = ("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next", "qwen3_5", "nemotron")
-"""Families whose norm multiplies by 1 + weight."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def _fold(
 ) -> NormFold:
     import torch
 
-    offset = 1.0 if str(text_config(config).get("model_type")).startswith(_UNIT_OFFSET) else 0.0
+    offset = family(config).norm_offset
     new, old = read_tensor(mine).float() + offset, read_tensor(theirs).float() + offset
     factor = torch.where(new == old, 1.0, old / new)
     impossible = ~torch.isfinite(factor) | ((factor == 0) & (new != 0))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from quantkit.checkpoint.progress import Progress
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats import inventory
 from quantkit.formats.base import QuantWeight
@@ -239,7 +240,7 @@ def check_weights(
     modules: list[str],
     *,
     row_folds: bool,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> dict[str, LayerCheck]:
     """Check every module; with `row_folds`, explain pairs of faults by a fold where one fits."""
     pairs = row_pairs(modules) if row_folds and weights.source is not None else []

@@ -14,6 +14,7 @@ from quantkit.checkpoint.tensors import PIECE, read_tensor, same_bytes
 from quantkit.formats.base import is_kv_cache_tensor
 from quantkit.formats.quantized import FLOAT_DTYPES, QuantizedCheckpoint
 from quantkit.verification.findings import Finding, error, info, warning
+from quantkit.verification.weights.expert_biases import split_biases, with_halves
 from quantkit.verification.weights.source import SourceModel, SourcePiece, short_name
 
 if TYPE_CHECKING:
@@ -53,8 +54,20 @@ def make_ledger(
 ) -> Ledger:
     """Account for every tensor of both checkpoints; `same` compares the kept ones."""
     ledger = Ledger()
+    source = with_halves(subject, source)
+    if source.halves:
+        ledger.findings.append(
+            warning(
+                "ledger.halved_rows",
+                "gate_proj and up_proj of the experts hold the first and the second half of rows "
+                "that alternate in the source, as Defuser splits them",
+                "serve it with GPTQModel, which joins them again; to others they are no gate and "
+                "no up projection",
+            )
+        )
     _quantized(ledger, subject, source)
-    matched = _kept(ledger, subject, source, same)
+    matched = _split_biases(ledger, subject, source)
+    matched |= _kept(ledger, subject, source, same)
     _added(ledger, subject, matched)
     return ledger
 
@@ -93,6 +106,25 @@ def _quantized(ledger: Ledger, subject: QuantizedCheckpoint, source: SourceModel
                 orphans[0],
             )
         )
+
+
+def _split_biases(ledger: Ledger, subject: QuantizedCheckpoint, source: SourceModel) -> set[str]:
+    """Compare biases that the source holds for all experts in one; the names of ours."""
+    matched: set[str] = set()
+    for bias in split_biases(subject, source):
+        matched.update(bias.names)
+        ledger.states[bias.source] = "altered" if bias.different else "kept"
+        if bias.different:
+            ledger.findings.append(
+                error(
+                    "ledger.altered",
+                    f"{bias.different[0]} should be as in the source: its part of {bias.source} "
+                    f"has other values (so have {len(bias.different) - 1} more)",
+                    "copy the biases from the source",
+                    bias.different[0],
+                )
+            )
+    return matched
 
 
 def _kept(

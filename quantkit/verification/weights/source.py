@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 from quantkit.checkpoint.network.experts import input_first
+from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, weight_block
 from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.checkpoint.tensors import read_tensor
@@ -43,9 +43,19 @@ class SourcePiece:
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A source checkpoint in 16 bit, or in DeepSeek's FP8 blocks (`weight_scale_inv`)."""
+    """A source checkpoint in 16 bit, or in DeepSeek's FP8 blocks (`weight_scale_inv`).
+
+    `halves` says that gate and up of an expert are the halves of its fused rows, even where the
+    family's alternate.
+    """
 
     checkpoint: Checkpoint
+    halves: bool = False
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether gate and up are every other row of a fused tensor."""
+        return family(self.checkpoint.config).experts.interleaved and not self.halves
 
     @cached_property
     def _by_short_name(self) -> dict[str, str]:
@@ -92,9 +102,8 @@ class SourceModel:
             return [self._slice(down, int(index))]
         both = self._fused(f"{head}.experts.gate_up_proj")
         if leaf in _HALVES and both is not None:
-            interleaved = self.checkpoint.config.get("model_type") == "gpt_oss"
             part = self._slice(both, int(index))
-            return [replace(part, half=_HALVES[leaf], interleaved=interleaved)]
+            return [replace(part, half=_HALVES[leaf], interleaved=self.interleaved)]
         return []
 
     def _fused(self, module: str) -> TensorInfo | None:
@@ -152,8 +161,3 @@ def short_name(name: str) -> str:
     while start < len(parts) - 1 and parts[start] in _WRAPPERS:
         start += 1
     return ".".join(parts[start:])
-
-
-def used_tensors(parts: Mapping[str, list[SourcePiece]]) -> set[str]:
-    """The names of the source tensors that some module's weight is read from."""
-    return {part.info.name for pieces in parts.values() for part in pieces}

@@ -133,6 +133,13 @@ def leaves_grandchild(job: Job, report: Reporter, result: Result) -> None:
     _write(job, "pid", str(forked))
 
 
+def leaves_daemon(job: Job, report: Reporter, result: Result) -> None:
+    """Succeed, and leave a process behind that is in no way this one's any more."""
+    sys.path.append(job.options["modules"])
+    Path(job.out).mkdir()
+    import_module("daemon").leave_daemon(str(Path(job.out, "pid")))
+
+
 def hangs(job: Job, report: Reporter, result: Result) -> None:
     """Write the ids of this process and of one it started, then wait."""
     helper = subprocess.Popen(["sleep", "600"])

@@ -1,0 +1,76 @@
+"""What each library does with the experts of each family: `families.yaml`, read once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from quantkit.checkpoint.network.language import text_config
+
+if TYPE_CHECKING:
+    from quantkit.backends.registry.backend import Backend
+    from quantkit.recipe.model import Recipe
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """The families of mixtures, by the `model_type` of config.json, that a library was tried with.
+
+    calibrates: those whose every expert it can be made to see.
+    routed: why it reaches only the experts that tokens are routed to, by family.
+    cannot: why it does not quantize the experts at all, by family.
+    schemes: family → scheme → why that scheme does not work there.
+    """
+
+    calibrates: frozenset[str] = frozenset()
+    routed: Mapping[str, str] = field(default_factory=dict)
+    cannot: Mapping[str, str] = field(default_factory=dict)
+    schemes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+@cache
+def mixtures() -> dict[str, Mixtures]:
+    """Backend → what it does with experts; a backend that is not in it takes dense models only."""
+    text = Path(__file__).with_name("families.yaml").read_text(encoding="utf-8")
+    return {
+        name: Mixtures(
+            frozenset(entry["calibrates"]),
+            entry.get("routed") or {},
+            entry.get("cannot") or {},
+            entry.get("schemes") or {},
+        )
+        for name, entry in yaml.safe_load(text).items()
+    }
+
+
+def mixture_refusal(
+    backend: Backend, recipe: Recipe, layers: Iterable[str], config: Mapping[str, Any]
+) -> str | None:
+    """Why the library cannot do what is planned for a mixture of this family, or None.
+
+    `layers` are the modules that the plan quantizes.
+    """
+    known = mixtures().get(backend.name)
+    if known is None:
+        return f"{backend.name} quantizes dense language models here"
+    family, library = str(text_config(config).get("model_type")), backend.distribution
+    if reason := known.schemes.get(family, {}).get(recipe.scheme):
+        return f"{library} does not write {recipe.scheme} of {family}: {reason}"
+    if not any(".experts." in f"{name}." for name in layers) or family in known.calibrates:
+        return None
+    if reason := known.cannot.get(family):
+        without = "keep them in 16 bit with --set 'ignore+=re:.*experts.*'"
+        return f"{library} does not quantize the experts of {family}: {reason} ({without})"
+    reason = known.routed.get(family)
+    if reason is None:
+        tried = ", ".join(sorted(known.calibrates | set(known.routed)))
+        return f"{library} was not tried with the experts of {family}, only with those of {tried}"
+    if recipe.experts == "routed" or not backend.method(recipe).calibrated:
+        return None
+    instead = "--set experts=routed calibrates those that tokens are routed to"
+    return f"{library} cannot bring every token to every expert of {family}: {reason} ({instead})"
