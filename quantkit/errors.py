@@ -10,7 +10,6 @@ EXIT_INPUT = 1
 EXIT_USAGE = 2
 EXIT_BACKEND = 3
 EXIT_CHECK = 4
-EXIT_INTERRUPTED = 130
 
 
 def command(*words: object) -> str:

@@ -1,4 +1,7 @@
-"""Local data files as rows: JSON lines, JSON, CSV and Parquet.
+"""Local data files as rows: JSON lines, JSON, CSV and Parquet; and which fields of them are text.
+
+`guess_fields` chooses where nobody says (the shapes of conversations: `shapes.py`; fields that a
+calibration names: `config.py`).
 
 JSON lines are indexed and read one by one, so that a file of many gigabytes costs an index only;
 of Parquet the wanted columns are held as Arrow holds them; the other formats are read whole.

@@ -1,5 +1,7 @@
 """How a command ends that failed: a sentence, a hint, an exit code, and an object with `--json`.
 
+Ctrl-C is handled in `main.py`.
+
 Starts with the standard library alone: it also tells why the rest could not be imported.
 """
 

@@ -4,9 +4,9 @@ The engines are data (`versions/*.yaml`); `judge` replays for each what it does 
 schemes and the shapes of a candidate: a finished checkpoint, or a plan for one.
 """
 
-from quantkit.engines.candidate import LayerPart, Loadable
 from quantkit.engines.gpus import Gpu, gpu_named
 from quantkit.engines.judge import Verdict, engine_named, judge
+from quantkit.engines.loadable import LayerPart, Loadable
 from quantkit.engines.reasons import Reason
 from quantkit.engines.rules import EngineRules, engines
 from quantkit.engines.support import NAMES, SILENT_GARBAGE, Support, support

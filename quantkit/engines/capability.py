@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from quantkit.engines.candidate import BY_ALGORITHM
 from quantkit.engines.gpus import Gpu, generations, platforms
+from quantkit.engines.loadable import BY_ALGORITHM
 from quantkit.engines.rules import EngineRules, FormatRule, SchemeRule, engines
 
 Runs = Literal["native", "yes", "weight-only", "no"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from quantkit.engines.candidate import LayerPart, Loadable
 from quantkit.engines.gpus import Gpu
+from quantkit.engines.loadable import LayerPart, Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.order import columns_out_of_order
 from quantkit.engines.reasons import Reason

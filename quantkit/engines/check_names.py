@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quantkit.checkpoint.schemes import Scheme, described
-from quantkit.engines.candidate import LayerPart, Loadable
+from quantkit.engines.loadable import LayerPart, Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.readers import reader
 from quantkit.engines.readers.base import Reading, SettingsReader

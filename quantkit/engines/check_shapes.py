@@ -12,7 +12,7 @@ from typing import Any
 
 from quantkit.checkpoint.network.config import text_size
 from quantkit.checkpoint.schemes import BITS
-from quantkit.engines.candidate import LayerPart, Loadable
+from quantkit.engines.loadable import LayerPart, Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.reasons import Reason
 from quantkit.engines.rules import EngineFamily, EngineRules, SchemeRule

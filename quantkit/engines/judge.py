@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from quantkit.engines.candidate import Loadable
 from quantkit.engines.check_kernels import (
     check_format,
     check_scale_names,
@@ -21,12 +20,13 @@ from quantkit.engines.check_kernels import (
 from quantkit.engines.check_names import check_names
 from quantkit.engines.check_shapes import check_heads, check_shapes, group_fits
 from quantkit.engines.gpus import Gpu
-from quantkit.engines.known import check_architecture, without_rules
 from quantkit.engines.kv import cautions, check_gpu
+from quantkit.engines.loadable import Loadable
 from quantkit.engines.names import layers
 from quantkit.engines.reasons import Reason, condensed
 from quantkit.engines.rules import EngineRules, engines
 from quantkit.engines.support import NAMES
+from quantkit.engines.without_rules import check_architecture, without_rules
 from quantkit.errors import InputError
 
 

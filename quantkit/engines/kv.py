@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from quantkit.engines.candidate import Loadable
 from quantkit.engines.gpus import Gpu
+from quantkit.engines.loadable import Loadable
 from quantkit.engines.reasons import Reason
 from quantkit.engines.rules import EngineRules
 

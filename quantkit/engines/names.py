@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.checkpoint.network.modules import layer_index
-from quantkit.engines.candidate import LayerPart
+from quantkit.engines.loadable import LayerPart
 from quantkit.engines.rules import EngineFamily, EngineRules, Merges, Renaming
 
 Split = Literal["rows", "columns", "whole"]

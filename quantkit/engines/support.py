@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantkit.engines.candidate import BY_ALGORITHM
+from quantkit.engines.loadable import BY_ALGORITHM
 from quantkit.engines.rules import FormatRule, engines
 
 NAMES = {

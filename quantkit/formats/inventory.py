@@ -9,8 +9,8 @@ from fnmatch import translate
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.checkpoint.network.config import is_tied, missing_head
-from quantkit.checkpoint.network.experts import held_input_first
-from quantkit.checkpoint.network.modules import Module, classify, linear_modules
+from quantkit.checkpoint.network.expert_layout import held_input_first
+from quantkit.checkpoint.network.modules import FUSED_EXPERTS, Module, classify, linear_modules
 from quantkit.checkpoint.network.patterns import compiled
 from quantkit.engines.aliases import aliases_of
 from quantkit.formats.base import LayerSpec, TensorSpec, is_kv_cache_tensor
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 
-FUSED_LEAVES = ("gate_up_proj", "down_proj", "gate_proj", "up_proj")
 WEIGHT_SUFFIXES = ("weight", "weight_packed", "qweight")
 
 Parts = Mapping[str, "TensorInfo"]
@@ -253,7 +252,7 @@ def _split(name: str, dimensions: int, suffixes: frozenset[str]) -> tuple[str, s
     parent, _, leaf = name.rpartition(".")
     if leaf in suffixes or leaf in ("weight", "bias"):
         return parent, leaf
-    for stem in FUSED_LEAVES:
+    for stem in FUSED_EXPERTS:
         if leaf == stem and dimensions == 3:
             return name, "weight"
         suffix = leaf.removeprefix(f"{stem}_")

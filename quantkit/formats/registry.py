@@ -19,7 +19,7 @@ from quantkit.formats import (
 )
 from quantkit.formats.base import Format, WritableFormat
 from quantkit.formats.compressed_tensors_config import packing_of
-from quantkit.formats.settings import quantized_tensor, refuse_conflict, refuse_stale
+from quantkit.formats.stale_settings import quantized_tensor, refuse_conflict, refuse_stale
 
 if TYPE_CHECKING:
     from quantkit.checkpoint.directory import Checkpoint

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint.network.experts import upright
+from quantkit.checkpoint.network.expert_layout import upright
 from quantkit.checkpoint.network.modules import Module, layer_index, linear_modules
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.engines import LayerPart, Loadable, Verdict, engines, gpu_named, judge

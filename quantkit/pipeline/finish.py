@@ -21,7 +21,7 @@ from quantkit.checkpoint.provenance import (
     WeightSqnr,
     write,
 )
-from quantkit.checkpoint.sources import remember_source
+from quantkit.checkpoint.source_record import remember_source
 from quantkit.errors import CheckError
 from quantkit.pipeline.card import hub_name, model_card
 from quantkit.pipeline.plan import Plan

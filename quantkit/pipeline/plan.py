@@ -28,7 +28,7 @@ from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.engines import Support, support
 from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
-from quantkit.formats.settings import refuse_conflict, refuse_stale
+from quantkit.formats.stale_settings import refuse_conflict, refuse_stale
 from quantkit.pipeline.plan_notes import notes_of
 from quantkit.recipe.model import Override, Recipe, adjusted
 

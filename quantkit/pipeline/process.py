@@ -16,7 +16,8 @@ from quantkit.checkpoint.provenance import LOG, Calibration
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.errors import BackendError, InputError
 from quantkit.pipeline.finish import finish
-from quantkit.pipeline.plan import Plan, kept_layers, plan_of_layers
+from quantkit.pipeline.followed import as_written, without
+from quantkit.pipeline.plan import Plan, kept_layers
 from quantkit.pipeline.publish import check_space, check_target, staged
 from quantkit.pipeline.request import Outcome, Request
 
@@ -50,7 +51,7 @@ def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outco
         job = _job(request, plan, source, tokens, note)
         result = run_logged(job, partial, python, request.out, ui)
         result.notes += tokens.summary["notes"] if tokens else []
-        plan = without(plan, source, result.kept)
+        plan = as_written(without(plan, source, result.kept), partial)
         used = result.calibration != NO_DATA
         if used:
             _check_tokens(result, tokens)
@@ -68,16 +69,6 @@ def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outco
             ui,
             trust_remote_code=request.trust_remote_code,
         )
-
-
-def without(plan: Plan, source: Checkpoint, kept: list[str]) -> Plan:
-    """The plan as the backend followed it: less the layers that the data made it keep."""
-    if not kept:
-        return plan
-    why = f"experts of the layer saw fewer than {plan.recipe.expert_floor} calibration tokens"
-    layers = {name: scheme for name, scheme in plan.layers.items() if name not in kept}
-    reasons = {**plan.kept, **dict.fromkeys(kept, why)}
-    return plan_of_layers(source, plan.recipe, layers, reasons, plan.notes)
 
 
 def _mixture_asked(plan: Plan) -> CalibrationConfig | None:

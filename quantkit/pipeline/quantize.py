@@ -11,8 +11,8 @@ from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import Reporter
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
-from quantkit.pipeline.beyond_dense import refuse_beyond_dense
 from quantkit.pipeline.engine_view import check_engines
+from quantkit.pipeline.experts_and_towers import refuse_beyond_dense
 from quantkit.pipeline.plan import Plan, make_plan
 from quantkit.pipeline.publish import check_apart, check_target
 from quantkit.pipeline.request import Outcome, Request

@@ -1,4 +1,4 @@
-"""From what a library wrote to a checkpoint that stands on its own: config, sidecars, provenance.
+"""From what a library wrote to a checkpoint that stands on its own: config, sidecars, digests.
 
 The library's tensors are not touched. Its `config.json` gives the `quantization_config`; all other
 keys, and every sidecar, come from the source model, so that nothing a library normalises, drops or

@@ -1,4 +1,7 @@
-"""Gates: a metric and the limit that it must keep, as recipes and `--gate` write them."""
+"""Gates: a metric and the limit that it must keep, as recipes and `--gate` write them.
+
+The defaults are in `validation/judge/default_gates.py`.
+"""
 
 from __future__ import annotations
 

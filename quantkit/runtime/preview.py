@@ -31,7 +31,8 @@ def preview(path: Path, device: torch.device, kernel: str = "auto") -> list[Laye
     records = []
     for name, spec in source.layers.items():
         choice = choose(_layer(name, spec, dtype), device, allowed)
-        records.append(LayerRecord.of(name, spec.scheme, choice))
+        names = [f"{name}[{number}]" for number in range(spec.experts)] or [name]
+        records += [LayerRecord.of(one, spec.scheme, choice) for one in names]
     return records + expanded_records(source)
 
 

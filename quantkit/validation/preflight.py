@@ -17,7 +17,7 @@ from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.progress import Progress
 from quantkit.checkpoint.provenance import Provenance, Source, read
 from quantkit.checkpoint.scan import Scan, scan
-from quantkit.checkpoint.sources import source_of
+from quantkit.checkpoint.source_record import source_of
 from quantkit.errors import InputError, command
 from quantkit.formats.registry import is_quantized
 from quantkit.verification import VerifyReport, verify

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.checkpoint.directory import Checkpoint
-from quantkit.checkpoint.network.config import expert_count, positions, stop_tokens
+from quantkit.checkpoint.network.config import experts_per_token, positions, stop_tokens
 from quantkit.checkpoint.progress import Progress
 from quantkit.checkpoint.provenance import Provenance
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
@@ -36,6 +36,7 @@ from quantkit.validation.ask.questions import (
 from quantkit.validation.ask.tasks import choose_tasks
 from quantkit.validation.forecast import forecast, pace, seconds
 from quantkit.validation.judge.bootstrap import missing
+from quantkit.validation.judge.default_gates import default_gates
 from quantkit.validation.judge.metrics import (
     BUILTIN_ONLY,
     ROUTING,
@@ -49,7 +50,7 @@ from quantkit.validation.judge.metrics import (
     weight_metrics,
 )
 from quantkit.validation.judge.regression import compare, no_longer_measured, refuse_incomparable
-from quantkit.validation.judge.verdicts import accepted, chosen_gates, default_gates, hold
+from quantkit.validation.judge.verdicts import accepted, chosen_gates, hold
 from quantkit.validation.memory import explained, needed_bytes, refuse_too_large
 from quantkit.validation.preflight import (
     Candidate,
@@ -293,8 +294,8 @@ def _gates(
     """The scheme's gates, the recipe's and the command's (of a metric the last one counts), and
     warnings of what the recipe loosens."""
     recipe_gates = candidate.provenance.gates if candidate.provenance else ()
-    mixture = expert_count(candidate.baseline.config) > 0
-    defaults = default_gates({layer.scheme for layer in integrity.layers}, mixture=mixture)
+    chosen = experts_per_token(candidate.baseline.config)
+    defaults = default_gates({layer.scheme for layer in integrity.layers}, chosen)
     stated = [parse_gate(text, "recipe") for text in recipe_gates]
     counted, warnings = accepted(stated, defaults)
     return chosen_gates(defaults, counted, asked), warnings
@@ -353,6 +354,7 @@ def _describe(candidate: Candidate, integrity: VerifyReport) -> dict[str, Any]:
         "layout": integrity.format,
         "schemes": dict(Counter(layer.scheme for layer in integrity.layers)),
         "weight_bytes": candidate.held.weight_bytes,
+        **({"experts": asdict(provenance.experts)} if provenance.experts else {}),
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from quantkit.engines import EngineRules, Loadable, Verdict, engines, gpu_named, judge
-from quantkit.formats.candidate import candidate
+from quantkit.formats.loadable import candidate
 from quantkit.formats.quantized import QuantizedCheckpoint
 from quantkit.verification.findings import EngineRequest, Finding, error, info, warning
 

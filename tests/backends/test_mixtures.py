@@ -1,4 +1,4 @@
-"""Mixtures of experts through the libraries: what `families.yaml` says of them is what they do."""
+"""Mixtures of experts through the libraries: what `mixtures.yaml` says of them is what they do."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from quantkit.backends.process.job import Job, JobError, JobInputError, Result
 from quantkit.backends.registry import load_recipe
 from quantkit.backends.registry.mixtures import mixtures
 from quantkit.errors import CheckError, InputError
+from quantkit.pipeline import process
 from quantkit.pipeline import quantize as pipeline
 from quantkit.pipeline.request import Outcome, Request
 from quantkit.verification import verify
@@ -69,7 +70,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library in this process, on texts that need no package."""
     (tmp_path / "quick.yaml").write_text("sources:\n  - {type: stdlib, part: topics}\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "run_worker", in_this_process)
+    monkeypatch.setattr(process, "run_worker", in_this_process)
 
 
 def made(source: Path, out: Path, method: str, *sets: str) -> Outcome:

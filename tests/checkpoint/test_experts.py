@@ -11,8 +11,8 @@ import torch
 
 from quantkit.backends.registry import load_recipe
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
-from quantkit.checkpoint.network.config import expert_count
-from quantkit.checkpoint.network.experts import input_first
+from quantkit.checkpoint.network.config import expert_count, experts_per_token
+from quantkit.checkpoint.network.expert_layout import input_first
 from quantkit.checkpoint.network.modules import classify
 from quantkit.errors import InputError
 from quantkit.pipeline.plan import Plan, make_plan
@@ -184,3 +184,17 @@ def test_every_multimodal_family_with_experts(family: str) -> None:
     plan = planned(shapes, whole.to_dict())
     listed_and_routed(shapes, plan)
     assert not [module for module in plan.layers if "vision" in module or ".visual." in module]
+
+
+@pytest.mark.parametrize(
+    ("config", "chosen"),
+    [
+        ({"hidden_size": 8}, 0),
+        ({"num_local_experts": 8, "num_experts_per_tok": 2}, 2),
+        ({"num_experts": 8, "moe_topk": [2, 4]}, 4),
+        ({"moe_num_experts": 8, "moe_k": 6}, 6),
+        ({"num_experts": 8, "is_moe": False, "num_experts_per_tok": 2}, 0),
+    ],
+)
+def test_how_many_experts_compute_a_token(config: dict[str, Any], chosen: int) -> None:
+    assert experts_per_token(config) == chosen

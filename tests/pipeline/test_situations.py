@@ -437,7 +437,9 @@ ROWS: dict[str, Row] = {
             out / "hf_quant_config.json", lambda c: c["quantization"].update(exclude_modules=[]))),
         modelopt(), VERIFY, 4, ("format.contradiction", "excluded modules")),
     "39 a mixture, calibrated": Row(
-        moe, llama, ("plan", "@", "--method", "modelopt_fp8"), 1, ("experts", "rtn_fp8_dynamic")),
+        moe, moe, ("plan", "@", "--method", "gptqmodel_w4a16"), 1,
+        ("4 experts a layer", "rtn_w4a16"), 0, ("32 layers",),
+        ("plan", "@", "--method", "modelopt_fp8")),
     "40 a cache without kernels": Row(
         llama, llama, (*NVFP4_CACHE, "h100"), 1, ("NVFP4 KV cache on H100",), 0,
         ("vLLM loads it",), (*NVFP4_CACHE, "b200")),

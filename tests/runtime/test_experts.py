@@ -16,6 +16,7 @@ from quantkit.errors import InputError
 from quantkit.runtime.load import load
 from quantkit.runtime.loading.experts import find_experts
 from quantkit.runtime.network.experts import GroupedExperts
+from quantkit.runtime.preview import preview
 from tests.support.helpers import edit_tensors
 from tests.support.mixtures import MIXTURES, expand, mixture, mxfp4
 from tests.support.rtn import fuse_experts, rtn
@@ -81,7 +82,10 @@ def test_experts_in_a_quantized_tensor_of_three_dimensions(tmp_path: Path) -> No
     source = mixture("gpt_oss", tmp_path / "source")
     made = mxfp4(source, tmp_path / "made")
     wanted = theirs(expand(made, source, tmp_path / "expanded"), torch.float32)
-    assert relative(load(made, dtype="float32")(IDS).logits, wanted) < 1e-4
+    ours = load(made, dtype="float32")
+    assert relative(ours(IDS).logits, wanted) < 1e-4
+    seen = {record.module for record in preview(made, torch.device("cpu"))}
+    assert seen == {layer.module for layer in ours.layers}
 
 
 @pytest.fixture

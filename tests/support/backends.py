@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.engines import judge
-from quantkit.formats.candidate import candidate
+from quantkit.formats.loadable import candidate
 from quantkit.formats.quantized import examine
 from quantkit.formats.registry import detect
 from tests.support.cli import QUICK, Run, quantkit

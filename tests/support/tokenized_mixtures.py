@@ -64,7 +64,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_routed_experts": EXPERTS, "zero_expert_num": 2, "moe_topk": 2,
         "expert_ffn_hidden_size": 128,
     },
-    "mimo_v2_flash": {**_ROUTED, **_HEADS, "v_head_dim": 32},
+    "mimo_v2_flash": {**_ROUTED, "head_dim": 64, "v_head_dim": 64},
     "minimax": {
         **_HEADS, "num_local_experts": EXPERTS, "block_size": 32,
         "layer_types": ["full_attention", "linear_attention"],

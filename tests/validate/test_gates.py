@@ -19,9 +19,10 @@ from quantkit.validation.judge.bootstrap import (
     resamples,
     sampled,
 )
+from quantkit.validation.judge.default_gates import BY_BITS, default_gates
 from quantkit.validation.judge.metrics import choice_metric, task_metrics
 from quantkit.validation.judge.paired import lost, score_interval
-from quantkit.validation.judge.verdicts import BY_BITS, accepted, chosen_gates, default_gates, hold
+from quantkit.validation.judge.verdicts import accepted, chosen_gates, hold
 from quantkit.validation.reports.report import Report
 from quantkit.validation.run import _askable
 
@@ -208,6 +209,16 @@ def test_bits_are_read_from_names_of_ggml_and_of_unknown_schemes(
     schemes: set[str], bits: int
 ) -> None:
     assert {str(gate) for gate in default_gates(schemes)} >= set(BY_BITS[bits])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "chosen", "limit"),
+    [("fp8_dynamic", 2, 0.72), ("w4a16", 2, 0.46), ("fp8_dynamic", 8, 0.27), ("w4a16", 1, 0.68)],
+)
+def test_more_experts_a_token_agree_less(scheme: str, chosen: int, limit: float) -> None:
+    gates = {gate.metric: gate.limit for gate in default_gates({scheme}, chosen)}
+    assert gates["routing_agreement"] == limit
+    assert "routing_agreement" not in {gate.metric for gate in default_gates({scheme})}
 
 
 def test_a_recipe_loosens_a_default_only_with_a_warning_and_never_the_integrity() -> None:

@@ -63,6 +63,18 @@ def test_pictures_of_what_was_not_measured_are_left_out(document: dict[str, Any]
     assert "<svg" not in page
 
 
+def test_the_experts_of_a_mixture_are_drawn(document: dict[str, Any]) -> None:
+    blocks = {f"model.layers.{layer}.mlp.experts": [layer, 3, 12, 9] for layer in range(3)}
+    experts = {
+        "calibrated": "routed", "floor": 1, "min": 0, "median": 6.0, "decided": "rtn",
+        "routed": blocks, "seen": blocks, "under_floor": {"model.layers.0.mlp.experts.0": 0},
+    }  # fmt: skip
+    page = as_html({**document, "checkpoint": {**document["checkpoint"], "experts": experts}})
+    assert "Calibration of the experts" in page
+    assert page.count("<svg") == as_html(document).count("<svg") + 1
+    assert "Calibration of the experts" not in as_html(document)
+
+
 def test_what_models_say_is_escaped(document: dict[str, Any]) -> None:
     changed = deepcopy(document)
     changed["canary"][0]["quantized"] = "<script>alert(1)</script>"

@@ -19,7 +19,7 @@ from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.gguf import GgufFile, GgufTensor
 from quantkit.checkpoint.provenance import Calibration, Provenance
 from quantkit.checkpoint.schemes import SCHEMES
-from quantkit.checkpoint.sources import remember_source, source_of
+from quantkit.checkpoint.source_record import remember_source, source_of
 from quantkit.errors import BackendError, InputError
 from quantkit.validation import memory, preflight
 from quantkit.validation.ask.data import eval_text, refuse_seen, seen_by_calibration

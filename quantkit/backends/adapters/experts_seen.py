@@ -1,4 +1,8 @@
-"""Which tokens each expert of a mixture really sees while a library calibrates."""
+"""Which tokens each expert of a mixture really sees while a library calibrates.
+
+How many it must see, and what becomes of one that saw fewer, is said by the recipe:
+`expert_floor` and `on_unseen` (`recipe/model.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""NVIDIA ModelOpt: calibrate and fake-quantize, save the state, export a unified checkpoint."""
+"""NVIDIA ModelOpt: calibrate and fake-quantize, save the state, export a unified checkpoint.
+
+Which of its configurations a scheme takes: `modelopt_config.PRESETS`.
+"""
 
 from __future__ import annotations
 

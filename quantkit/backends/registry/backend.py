@@ -57,7 +57,7 @@ class Backend:
     chosen: the method as a recipe's options change it.
     overrides: whether single layers may have schemes of their own.
     dense_only: whether models with towers are beyond it, and with experts, but for those families
-        that `families.yaml` names.
+        that `mixtures.yaml` names.
     reads_fp8_blocks: whether a source in FP8 blocks (DeepSeek) is dequantized on the way.
     unsupported: a reason why this recipe cannot run in this backend, or None.
     """

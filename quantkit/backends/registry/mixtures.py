@@ -1,4 +1,4 @@
-"""What each library does with the experts of each family: `families.yaml`, read once."""
+"""What each library does with the experts of each family: `mixtures.yaml`, read once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Mixtures:
 @cache
 def mixtures() -> dict[str, Mixtures]:
     """Backend → what it does with experts; a backend that is not in it takes dense models only."""
-    text = Path(__file__).with_name("families.yaml").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("mixtures.yaml").read_text(encoding="utf-8")
     return {
         name: Mixtures(
             frozenset(entry["calibrates"]),

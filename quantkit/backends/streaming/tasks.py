@@ -23,7 +23,7 @@ from quantkit.backends.streaming.job import (
     entry_bytes,
 )
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
-from quantkit.checkpoint.network.experts import stored_transposed, unknown_experts
+from quantkit.checkpoint.network.expert_layout import stored_transposed, unknown_experts
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, weight_block
 from quantkit.checkpoint.network.modules import fused_groups
 from quantkit.checkpoint.schemes import Scheme

@@ -1,6 +1,6 @@
 """The worker processes: torch is imported once, then one process a socket is forked.
 
-Started by `execute.Crew`. A worker takes orders from its socket until the other end is closed, so
+Started by `crew.Workers`. A worker takes orders from its socket until the other end is closed, so
 none outlives the run that it works for.
 """
 

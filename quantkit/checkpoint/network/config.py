@@ -46,6 +46,16 @@ def expert_count(config: Mapping[str, Any]) -> int:
     return 0
 
 
+def experts_per_token(config: Mapping[str, Any]) -> int:
+    """Routed experts that compute a token, 0 for a dense model; 1 where a mixture does not say."""
+    if not expert_count(config):
+        return 0
+    text = text_config(config)
+    keys = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
+    stated = next((text[key] for key in keys if text.get(key)), 1)
+    return max(map(_integer, stated)) if isinstance(stated, list) else _integer(stated)
+
+
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the output head shares the embedding's weight.
 

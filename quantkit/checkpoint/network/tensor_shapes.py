@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.checkpoint.network.experts import input_first
+from quantkit.checkpoint.network.expert_layout import input_first
 from quantkit.checkpoint.network.families import tower_names
 from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import in_tower

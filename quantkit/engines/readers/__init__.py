@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from quantkit.engines.candidate import Loadable
+from quantkit.engines.loadable import Loadable
 from quantkit.engines.readers.ascend import ascend
 from quantkit.engines.readers.base import SettingsReader
 from quantkit.engines.readers.compressed_tensors import compressed_tensors

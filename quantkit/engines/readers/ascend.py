@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.engines.candidate import Loadable
+from quantkit.engines.loadable import Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.readers.base import (
     ALWAYS_SPLIT,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from quantkit.checkpoint.network.patterns import compiled
-from quantkit.engines.candidate import Loadable
+from quantkit.engines.loadable import Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.readers.base import (
     MIXED,

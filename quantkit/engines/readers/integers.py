@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from quantkit.checkpoint.network.patterns import compiled
-from quantkit.engines.candidate import Loadable
+from quantkit.engines.loadable import Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.readers.base import (
     MIXED,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import translate
 from typing import Any
 
-from quantkit.engines.candidate import Loadable
+from quantkit.engines.loadable import Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.readers.base import (
     ALWAYS_SPLIT,

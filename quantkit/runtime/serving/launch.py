@@ -23,7 +23,7 @@ from quantkit.engines import NAMES, Loadable, Verdict, engine_named, judge
 from quantkit.engines.gpus import platforms
 from quantkit.errors import BackendError, InputError
 from quantkit.formats.base import Declaration
-from quantkit.formats.candidate import candidate
+from quantkit.formats.loadable import candidate
 from quantkit.formats.quantized import examine
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.runtime.serving.environments import ENGINES, find_interpreter

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.recipe.gates import TASK_PREFIX, Gate, GateSource, parse_gate
 from quantkit.validation.judge.bootstrap import FEWEST, Measured
+from quantkit.validation.judge.default_gates import ALWAYS
 
 Verdict = Literal["pass", "fail", "undecided"]
-
-ALWAYS = ("weight_sqnr_margin>=0", "verify_errors<=0")
-
-BY_BITS: dict[int, tuple[str, ...]] = {
-    8: ("canary_failures<=0", "ppl_ratio<=1.05", "kl_mean<=0.05", "canary_drift<=0.1",
-        "mcq_drop<=0.03"),
-    4: ("canary_failures<=2", "ppl_ratio<=1.6", "kl_mean<=0.5", "canary_drift<=0.8",
-        "mcq_drop<=0.2"),
-    3: ("canary_failures<=4", "ppl_ratio<=4", "kl_mean<=1.5", "canary_drift<=2"),
-    2: ("canary_failures<=4", "ppl_ratio<=10", "kl_mean<=2.5", "canary_drift<=2.5"),
-}  # fmt: skip
-"""Bits of the narrowest weights → the gates of their accuracy; docs/validate.md says why."""
-
-ROUTING: dict[int, str] = {
-    8: "routing_agreement>=0.7", 4: "routing_agreement>=0.5", 3: "routing_agreement>=0.3",
-    2: "routing_agreement>=0.2",
-}  # fmt: skip
-"""The same of a mixture of experts, for its worst layer."""
 
 ACCURACY = (
     "ppl_ratio", "kl_mean", "kl_p99", "kl_max", "top1_agreement", "routing_agreement", "mcq_drop",
@@ -64,23 +46,6 @@ class GateResult:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def default_gates(schemes: Iterable[str], *, mixture: bool = False) -> list[Gate]:
-    """The gates of a checkpoint with layers of these schemes, or ggml types: those of the narrowest
-    weights, and the strictest where no name tells how many bits they have. A `mixture` of experts
-    has one more."""
-    least = min((_bits(name) for name in schemes), default=max(BY_BITS))
-    texts = (*ALWAYS, *BY_BITS[least], *([ROUTING[least]] if mixture else []))
-    return [parse_gate(text, "default") for text in texts]
-
-
-def _bits(name: str) -> int:
-    """The key of `BY_BITS` for a scheme or a ggml type (Q6_K, IQ2_XXS): the next one under its
-    bits, which are the first digit of a name without an entry in `SCHEMES`."""
-    digit = next((int(c) for c in name if c.isdigit()), max(BY_BITS))
-    bits = SCHEMES[name].weight.bits if name in SCHEMES else digit
-    return max((known for known in BY_BITS if known <= bits), default=min(BY_BITS))
 
 
 def chosen_gates(*layers: Sequence[Gate]) -> list[Gate]:

@@ -39,6 +39,7 @@ def as_html(document: Document) -> str:
 
     figures = {
         "layers": plots.layers_figure(document),
+        "experts": plots.experts_figure(document),
         "kl": plots.kl_figure(document),
         "routing": plots.routing_figure(document),
         "throughput": plots.throughput_figure(document),

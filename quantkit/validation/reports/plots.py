@@ -75,6 +75,33 @@ def layers_figure(document: Document) -> Figure | None:
     return figure
 
 
+def experts_figure(document: Document) -> Figure | None:
+    """Calibration tokens that each expert was routed, layers × experts, those below the floor
+    crossed; None for a model without experts or a method without calibration."""
+    coverage = document["checkpoint"].get("experts")
+    if not coverage:
+        return None
+    blocks = list(coverage["routed"])
+    widest = max(len(coverage["routed"][block]) for block in blocks)
+    grid = [[*counts, *[float("nan")] * (widest - len(counts))]
+            for counts in coverage["routed"].values()]  # fmt: skip
+    figure, axes = _figure(9, min(9.0, 1.6 + 0.16 * len(blocks)))
+    axes.grid(visible=False)
+    picture = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    under = [
+        (index, row)
+        for row, block in enumerate(blocks)
+        for index, count in enumerate(coverage["seen"][block])
+        if count < coverage["floor"]
+    ]
+    if under:
+        axes.scatter(*zip(*under, strict=True), marker="x", color="#dc2626", s=20)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer with experts")
+    figure.colorbar(picture, ax=axes, label="tokens routed")
+    return figure
+
+
 def kl_figure(document: Document) -> Figure | None:
     """How the KL of single tokens is distributed; None where it was not measured."""
     histogram = document["kl_histogram"]

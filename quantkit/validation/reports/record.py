@@ -1,6 +1,6 @@
 """What a validation measured, written into the checkpoint's quantkit.json and model card.
 
-Both files are outside of the seal (`verify.provenance`), so that the checkpoint still verifies.
+Both files are outside of the seal (`verification/files/digests.py`): the checkpoint still verifies.
 """
 
 from __future__ import annotations

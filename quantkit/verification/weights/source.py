@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
-from quantkit.checkpoint.network.experts import input_first
+from quantkit.checkpoint.network.expert_layout import input_first
 from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, weight_block
 from quantkit.checkpoint.schemes import NumberFormat

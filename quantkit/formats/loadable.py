@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantkit.checkpoint.network.experts import upright
+from quantkit.checkpoint.network.expert_layout import upright
 from quantkit.checkpoint.network.modules import linear_modules
 from quantkit.engines import LayerPart, Loadable
 from quantkit.formats import ascend, awq, gptq, modelopt

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from quantkit.checkpoint.network.modules import FUSED_EXPERTS
 from quantkit.errors import InputError
-from quantkit.formats.inventory import FUSED_LEAVES
 
 if TYPE_CHECKING:
     from quantkit.checkpoint.directory import Checkpoint
@@ -42,7 +42,7 @@ def quantized_tensor(checkpoint: Checkpoint) -> str | None:
         suffix = name.rpartition(".")[2]
         if suffix in _QUANTIZED_SUFFIXES:
             return f"tensor {name}"
-        is_weight = suffix == "weight" or suffix in FUSED_LEAVES
+        is_weight = suffix == "weight" or suffix in FUSED_EXPERTS
         if is_weight and info.dtype in _QUANTIZED_DTYPES:
             return f"{_QUANTIZED_DTYPES[info.dtype]} tensor {name}"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quantkit.engines.candidate import Loadable
+from quantkit.engines.loadable import Loadable
 from quantkit.engines.reasons import Reason
 from quantkit.engines.rules import EngineFamily, EngineRules
 

@@ -1,0 +1,47 @@
+"""The plan of a mixture as a library followed it: less what it kept, by the names it wrote."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count, takewhile
+from pathlib import Path
+
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
+from quantkit.checkpoint.gguf import gguf_in
+from quantkit.checkpoint.network.modules import FUSED_EXPERTS
+from quantkit.checkpoint.schemes import Scheme
+from quantkit.pipeline.plan import Plan, plan_of_layers
+
+_HALVES = ("gate_proj", "up_proj")
+
+
+def without(plan: Plan, source: Checkpoint, kept: list[str]) -> Plan:
+    """The plan less the layers that the calibration data made the backend keep in 16 bit."""
+    if not kept:
+        return plan
+    why = f"experts of the layer saw fewer than {plan.recipe.expert_floor} calibration tokens"
+    layers = {name: scheme for name, scheme in plan.layers.items() if name not in kept}
+    reasons = {**plan.kept, **dict.fromkeys(kept, why)}
+    return plan_of_layers(source, plan.recipe, layers, reasons, plan.notes)
+
+
+def as_written(plan: Plan, out: Path) -> Plan:
+    """The plan with the names of the checkpoint in `out`, where fused experts were taken apart."""
+    if gguf_in(out) or not any(name.endswith(FUSED_EXPERTS) for name in plan.layers):
+        return plan
+    written = {name.rpartition(".")[0] for name in open_checkpoint(out).tensors}
+    layers: dict[str, Scheme] = {}
+    for name, scheme in plan.layers.items():
+        apart = _taken_apart(name, written)
+        layers |= dict.fromkeys(apart, scheme) if apart else {name: scheme}
+    return replace(plan, layers=layers)
+
+
+def _taken_apart(name: str, written: set[str]) -> list[str]:
+    """The layers of single experts that a fused tensor became, [] where it is still one."""
+    block, _, leaf = name.rpartition(".")
+    if not block.endswith(".experts"):
+        return []
+    parts = _HALVES if leaf == "gate_up_proj" else (leaf,)
+    experts = takewhile(lambda index: f"{block}.{index}.{parts[0]}" in written, count())
+    return [f"{block}.{index}.{part}" for index in experts for part in parts]

@@ -1,0 +1,47 @@
+"""The gates that every checkpoint is held to, by the bits of its narrowest weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from quantkit.checkpoint.schemes import SCHEMES
+from quantkit.recipe.gates import Gate, parse_gate
+
+ALWAYS = ("weight_sqnr_margin>=0", "verify_errors<=0")
+
+BY_BITS: dict[int, tuple[str, ...]] = {
+    8: ("canary_failures<=0", "ppl_ratio<=1.05", "kl_mean<=0.05", "canary_drift<=0.1",
+        "mcq_drop<=0.03"),
+    4: ("canary_failures<=2", "ppl_ratio<=1.6", "kl_mean<=0.5", "canary_drift<=0.8",
+        "mcq_drop<=0.2"),
+    3: ("canary_failures<=4", "ppl_ratio<=4", "kl_mean<=1.5", "canary_drift<=2"),
+    2: ("canary_failures<=4", "ppl_ratio<=10", "kl_mean<=2.5", "canary_drift<=2.5"),
+}  # fmt: skip
+"""Bits of the narrowest weights → the gates of their accuracy; docs/validate.md says why."""
+
+SAME_EXPERT = {8: 0.85, 4: 0.68, 3: 0.6, 2: 0.5}
+"""The same of a mixture: how likely each expert of a token must at least be the baseline's."""
+
+
+def default_gates(schemes: Iterable[str], experts_per_token: int = 0) -> list[Gate]:
+    """The gates of a checkpoint with layers of these schemes, or ggml types: those of the narrowest
+    weights, and the strictest where no name tells how many bits they have.
+
+    Of a mixture (`experts_per_token` > 0) all of a token's experts must be the baseline's, which
+    more of them make less likely.
+    """
+    bits = min((_bits(name) for name in schemes), default=max(BY_BITS))
+    texts = (*ALWAYS, *BY_BITS[bits])
+    gates = [parse_gate(text, "default") for text in texts]
+    if experts_per_token:
+        limit = round(SAME_EXPERT[bits] ** experts_per_token, 2)
+        gates.append(parse_gate(f"routing_agreement>={limit:g}", "default"))
+    return gates
+
+
+def _bits(name: str) -> int:
+    """The key of `BY_BITS` for a scheme or a ggml type (Q6_K, IQ2_XXS): the next one under its
+    bits, which are the first digit of a name without an entry in `SCHEMES`."""
+    digit = next((int(c) for c in name if c.isdigit()), max(BY_BITS))
+    bits = SCHEMES[name].weight.bits if name in SCHEMES else digit
+    return max((known for known in BY_BITS if known <= bits), default=min(BY_BITS))
