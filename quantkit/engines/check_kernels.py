@@ -9,7 +9,7 @@ from quantkit.engines.loadable import LayerPart, Loadable
 from quantkit.engines.names import EngineLayer
 from quantkit.engines.order import columns_out_of_order
 from quantkit.engines.reasons import Reason
-from quantkit.engines.rules import EngineFamily, EngineRules, FormatRule, SchemeRule
+from quantkit.engines.rules import EngineFamily, EngineRules, FormatRule, SchemeRule, later
 
 
 def check_format(engine: EngineRules, candidate: Loadable, gpu: Gpu | None) -> Iterator[Reason]:
@@ -197,23 +197,44 @@ def check_scale_names(
             )
 
 
-def weight_only_note(
+def minimum_version(engine: EngineRules, candidate: Loadable, layers: Sequence[EngineLayer]) -> str:
+    """The oldest release of the engine that has kernels for every layer."""
+    oldest = engine.minimum_version
+    for layer, rule, _ in _ruled(engine, candidate, layers):
+        oldest = later(oldest, later(rule.since, rule.moe_since if layer.experts else ""))
+    return oldest
+
+
+def serving_notes(
     engine: EngineRules, candidate: Loadable, layers: Sequence[EngineLayer], gpu: Gpu | None
-) -> str | None:
-    """What to know where the kernels of a GPU leave activations in 16 bit, or None."""
-    rule = engine.formats.get(candidate.layout)
-    if gpu is None or rule is None or gpu.vendor != "nvidia":
-        return None
+) -> Iterator[str]:
+    """What to know of the release that is needed, and of how a GPU's kernels compute."""
+    oldest = minimum_version(engine, candidate, layers)
+    if oldest != engine.minimum_version:
+        yield f"{engine.name} loads it from version {oldest} on"
+    if gpu is None or gpu.vendor != "nvidia":
+        return
+    said: dict[str, None] = {}
+    for _, rule, name in _ruled(engine, candidate, layers):
+        if rule.native > gpu.capability >= rule.sm:
+            said[
+                f"{engine.name} runs {name} on {gpu.name} weight-only (native from compute "
+                f"capability {rule.native / 10:g}): memory is saved, the matrix products are "
+                "in 16 bit"
+            ] = None
+        if gpu.capability in rule.served:
+            said[f"{engine.name} serves {name} on {gpu.name} {rule.served[gpu.capability]}"] = None
+    yield from said
+
+
+def _ruled(
+    engine: EngineRules, candidate: Loadable, layers: Sequence[EngineLayer]
+) -> Iterator[tuple[EngineLayer, SchemeRule, str]]:
+    """The quantized layers that have a rule, with it and the name it goes by."""
+    found = engine.formats.get(candidate.layout)
     for layer in layers:
         part = layer.parts[0]
-        if part.scheme is None:
-            continue
-        name = part.rule_name(candidate.layout)
-        scheme = rule.schemes.get(name)
-        if scheme and scheme.native > gpu.capability >= scheme.sm:
-            return (
-                f"{engine.name} runs {name} on {gpu.name} weight-only (native from compute "
-                f"capability {scheme.native / 10:g}): memory is saved, the matrix products are "
-                "in 16 bit"
-            )
-    return None
+        if found is not None and part.scheme is not None:
+            name = part.rule_name(candidate.layout)
+            if name in found.schemes:
+                yield layer, found.schemes[name], name

@@ -14,7 +14,8 @@ from quantkit.engines.check_kernels import (
     check_format,
     check_scale_names,
     check_schemes,
-    weight_only_note,
+    minimum_version,
+    serving_notes,
 )
 from quantkit.engines.check_names import check_names
 from quantkit.engines.check_shapes import check_heads, check_shapes, group_fits
@@ -35,7 +36,7 @@ class Verdict:
     does not stop the load and may change what is served; `notes` what else to know. unknown: why
     nothing can be said, where the data has no rules for the model. spread: of a mixture with
     quantized experts cut over ranks, whether it loads with whole experts a rank instead (expert
-    parallelism).
+    parallelism). minimum_version: the oldest release of the engine that has what the layers need.
     """
 
     engine: str
@@ -46,6 +47,7 @@ class Verdict:
     spread: bool | None = None
     notes: tuple[str, ...] = ()
     cautions: tuple[Reason, ...] = ()
+    minimum_version: str = ""
 
     @property
     def caveats(self) -> tuple[str, ...]:
@@ -90,6 +92,7 @@ class Verdict:
             ],
             "notes": list(self.caveats),
             "rules_of": self.version,
+            "minimum_version": self.minimum_version,
         }
 
 
@@ -174,8 +177,8 @@ def _judge(
     if not unknown:
         always += check_scale_names(engine, family, candidate, built)
     warned = list(cautions(engine, candidate, gpu))
-    note = weight_only_note(engine, candidate, built, gpu)
-    notes = (note,) if note else ()
+    notes = tuple(serving_notes(engine, candidate, built, gpu))
+    oldest = minimum_version(engine, candidate, built)
     verdicts = []
     for tp in sizes:
         found, spread = always, None
@@ -195,6 +198,7 @@ def _judge(
                 spread,
                 notes,
                 tuple(condensed(warned)),
+                oldest,
             )
         )
     return verdicts

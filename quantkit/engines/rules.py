@@ -65,7 +65,10 @@ class SchemeRule:
     128 × 128 must divide besides every part of a shard ("merged": of an uncut layer all parts but
     the last, and an input that is cut; "input": the input also where it is not cut).
     tiles: whether a shard must fit Marlin's tiles as it is, 64 × 128 or 128 × 64 (output × input).
-    multiple_of: what the input dimension of a shard must be divisible by.
+    multiple_of: what the input dimension of a shard must be divisible by. since, moe_since: the
+    version that brought it, and its experts, where that lies within the range of the file.
+    served: compute capability → what it is served with there that changes the answers, and how to
+    avoid that.
     """
 
     sm: int = 0
@@ -78,6 +81,9 @@ class SchemeRule:
     multiple_of: int = 1
     amd: bool | tuple[str, ...] | None = None
     npu: bool | None = None
+    since: str = ""
+    moe_since: str = ""
+    served: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,11 @@ def _kv_cache(raw: dict[str, Any]) -> KVCacheRule:
 
 def _frozen(raw: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()}
+
+
+def later(one: str, other: str) -> str:
+    """The later of two versions; "" comes before all."""
+    return max(one, other, key=lambda version: _numbers(version) if version else ())
 
 
 def _numbers(version: str) -> tuple[int, ...]:

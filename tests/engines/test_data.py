@@ -31,6 +31,20 @@ CLASSES = {
     "mixtral": ("mixtral", "MixtralForCausalLM"),
     "glm4_moe": ("glm4_moe", "Glm4MoeForCausalLM"),
     "gpt_oss": ("gpt_oss", "GptOssForCausalLM"),
+    "phimoe": ("phimoe", "PhiMoEForCausalLM"),
+    "minimax_m2": ("minimax_m2", "MiniMaxM2ForCausalLM"),
+    "olmoe": ("olmoe", "OlmoeForCausalLM"),
+    "qwen3_next": ("qwen3_next", "Qwen3NextForCausalLM"),
+    "ernie4_5_moe": ("ernie45_moe", "Ernie4_5_MoeForCausalLM"),
+    "mimo_v2_flash": ("mimo_v2", "MiMoV2FlashForCausalLM"),
+    "afmoe": ("afmoe", "AfmoeForCausalLM"),
+    "lfm2_moe": ("lfm2_moe", "Lfm2MoeForCausalLM"),
+    "granitemoe": ("granitemoe", "GraniteMoeForCausalLM"),
+    "granitemoehybrid": ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+    "jamba": ("jamba", "JambaForCausalLM"),
+    "nemotron_h": ("nemotron_h", "NemotronHForCausalLM"),
+    "gemma4_text": ("gemma4", "Gemma4ForCausalLM"),
+    "llama4_text": ("llama4", "Llama4ForCausalLM"),
 }
 """Family → the file and the class of vLLM that builds it, where the class states its mapping."""
 
@@ -59,8 +73,10 @@ def stated_mapping(file: Path, name: str) -> dict[str, list[str]]:
         if isinstance(node, ast.ClassDef) and node.name == name:
             for line in node.body:
                 target = line.targets[0] if isinstance(line, ast.Assign) else None
+                target = line.target if isinstance(line, ast.AnnAssign) else target
                 if isinstance(target, ast.Name) and target.id == "packed_modules_mapping":
-                    assert isinstance(line, ast.Assign)
+                    assert isinstance(line, ast.Assign | ast.AnnAssign)
+                    assert line.value is not None
                     value: dict[str, list[str]] = ast.literal_eval(line.value)
                     return value
     raise AssertionError(f"{name} of {file.name} states no packed_modules_mapping")
@@ -74,6 +90,29 @@ def test_merges_are_those_of_the_installed_engine(model_type: str, vllm_python: 
     ours = engines()["vllm"].family({"model_type": model_type})
     several = {fused: tuple(parts) for fused, parts in stated.items() if len(parts) > 1}
     assert ours.told == several
+
+
+DRAFTS = ("MTP", "Eagle", "DSpark", "DFlash", "Draft", "Assistant")
+
+
+def test_architectures_are_those_of_the_installed_engine(vllm_python: Path) -> None:
+    (package,) = vllm_python.parents[1].glob("lib/python*/site-packages/vllm")
+    source = (package / "model_executor" / "models" / "registry.py").read_text()
+    registered = {
+        key.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Dict)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id.endswith("_MODELS")
+        and not any(
+            w in node.targets[0].id for w in ("PREVIOUSLY", "OOT", "BACKEND", "SPECULATIVE")
+        )
+        for key in node.value.keys
+        if isinstance(key, ast.Constant) and isinstance(key.value, str)
+    }
+    served = {name for name in registered if not any(word in name for word in DRAFTS)}
+    assert engines()["vllm"].architectures == served
 
 
 def test_the_support_table_follows_the_rules() -> None:

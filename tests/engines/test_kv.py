@@ -108,16 +108,6 @@ def test_verify_and_launch_say_that_scales_are_dropped(tmp_path: Path) -> None:
         assert ("serves the cache at scale 1" in launched.err) == told
 
 
-def test_verify_and_launch_say_that_a_family_has_no_rules(tmp_path: Path) -> None:
-    told = "no rules for novelnet in vLLM"
-    path = made(tmp_path / "m", "dynamic", model_type="novelnet")
-    document = json.loads(quantkit("verify", path, "--json").out)
-    assert any(told in f["message"] for f in document["findings"])
-    assert told in quantkit("launch", path, "--engine", "vllm").err
-    known = made(tmp_path / "known", "dynamic")
-    assert told not in quantkit("verify", known).out
-
-
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_launch_trusts_code_that_the_checkpoint_brings(tmp_path: Path, engine: str) -> None:
     path = made(tmp_path / "m", "dynamic")

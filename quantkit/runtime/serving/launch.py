@@ -92,6 +92,7 @@ def launch(path: Path, engine: str, tp: int) -> Launch:
             flags = {"--quantization": method, **flags}
         notes += _sglang_notes(checkpoint, layout.NAME, declared, path, tp)
     made = _command(engine, path, tp, flags, notes)
+    made = replace(made, minimum_version=verdict.minimum_version)
     return replace(made, gemm_backend=_gemm_flag(declared)) if engine == "sglang" else made
 
 
