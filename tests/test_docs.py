@@ -41,6 +41,11 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert broken_links(page) == []
 
 
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_pages_of_the_site_link_to_nothing_outside_of_it(page: Path) -> None:
+    assert re.findall(r"\]\((\.\.[^)]*)\)", page.read_text(encoding="utf-8")) == []
+
+
 def test_broken_links_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
