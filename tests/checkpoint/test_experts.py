@@ -16,6 +16,7 @@ from quantkit.checkpoint.network.expert_layout import input_first
 from quantkit.checkpoint.network.modules import classify
 from quantkit.errors import InputError
 from quantkit.pipeline.plan import Plan, make_plan
+from quantkit.verification.configuration.mixture import check_mixture
 
 PARENT = "model.layers.0.mlp.experts."
 CONFIG = {"hidden_size": 64}
@@ -127,6 +128,13 @@ def listed_and_routed(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> None
             assert module not in plan.layers, name
 
 
+def fits_together(shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any]) -> None:
+    chosen: dict[str, Any] = {
+        key: 2 for key in ("num_experts_per_tok", "num_experts_per_token") if key in config
+    }
+    assert not list(check_mixture(classify(shapes, config), {**config, **chosen}))
+
+
 def multimodal() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -157,6 +165,7 @@ def test_every_family_with_experts(family: str) -> None:
         shapes = {name: tuple(p.shape) for name, p in build(tiny).named_parameters()}
     plan = planned(shapes, tiny.to_dict())
     listed_and_routed(shapes, plan)
+    fits_together(shapes, tiny.to_dict())
     if expert_count(tiny.to_dict()):
         assert not any("no tensor is one by name" in note for note in plan.notes)
 
@@ -183,6 +192,7 @@ def test_every_multimodal_family_with_experts(family: str) -> None:
         shapes = {name: tuple(p.shape) for name, p in build(whole).named_parameters()}
     plan = planned(shapes, whole.to_dict())
     listed_and_routed(shapes, plan)
+    fits_together(shapes, whole.to_dict())
     assert not [module for module in plan.layers if "vision" in module or ".visual." in module]
 
 

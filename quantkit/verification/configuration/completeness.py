@@ -15,6 +15,7 @@ from quantkit.checkpoint.tensors import same_bytes
 from quantkit.errors import InputError
 from quantkit.formats.quantized import QuantizedCheckpoint, as_subject
 from quantkit.formats.registry import writer_named
+from quantkit.verification.configuration.mixture import check_mixture
 from quantkit.verification.findings import Finding, error, warning
 
 Fault = tuple[str, str | None]
@@ -57,10 +58,15 @@ def _fault(finding: Finding) -> Fault:
 
 def refuse_incomplete(source: Checkpoint) -> None:
     """InputError (`plan.incomplete`) for a 16-bit source that no engine can start from, as far as
-    its headers tell: a layer, the embedding, the final norm or an untied head is nowhere."""
+    its headers tell: a layer, the embedding, the final norm or an untied head is nowhere, or a
+    mixture of experts does not fit together."""
     subject = as_subject(source, writer_named("compressed-tensors"))
     text = text_config(source.config)
-    found = [*_check_layers(_by_layer(subject, text), text), *_check_ends(subject, text)]
+    found = [
+        *_check_layers(_by_layer(subject, text), text),
+        *_check_ends(subject, text),
+        *check_mixture(subject.modules.values(), source.config),
+    ]
     found = [finding for finding in found if finding.severity == "error"]
     if found:
         raise InputError(
@@ -80,6 +86,7 @@ def _check(subject: QuantizedCheckpoint) -> list[Finding]:
         *_check_tied_head(subject),
         *_check_mtp(subject, text),
         *_check_shapes(subject, text),
+        *check_mixture(subject.modules.values(), subject.checkpoint.config),
     ]
 
 
