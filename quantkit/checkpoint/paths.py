@@ -10,9 +10,19 @@ from typing import Literal
 
 
 def cache_dir() -> Path:
-    """`$QUANTKIT_CACHE`, or `~/.cache/quantkit`; not created here."""
+    """`$QUANTKIT_CACHE`, or the user's cache folder of this system; not created here.
+
+    `~/.cache/quantkit`, where earlier versions kept it, stays in use where it exists.
+    """
     chosen = os.environ.get("QUANTKIT_CACHE")
-    return Path(chosen).expanduser().resolve() if chosen else Path.home() / ".cache" / "quantkit"
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    earlier = Path.home() / ".cache" / "quantkit"
+    if earlier.is_dir():
+        return earlier
+    from platformdirs import user_cache_path
+
+    return user_cache_path("quantkit")
 
 
 def write_whole(file: Path, content: bytes) -> None:
