@@ -27,7 +27,8 @@ def without(plan: Plan, source: Checkpoint, kept: list[str]) -> Plan:
 
 def as_written(plan: Plan, out: Path) -> Plan:
     """The plan with the names of the checkpoint in `out`, where fused experts were taken apart."""
-    if gguf_in(out) or not any(name.endswith(FUSED_EXPERTS) for name in plan.layers):
+    fused = {f".experts.{leaf}" for leaf in FUSED_EXPERTS}
+    if gguf_in(out) or not any(name.endswith(tuple(fused)) for name in plan.layers):
         return plan
     written = {name.rpartition(".")[0] for name in open_checkpoint(out).tensors}
     layers: dict[str, Scheme] = {}
