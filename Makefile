@@ -23,7 +23,8 @@ soak: $(VENV)/.ready
 # The products of a CPU without AVX-512, on any CPU (saturating int8 sums are forced in the tests).
 test-avx2: $(VENV)/.ready
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q \
-		tests/backends/test_float32_products.py tests/runtime/test_kernels.py
+		tests/backends/test_float32_products.py tests/runtime/test_kernels.py \
+		tests/runtime/test_kernel_choice.py tests/runtime/test_int8_sums.py
 
 # The site of docs/ in site/; a broken link, anchor or reference fails.
 docs: $(VENV)/.docs
