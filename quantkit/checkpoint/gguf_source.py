@@ -20,7 +20,7 @@ from typing import Any
 from quantkit.checkpoint.directory import is_sidecar
 from quantkit.checkpoint.gguf import GgufFile, open_gguf
 from quantkit.checkpoint.headers import read_json
-from quantkit.checkpoint.paths import cache_dir
+from quantkit.checkpoint.paths import cache_dir, keep_first
 from quantkit.checkpoint.weight_files import DEQUANTIZED
 from quantkit.errors import InputError
 
@@ -75,11 +75,7 @@ def dequantized(file: Path) -> Path:
         types = dict(_types(held))
         record = {"file": file.name, "sha256": _digest([file]), "types": types}
         (staged / DEQUANTIZED).write_text(json.dumps(record, indent=2) + "\n")
-        try:
-            staged.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster
-                raise
+        keep_first(staged, target)
     return target
 
 

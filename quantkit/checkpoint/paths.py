@@ -36,6 +36,19 @@ def write_whole(file: Path, content: bytes) -> None:
         staged.unlink(missing_ok=True)
 
 
+def keep_first(staged: Path, target: Path) -> None:
+    """Give a finished directory its name in the cache, unless another process was faster: then its
+    own is as good.
+
+    Raises OSError when there is no `target` afterwards.
+    """
+    try:
+        staged.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
 def new_log(kind: str) -> Path:
     """An empty file `logs/KIND-….log` in the cache; where that cannot be written, a temporary one.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.checkpoint.demo import demo_model
 from quantkit.checkpoint.directory import Checkpoint, is_sidecar, open_checkpoint
-from quantkit.checkpoint.paths import cache_dir
+from quantkit.checkpoint.paths import cache_dir, keep_first
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.errors import InputError
 
@@ -51,11 +51,7 @@ def demo_mixture(experts: int = 4) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         staged = Path(work) / "model"
         upcycle(source, staged, experts)
-        try:
-            staged.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster
-                raise
+        keep_first(staged, target)
     return target
 
 

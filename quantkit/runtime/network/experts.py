@@ -14,13 +14,8 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 """What the first layer of an expert gives, [n, its width] → what the second takes."""
 
 
-class GroupedExperts(nn.Module):
-    """Experts that are called with the tokens, and for each the experts of its choice and their
-    weights.
-
-    ups, downs: the first layer (gate and up in one) and the second of every expert. Numbers beyond
-    theirs are experts that give a token back as it came (LongCat's zero experts).
-    """
+class Experts(nn.Module):
+    """ups, downs: the first layer (gate and up in one) and the second of every expert."""
 
     def __init__(
         self, ups: Sequence[nn.Module], downs: Sequence[nn.Module], activation: Activation
@@ -28,6 +23,19 @@ class GroupedExperts(nn.Module):
         super().__init__()
         self.ups, self.downs = nn.ModuleList(ups), nn.ModuleList(downs)
         self.activation = activation
+
+    def expert(self, number: int, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, hidden] → what that expert makes of them, [n, hidden]."""
+        given: torch.Tensor = self.downs[number](self.activation(self.ups[number](rows)))
+        return given
+
+
+class GroupedExperts(Experts):
+    """Experts that are called with the tokens, and for each the experts of its choice and their
+    weights.
+
+    Numbers beyond theirs are experts that give a token back as it came (LongCat's zero experts).
+    """
 
     def forward(
         self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
@@ -40,7 +48,7 @@ class GroupedExperts(nn.Module):
         result = torch.zeros_like(rows, dtype=torch.float32)
         if len(rows) == 1:
             for number, weight in zip(chosen.flatten().tolist(), weights.flatten(), strict=True):
-                result.add_(self._expert(number, rows) * weight)
+                result.add_(self.expert(number, rows) * weight)
             return result.to(hidden.dtype).view(hidden.shape)
         order = chosen.flatten().argsort(stable=True)
         tokens = order // chosen.shape[-1]
@@ -49,28 +57,18 @@ class GroupedExperts(nn.Module):
         for number, count in enumerate(chosen.flatten().bincount().tolist()):
             if count:
                 part = slice(start, start + count)
-                given = self._expert(number, rows.index_select(0, tokens[part])) * ordered[part]
+                given = self.expert(number, rows.index_select(0, tokens[part])) * ordered[part]
                 result.index_add_(0, tokens[part], given.float())
                 start += count
         return result.to(hidden.dtype).view(hidden.shape)
 
-    def _expert(self, number: int, rows: torch.Tensor) -> torch.Tensor:
-        if number >= len(self.ups):
-            return rows
-        given: torch.Tensor = self.downs[number](self.activation(self.ups[number](rows)))
-        return given
+    def expert(self, number: int, rows: torch.Tensor) -> torch.Tensor:
+        return super().expert(number, rows) if number < len(self.ups) else rows
 
 
-class PaddedExperts(nn.Module):
+class PaddedExperts(Experts):
     """Experts that are called with all tokens once for each expert, scaled by the router; what it
     did not choose is zero (Llama 4)."""
-
-    def __init__(
-        self, ups: Sequence[nn.Module], downs: Sequence[nn.Module], activation: Activation
-    ) -> None:
-        super().__init__()
-        self.ups, self.downs = nn.ModuleList(ups), nn.ModuleList(downs)
-        self.activation = activation
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[experts × tokens, hidden], an expert's tokens together → the same shape."""
@@ -81,8 +79,7 @@ class PaddedExperts(nn.Module):
             taken = row.nonzero().flatten()
             if len(taken):
                 rows = inputs[number].index_select(0, taken)
-                given = self.downs[number](self.activation(self.ups[number](rows)))
-                outputs[number].index_copy_(0, taken, given)
+                outputs[number].index_copy_(0, taken, self.expert(number, rows))
         return result
 
     def chosen(self, hidden: torch.Tensor) -> torch.Tensor:
