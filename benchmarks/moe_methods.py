@@ -2,12 +2,13 @@
 
     python benchmarks/moe_methods.py WORKDIR [--only NAME …] [--samples 8] [--pictures FOLDER]
 
-Each method makes WORKDIR/NAME; `quantkit validate` holds it against the mixture in 16 bit (its
-verify_errors are those of `verify --source`), and vLLM itself scores the same windows. Of a
-kind of activations the order must be: 8 bits < 4 bits tuned ≤ 4 bits rounded to nearest, in KL.
-What is measured stays in WORKDIR/NAME.json and is not measured again, so that the work can be cut
-into pieces; prints the table of all that is there. Ends with 1 where the order is another.
---pictures draws `experts.png`: the tokens that the router sent to each expert, layers × experts.
+Each method makes WORKDIR/NAME, which is verified against the mixture in 16 bit; the runtime
+measures the metrics of `quantkit validate` on held-out text and holds its gates (the chat and the
+facts, which take minutes, are left to the command itself), and vLLM scores the same windows. In KL
+8 bits must be under 4 bits tuned, and these not above 4 bits rounded to nearest. What is measured
+stays in WORKDIR/NAME.json and is not measured again, so that the work can be cut into pieces;
+prints the table of all that is there, and ends with 1 where the order is another. --pictures draws
+`experts.png`: the tokens that the router sent to each expert, layers × experts.
 """
 
 from __future__ import annotations
@@ -16,22 +17,26 @@ import argparse
 import json
 import math
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from agreement import G64, SMALL
 from methods import quantize
+from numpy.typing import NDArray
 
 import quantkit
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
-from quantkit.checkpoint.upcycle import demo_mixture
-from quantkit.cli.output import Output
+from quantkit.checkpoint.upcycle import ACTIVE, demo_mixture
 from quantkit.errors import QuantkitError
 from quantkit.validation.ask.data import eval_text
+from quantkit.validation.ask.text import BaselineText, measure_baseline, measure_quantized
+from quantkit.validation.judge.default_gates import default_gates
+from quantkit.validation.judge.metrics import PerWindow, text_metrics, weight_metrics
+from quantkit.validation.judge.verdicts import hold
 from quantkit.validation.reports.markdown import number, table
 from quantkit.validation.reports.plots import experts_figure
-from quantkit.validation.run import ValidateRequest, validate
 from quantkit.validation.subjects.base import Opening
 from quantkit.validation.subjects.engines import opener
 
@@ -73,20 +78,53 @@ def measured(name: str, model: Path, asked_for: argparse.Namespace) -> dict[str,
         if "predicted" not in found:
             report = quantkit.plan(str(model), method=name, set=METHODS[name], engine="vllm")
             keep("predicted", [verdict.outcome for verdict in report.verdicts])
-        if "report" not in found:
-            request = ValidateRequest(
-                out, str(model), samples=asked_for.samples, throughput=False
-            )  # fmt: skip
-            keep("report", validate(request, Output()).to_json())
+        if "metrics" not in found:
+            keep("metrics", held_against(out, model, asked_for))
     if "vllm" not in found:
         keep("vllm", in_vllm(out, model, asked_for.samples))
     return found
 
 
+def held_against(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
+    """The metrics of a checkpoint, and the default gates that they fail."""
+    integrity = quantkit.verify(out, source=model)
+    windows = windows_of(model, asked_for.samples)
+    file = asked_for.work / f"{BASELINE}.npz"
+    if not file.is_file():
+        with closing(opener("builtin")(model, Opening())) as subject:
+            said = measure_baseline(subject, windows, None)
+        np.savez(file, **{name: value for name, value in vars(said).items() if value is not None})
+    baseline = BaselineText(**np.load(file))
+    with closing(opener("builtin")(out, Opening())) as subject:
+        ours = measure_quantized(subject, windows, baseline, None)
+        weights_only = subject.weights_only
+        kernels = subject.kernels()
+    metrics = {
+        **text_metrics(PerWindow.of(baseline, ours), ours.kl),
+        **weight_metrics(integrity),
+    }  # fmt: skip
+    gates = default_gates({layer.scheme for layer in integrity.layers}, ACTIVE)
+    results = [
+        hold(gate, metrics[gate.metric], weights_only=weights_only)
+        for gate in gates
+        if gate.metric in metrics
+    ]
+    return {
+        **{name: metrics[name].value for name in METRICS},
+        "fails": [result.metric for result in results if result.verdict == "fail"],
+        "undecided": [result.metric for result in results if result.verdict == "undecided"],
+        "kernels": kernels,
+    }
+
+
+def windows_of(model: Path, samples: int) -> NDArray[np.int64]:
+    tokenizer = load_tokenizer(read_tokenizer_info(model))
+    return eval_text(None, tokenizer, samples, None).windows
+
+
 def in_vllm(path: Path, model: Path, samples: int) -> dict[str, Any]:
     """vLLM's perplexity of the windows of `validate` and its kernels, or why it has none."""
-    tokenizer = load_tokenizer(read_tokenizer_info(model))
-    windows = eval_text(None, tokenizer, samples, None).windows
+    windows = windows_of(model, samples)
     try:
         subject = opener("vllm")(path, Opening())
     except QuantkitError as error:
@@ -98,22 +136,25 @@ def in_vllm(path: Path, model: Path, samples: int) -> dict[str, Any]:
         subject.close()
 
 
-def row(name: str, found: dict[str, Any], baseline: float) -> list[str]:
+def row(name: str, found: dict[str, Any], work: Path, baseline: float) -> list[str]:
     """A row of the table; `baseline` is vLLM's perplexity of the mixture in 16 bit."""
-    document, vllm = found["report"], found["vllm"]
-    failed = [gate["metric"] for gate in document["gates"] if gate["verdict"] == "fail"]
-    seen = document["checkpoint"].get("experts") or {}
-    fewest = [min(counts) for counts in seen.get("seen", {}).values()]
+    note, metrics, vllm = note_of(work / name), found["metrics"], found["vllm"]
+    fewest = (note.get("experts") or {}).get("min")
     ratio = number(vllm["perplexity"] / baseline) if "perplexity" in vllm else vllm["refused"]
     return [
         f"`{name}`",
-        f"{document['checkpoint']['weight_bytes'] / 1e6:.0f}",
-        str(min(fewest)) if fewest else "–",
-        *(number(document["metrics"][metric]["value"]) for metric in METRICS),
-        ", ".join(failed) or "–",
+        f"{note['results']['weight_bytes'] / 1e6:.0f}",
+        "–" if fewest is None else str(fewest),
+        *(number(metrics[metric]) for metric in METRICS),
+        ", ".join(metrics["fails"]) or "–",
         ", ".join(found["predicted"]),
         ratio,
     ]
+
+
+def note_of(out: Path) -> dict[str, Any]:
+    note: dict[str, Any] = json.loads((out / "quantkit.json").read_text())
+    return note
 
 
 def out_of_order(kl: dict[str, float]) -> list[str]:
@@ -141,12 +182,17 @@ def main() -> None:
         measured(name, model, asked_for)
     kept = {name: asked_for.work / f"{name}.json" for name in METHODS}
     found = {name: json.loads(file.read_text()) for name, file in kept.items() if file.is_file()}
-    kl = {name: each["report"]["metrics"]["kl_mean"]["value"] for name, each in found.items()}
+    found = {name: each for name, each in found.items() if "vllm" in each}  # others are half done
+    kl = {name: each["metrics"]["kl_mean"] for name, each in found.items()}
     columns = ["method", "MB", "fewest tokens", *METRICS, "fails", "plan", "vLLM ppl_ratio"]
-    rows = [row(name, found[name], baseline) for name in sorted(found, key=kl.__getitem__)]
+    rows = [
+        row(name, found[name], asked_for.work, baseline)
+        for name in sorted(found, key=kl.__getitem__)
+    ]
     print("\n".join(table(columns, rows)))
     if asked_for.pictures:
-        drawn = (experts_figure(each["report"]) for each in found.values())
+        notes = (note_of(asked_for.work / name) for name in found)
+        drawn = (experts_figure({"checkpoint": note}) for note in notes)
         figure = next(figure for figure in drawn if figure)
         asked_for.pictures.mkdir(parents=True, exist_ok=True)
         figure.savefig(asked_for.pictures / "experts.png", dpi=110)
