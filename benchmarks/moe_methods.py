@@ -42,6 +42,7 @@ from quantkit.validation.subjects.engines import opener
 
 BASELINE = "BF16"
 METHODS: dict[str, tuple[str, ...]] = {
+    "rtn_w8a8_dynamic": (),
     "rtn_fp8_dynamic": (),
     "llmcompressor_fp8_dynamic": (),
     "modelopt_fp8": SMALL,
@@ -54,7 +55,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "modelopt_nvfp4": SMALL,
     "modelopt_nvfp4_experts_only": SMALL,
 }
-EIGHT = ("rtn_fp8_dynamic", "llmcompressor_fp8_dynamic", "modelopt_fp8")
+EIGHT = ("rtn_w8a8_dynamic", "rtn_fp8_dynamic", "llmcompressor_fp8_dynamic", "modelopt_fp8")
 TUNED = ("llmcompressor_w4a16", "gptqmodel_w4a16", "autoround_w4a16")
 ROUNDED = ("rtn_w4a16",)
 METRICS = ("ppl_ratio", "kl_mean", "top1_agreement", "routing_agreement", "weight_sqnr_margin",
