@@ -141,7 +141,7 @@ def row(name: str, found: dict[str, Any], work: Path, baseline: float) -> list[s
     """A row of the table; `baseline` is vLLM's perplexity of the mixture in 16 bit."""
     note, metrics, vllm = note_of(work / name), found["metrics"], found["vllm"]
     fewest = (note.get("experts") or {}).get("min")
-    ratio = number(vllm["perplexity"] / baseline) if "perplexity" in vllm else vllm["refused"]
+    ratio = number(vllm["perplexity"] / baseline) if "perplexity" in vllm else "–"
     return [
         f"`{name}`",
         f"{note['results']['weight_bytes'] / 1e6:.0f}",
@@ -180,17 +180,21 @@ def main() -> None:
     model = demo_mixture()
     baseline = measured(BASELINE, model, asked_for)["vllm"].get("perplexity", math.nan)
     for name in asked_for.only:
-        measured(name, model, asked_for)
+        try:
+            measured(name, model, asked_for)
+        except RuntimeError as refused:
+            print(f"{name}: {refused}", file=sys.stderr)
     kept = {name: asked_for.work / f"{name}.json" for name in METHODS}
     found = {name: json.loads(file.read_text()) for name, file in kept.items() if file.is_file()}
     found = {name: each for name, each in found.items() if "vllm" in each}  # others are half done
     kl = {name: each["metrics"]["kl_mean"] for name, each in found.items()}
     columns = ["method", "MB", "fewest tokens", *METRICS, "fails", "plan", "vLLM ppl_ratio"]
-    rows = [
-        row(name, found[name], asked_for.work, baseline)
-        for name in sorted(found, key=kl.__getitem__)
-    ]
+    ordered = sorted(found, key=kl.__getitem__)
+    rows = [row(name, found[name], asked_for.work, baseline) for name in ordered]
     print("\n".join(table(columns, rows)))
+    for name in ordered:
+        if why := found[name]["vllm"].get("refused"):
+            print(f"\nvLLM does not run {name}: {why}")
     if asked_for.pictures:
         notes = (note_of(asked_for.work / name) for name in found)
         drawn = (experts_figure({"checkpoint": note}) for note in notes)
