@@ -35,7 +35,7 @@ def front_matter(source: Checkpoint) -> dict[str, Any]:
         head = yaml.safe_load(block[1]) if block else None
     except (yaml.YAMLError, ValueError):
         return {}
-    if not isinstance(head, dict):
+    if not isinstance(head, dict) or not all(isinstance(key, str) for key in head):
         return {}
     return head | {"language": _language(head["language"])} if "language" in head else head
 
