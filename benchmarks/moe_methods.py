@@ -1,6 +1,7 @@
 """The demo model as a mixture of 4 experts through every method that takes it, proven in vLLM.
 
     python benchmarks/moe_methods.py WORKDIR [--only NAME …] [--samples 8] [--pictures FOLDER]
+                                             [--layers N]
 
 Each method makes WORKDIR/NAME, which is verified against the mixture in 16 bit; the runtime
 measures the metrics of `quantkit validate` on held-out text and holds its gates (the chat and the
@@ -9,6 +10,7 @@ facts, which take minutes, are left to the command itself), and vLLM scores the 
 stays in WORKDIR/NAME.json and is not measured again, so that the work can be cut into pieces;
 prints the table of all that is there, and ends with 1 where the order is another. --pictures draws
 `experts.png`: the tokens that the router sent to each expert, layers × experts.
+With --layers the mixture is cut to N layers: it models no language, so that only KL says something.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from numpy.typing import NDArray
 
 import quantkit
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
-from quantkit.checkpoint.upcycle import ACTIVE, demo_mixture
+from quantkit.checkpoint.demo import demo_model
+from quantkit.checkpoint.upcycle import ACTIVE, demo_mixture, upcycle
 from quantkit.errors import QuantkitError
 from quantkit.validation.ask.data import eval_text
 from quantkit.validation.ask.text import BaselineText, measure_baseline, measure_quantized
@@ -39,6 +42,7 @@ from quantkit.validation.reports.markdown import number, table
 from quantkit.validation.reports.plots import experts_figure
 from quantkit.validation.subjects.base import Opening
 from quantkit.validation.subjects.engines import opener
+from tests.support.helpers import cut_layers
 
 BASELINE = "BF16"
 METHODS: dict[str, tuple[str, ...]] = {
@@ -84,6 +88,14 @@ def measured(name: str, model: Path, asked_for: argparse.Namespace) -> dict[str,
     if "vllm" not in found:
         keep("vllm", in_vllm(out, model, asked_for.samples))
     return found
+
+
+def cut_mixture(asked_for: argparse.Namespace) -> Path:
+    made: Path = asked_for.work / "mixture"
+    if not made.is_dir():
+        cut = cut_layers(demo_model(), asked_for.work / "dense", asked_for.layers)
+        upcycle(cut, made, 2 * ACTIVE)
+    return made
 
 
 def held_against(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
@@ -175,9 +187,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--layers", type=int)
     asked_for = parser.parse_args()
     asked_for.work.mkdir(parents=True, exist_ok=True)
-    model = demo_mixture()
+    model = cut_mixture(asked_for) if asked_for.layers else demo_mixture()
     baseline = measured(BASELINE, model, asked_for)["vllm"].get("perplexity", math.nan)
     for name in asked_for.only:
         try:
