@@ -198,8 +198,8 @@ FLAGS = {
     },
     "verify": {"--source", "--engine", "--tp", "--gpu", "--json"},
     "validate": {
-        "--baseline", "--engine", "--kernel", "--as-on", "--device", "--data", "--samples", "--tasks",
-        "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
+        "--baseline", "--engine", "--kernel", "--as-on", "--device", "--data", "--samples",
+        "--tasks", "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
     },
     "plan": {
         "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",
