@@ -9,7 +9,8 @@ from typing import Any
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pools ask for two, whatever the machine
 
-from gptqmodel import GPTQModel
+from gptqmodel import CheckpointConfig, GPTQModel
+from gptqmodel.looper.gptq_checkpoint import validate_checkpoint_support
 from gptqmodel.quantization.config import AWQConfig, GPTQConfig
 
 from quantkit.backends.adapters.common import (
@@ -46,6 +47,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
                 batch_size=job.batch_size,
                 calibration_sort=None,
                 calibration_data_min_length=0,
+                checkpoint=_checkpoint(job, model),
             )
         _note_fallbacks(model.quant_log, config, report)
         report.stage("save")
@@ -54,6 +56,17 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     quantized = packed_modules(job.out, "qweight")
     check_followed(job, quantized)
     result.calibration = witness.summary(len(quantized))
+
+
+def _checkpoint(job: Job, model: Any) -> CheckpointConfig | None:
+    """The library's own checkpoints of finished layers; None for what it cannot go on with."""
+    if job.resume_folder is None:
+        return None
+    try:
+        validate_checkpoint_support(model)
+    except (NotImplementedError, ValueError):
+        return None
+    return CheckpointConfig(path=job.resume_folder)
 
 
 def _config(job: Job) -> Any:
