@@ -115,3 +115,7 @@ def soak(source: Path, work: Path, method: str, kills: int, chance: random.Rando
         shutil.rmtree(out)
     shutil.rmtree(whole)
     print(f"{method}: {count} kills ({dict(where)}), same {len(expected)} tensors", flush=True)
+
+
+if __name__ == "__main__":
+    main()
