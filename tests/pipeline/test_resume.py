@@ -105,6 +105,21 @@ def test_another_run_is_refused_and_loses_nothing(two_layers: Path, tmp_path: Pa
     assert sorted(path.name for path in (state / "library").iterdir()) == before
 
 
+@pytest.mark.library
+@pytest.mark.parametrize("method", CHECKPOINTS)
+def test_a_layer_checkpoint_cut_short_is_told(
+    method: str, two_layers: Path, tmp_path: Path
+) -> None:
+    out, layers = tmp_path / "out", tmp_path / "out.partial" / ".stream" / "layers"
+    killed(arguments(two_layers, method, out), lambda: at_work(method, out))
+    files = [path for path in layers.rglob("*") if path.is_file() and path.suffix != ".json"]
+    for path in files:
+        if "end-" not in path.name:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    refused(quantkit(*arguments(two_layers, method, out, "--resume")), 1, "without --resume")
+    assert any(layers.iterdir())
+
+
 def begun(partial: Path) -> Unfinished:
     partial.mkdir(exist_ok=True)
     state = Unfinished(partial)

@@ -12,13 +12,14 @@ import os
 import random
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import auto_round.utils.resume as library
 import numpy as np
 import torch
 
-from quantkit.backends.process.job import Job
+from quantkit.backends.process.job import Job, JobInputError
 
 _SHARDS = "model-shard-*"
 
@@ -58,13 +59,21 @@ def go_on(job: Job, model: torch.nn.Module) -> None:
             for path in before:
                 path.unlink(missing_ok=True)
 
-        def load_input_ids(self) -> Any:
-            loaded = super().load_input_ids()
-            if loaded is not None:
-                for name in self.completed_blocks:  # as the library leaves what it has written
-                    model.get_submodule(name).to("meta")
-                _restore(torch.load(self.end_path, weights_only=True)["generators"])
+        def _load_tensor(self, path: Path) -> Any:
+            loaded = super()._load_tensor(path)
+            if loaded is None and (path.exists() or path == self.input_ids_path):
+                raise JobInputError(
+                    f"AutoRound's checkpoint of a finished block is damaged ({path.name}).",
+                    hint="start anew without --resume",
+                    code="resume.damaged",
+                )
             return loaded
+
+        def load_input_ids(self) -> Any:
+            for name in self.completed_blocks:  # as the library leaves what it has written
+                model.get_submodule(name).to("meta")
+            _restore(torch.load(self.end_path, weights_only=True)["generators"])
+            return super().load_input_ids()
 
     library.ResumeState = Blocks
 
@@ -81,7 +90,7 @@ def _only_finished(out: Path, folder: Path) -> bool:
         manifest = json.loads((groups[0] / "resume_manifest.json").read_text(encoding="utf-8"))
         count = len(manifest["completed_blocks"])
         shards = torch.load(_end(groups[0], count), weights_only=True)["shards"]
-    except (OSError, ValueError, KeyError, RuntimeError):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, UnpicklingError):
         return False
     found = _shards(out)
     if shards.items() - found.items():

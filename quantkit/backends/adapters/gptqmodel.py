@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pools ask for two, whatever the machine
 
 from gptqmodel import CheckpointConfig, GPTQModel
+from gptqmodel.looper.checkpoint_store import CheckpointError
 from gptqmodel.looper.gptq_checkpoint import validate_checkpoint_support
 from gptqmodel.quantization.config import AWQConfig, GPTQConfig
 
@@ -22,7 +25,7 @@ from quantkit.backends.adapters.common import (
     warnings_as_notes,
 )
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
-from quantkit.backends.process.job import Job, Reporter, Result
+from quantkit.backends.process.job import Job, JobInputError, Reporter, Result
 
 _GPTQ_OPTIONS = ("desc_act", "act_group_aware", "damp_percent", "mse", "format")
 _IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.")
@@ -41,7 +44,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
             {"input_ids": ids.tolist(), "attention_mask": mask.tolist()}
             for ids, mask in zip(tokens.ids, tokens.masks, strict=True)
         ]
-        with witness.watch(model.model, "quantize"):
+        with witness.watch(model.model, "quantize"), _damage_told():
             model.quantize(
                 rows,
                 batch_size=job.batch_size,
@@ -67,6 +70,18 @@ def _checkpoint(job: Job, model: Any) -> CheckpointConfig | None:
     except (NotImplementedError, ValueError):
         return None
     return CheckpointConfig(path=job.resume_folder)
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise JobInputError(
+            f"GPTQModel cannot go on from its checkpoint of finished layers: {error}.",
+            hint="start anew without --resume",
+            code="resume.damaged",
+        ) from error
 
 
 def _config(job: Job) -> Any:
