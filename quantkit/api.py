@@ -72,7 +72,8 @@ def quantize(
     calibration: a mixture's name or a data file, instead of the recipe's.
     checkpoint_save: also keep the fake-quantized state in this .pth file, for `export`.
     python: the interpreter that has the backend's library.
-    resume, memory (bytes, or "2GB"), jobs (0: as many as fit), executor ("local", "ray"): of the
+    resume: go on with a run of the same request that was stopped.
+    memory (bytes, or "2GB"), jobs (0: as many as fit), executor ("local", "ray"): of the
         rtn_* methods.
 
     Raises InputError for what is wrong with the request or the model (before any work),
