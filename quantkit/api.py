@@ -73,8 +73,7 @@ def quantize(
     checkpoint_save: also keep the fake-quantized state in this .pth file, for `export`.
     python: the interpreter that has the backend's library.
     resume: go on with a run of the same request that was stopped.
-    memory (bytes, or "2GB"), jobs (0: as many as fit), executor ("local", "ray"): of the
-        rtn_* methods.
+    memory (bytes, or "2GB"), jobs (0: as many fit), executor ("local", "ray"): of rtn_* methods.
 
     Raises InputError for what is wrong with the request or the model (before any work),
     BackendError when the library failed, CheckError when the result did not verify; `out` is then
