@@ -227,6 +227,7 @@ def validate(
     reports: str | Path | Sequence[str | Path] = (),
     against: str | Path | None = None,
     throughput: bool = True,
+    broken_baseline: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Measure a checkpoint against its 16-bit baseline and hold its gates.
@@ -238,6 +239,7 @@ def validate(
     tasks, limit: lm-eval tasks, and the most samples of each.
     gates: such as "ppl_ratio<=1.02", beside those of the scheme and the recipe.
     reports: files to write (.json, .md, .html, .xml); against: an earlier .json to compare with.
+    broken_baseline: measure though the baseline answers nothing, which the report then says.
 
     A gate that fails is no exception: see `Report.ok` and `.gates`. The result is also written into
     the checkpoint's quantkit.json and model card. Raises InputError before anything is generated,
@@ -267,6 +269,7 @@ def validate(
         gates=tuple(_listed(gates)),
         against=None if against is None else Path(against),
         throughput=throughput,
+        broken_baseline=broken_baseline,
     )
     report = run(request, _Told(progress))
     document = report.to_json()

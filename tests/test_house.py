@@ -199,7 +199,8 @@ FLAGS = {
     "verify": {"--source", "--engine", "--tp", "--gpu", "--json"},
     "validate": {
         "--baseline", "--engine", "--kernel", "--as-on", "--device", "--data", "--samples",
-        "--tasks", "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
+        "--tasks", "--limit", "--gate", "--report", "--against", "--no-throughput",
+        "--broken-baseline", "--json",
     },
     "plan": {
         "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",

@@ -18,8 +18,10 @@ from quantkit.validation.ask.cachefile import BaselineCache
 from quantkit.validation.ask.canary import canary_prompts
 from quantkit.validation.ask.choices import facts
 from quantkit.validation.ask.data import eval_text, refuse_seen, seen_by_calibration
+from quantkit.validation.ask.health import refuse_silent, silence
 from quantkit.validation.ask.questions import Lazy, Questions, ask_baseline, ask_quantized
 from quantkit.validation.ask.tasks import choose_tasks
+from quantkit.validation.ask.text import BaselineText
 from quantkit.validation.forecast import say_how_long
 from quantkit.validation.judge.bootstrap import missing
 from quantkit.validation.judge.chosen import askable, gates_of, measurable
@@ -53,6 +55,7 @@ class ValidateRequest:
     baseline: a directory or Hub name; "": what quantkit.json remembers. data: a text file instead
     of the held-out text. samples: windows of text, with twelve facts each. limit: most samples of
     an lm-eval task. as_on: the GPU whose engine decides which activations are rounded ("": this).
+    broken_baseline: measure though the baseline answers nothing.
     """
 
     path: Path
@@ -68,6 +71,7 @@ class ValidateRequest:
     gates: tuple[str, ...] = ()
     against: Path | None = None
     throughput: bool = True
+    broken_baseline: bool = False
 
 
 def validate(request: ValidateRequest, ui: Reporter) -> Report:
@@ -75,7 +79,8 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
 
     Raises InputError, before any token is generated, for a checkpoint that is broken, a baseline or
     an earlier report that cannot be compared with it, text that calibration saw, and models that
-    do not fit into memory; BackendError when an engine fails. A failed gate is no exception.
+    do not fit into memory, and before the checkpoint is loaded for a baseline that answers nothing;
+    BackendError when an engine fails. A failed gate is no exception.
     """
     start = time.monotonic()
     opens = opener(request.engine)
@@ -143,6 +148,13 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
             say_how_long(subject, questions, name == "baseline", cached, ui)
         return subject
 
+    def heard(said: BaselineText) -> None:
+        sentence = silence(text.windows, said.logprobs)
+        if sentence is not None and not request.broken_baseline:
+            refuse_silent(sentence, request.path, base.path)
+        if sentence is not None:
+            report.warnings.append(sentence)
+
     baseline = Lazy(lambda: opened(base.path, "baseline", "auto"))
     cache = BaselineCache(
         scanned.fingerprint,
@@ -154,7 +166,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     )
     with explained(f"The baseline {base.path}", their_need):
         try:
-            theirs = ask_baseline(baseline, questions, cache, ui)
+            theirs = ask_baseline(baseline, questions, cache, ui, heard)
         finally:
             baseline.close()
     with explained(str(candidate.path), our_need):

@@ -43,7 +43,7 @@ def run(
     asked = [word for end in ("json", "md", "xml") for word in ("--report", reports / f"r.{end}")]
     done = quantkit(
         "validate", sealed, "--baseline", small_model, "--samples", "8", "--gate", SOBER,
-        "--gate", "memory_ratio<=0.99", *asked, "--json",
+        "--gate", "memory_ratio<=0.99", "--broken-baseline", *asked, "--json",
     )  # fmt: skip
     assert done.code == 0, done.out + done.err
     return done, reports
@@ -102,7 +102,9 @@ def test_numbers_are_in_the_checkpoint_which_still_verifies(
 
 def test_baseline_is_not_run_twice(sealed: Path, small_model: Path, run: tuple[Run, Path]) -> None:
     ui = Quiet()
-    request = ValidateRequest(sealed, str(small_model), samples=8, throughput=False, gates=(SOBER,))
+    request = ValidateRequest(
+        sealed, str(small_model), samples=8, throughput=False, gates=(SOBER,), broken_baseline=True
+    )
     report = validate(request, ui)
     assert not [stage for stage in ui.stages if "baseline:" in stage]
     assert "4 measurements of the baseline came from the cache" in report.notes
@@ -188,7 +190,7 @@ def test_a_layer_of_nothing_but_noise_is_reported(
     reports = [tmp_path / f"r.{end}" for end in ("md", "xml", "html", "json")]
     done = quantkit(
         "validate", copy, "--baseline", small_model, "--samples", "8", "--no-throughput",
-        *(word for report in reports for word in ("--report", report)),
+        "--broken-baseline", *(word for report in reports for word in ("--report", report)),
     )  # fmt: skip
     assert done.code == 4, done.out + done.err
     document = json.loads(reports[-1].read_text())

@@ -83,9 +83,16 @@ class Lazy:
 
 
 def ask_baseline(
-    baseline: Lazy, questions: Questions, cache: BaselineCache, ui: Reporter
+    baseline: Lazy,
+    questions: Questions,
+    cache: BaselineCache,
+    ui: Reporter,
+    heard: Callable[[BaselineText], None],
 ) -> BaselineAnswers:
-    """All answers of the baseline, from the cache where it holds them; throughput never is."""
+    """All answers of the baseline, from the cache where it holds them; throughput never is.
+
+    `heard` is told what it says of the text before anything else is asked.
+    """
 
     def staged(name: str, total: int, make: Callable[[Subject], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -103,6 +110,8 @@ def ask_baseline(
             "text", len(windows), lambda s: _arrays(texts.measure_baseline(s, windows, _on(ui)))
         ),
     )
+    text = BaselineText(**found)
+    heard(text)
     most = answer_tokens(q.prompts, q.longest)
     prompts = _digest(q.prompts, most)
     said = cache.value(
@@ -125,9 +134,7 @@ def ask_baseline(
         key = choice.digest if q.longest is None else _digest(choice.digest, q.longest)
         tasks = cache.value("tasks", key, make)
     speed = _throughput(baseline.subject, "baseline", ui) if q.throughput else None
-    return BaselineAnswers(
-        BaselineText(**found), said, likely, right(facts["logprobs"], q.facts), tasks, speed
-    )
+    return BaselineAnswers(text, said, likely, right(facts["logprobs"], q.facts), tasks, speed)
 
 
 def ask_quantized(
