@@ -20,11 +20,13 @@ from quantkit.validation.ask.choices import facts
 from quantkit.validation.ask.data import eval_text, refuse_seen, seen_by_calibration
 from quantkit.validation.ask.health import refuse_silent, silence
 from quantkit.validation.ask.questions import Lazy, Questions, ask_baseline, ask_quantized
+from quantkit.validation.ask.reference import ask_reference
 from quantkit.validation.ask.tasks import choose_tasks
 from quantkit.validation.ask.text import BaselineText
 from quantkit.validation.forecast import say_how_long
 from quantkit.validation.judge.bootstrap import missing
 from quantkit.validation.judge.chosen import askable, gates_of, measurable
+from quantkit.validation.judge.metrics import OF_RTN, ROUTING
 from quantkit.validation.judge.regression import compare, no_longer_measured, refuse_incomparable
 from quantkit.validation.judge.verdicts import hold
 from quantkit.validation.memory import check_memory, explained
@@ -169,6 +171,11 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
             theirs = ask_baseline(baseline, questions, cache, ui, heard)
         finally:
             baseline.close()
+    with explained(f"The baseline {base.path}, rounded", their_need):
+        opening = Opening(
+            device, request.kernel, request.as_on, staged(ui, "load rounded to nearest")
+        )
+        rounded = ask_reference(candidate, request.engine, opening, text, theirs.text, cache, ui)
     with explained(str(candidate.path), our_need):
         subject = opened(candidate.path, "quantized", request.kernel, request.as_on)
         try:
@@ -183,8 +190,9 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
             subject.close()
     if cache.hits:
         report.notes.append(f"{cache.hits} measurements of the baseline came from the cache")
-    fill(report, integrity, questions, theirs, ours, set(stop_tokens(base.path, base.config)))
-    gates, unseen = measurable(gates, report.routing)
+    stops = set(stop_tokens(base.path, base.config))
+    fill(report, integrity, questions, theirs, ours, rounded, stops)
+    gates, unseen = measurable(gates, _unmeasured(report))
     report.notes += unseen
     absent = missing("this run did not measure it")
     report.gates = [
@@ -203,6 +211,13 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
                 f"the earlier report has {', '.join(gone)}, which this run did not measure"
             )
     return report
+
+
+def _unmeasured(report: Report) -> dict[str, str]:
+    """Metric → why this run could not measure it, of those that not every model has."""
+    routers = "the choices of this family's routers cannot be seen"
+    found = {} if report.routing else {ROUTING: routers}
+    return found | {name: m.why for name in OF_RTN if (m := report.metrics[name]).value is None}
 
 
 def _versions() -> tuple[str, ...]:

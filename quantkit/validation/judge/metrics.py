@@ -16,6 +16,7 @@ from quantkit.validation.judge.bootstrap import (
     exact,
     missing,
     percentiles,
+    ratio,
     resamples,
     sampled,
 )
@@ -27,8 +28,7 @@ Floats = NDArray[np.float64]
 NO_LOGITS = "the engine does not give logits"
 OF_LOGITS = ("kl_mean", "kl_p99", "kl_max", "top1_agreement")
 ROUTING = "routing_agreement"
-BUILTIN_ONLY = (*OF_LOGITS, ROUTING)
-"""Metrics that only an engine that shows its inside can tell: the builtin one."""
+OF_RTN = ("ppl_of_rtn", "kl_of_rtn")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,34 @@ def text_metrics(windows: PerWindow, kl: NDArray[np.float32] | None) -> dict[str
         "kl_max": Measured(float(kl.max())),  # of this text: an extreme has no interval
         "top1_agreement": sampled(windows.agreement),
     }
+
+
+def reference_metrics(windows: PerWindow, rounded: PerWindow) -> dict[str, Measured]:
+    """The checkpoint beside the baseline rounded to nearest, on the same windows."""
+    assert windows.kl is not None
+    assert rounded.kl is not None
+    return {
+        "ppl_of_rtn": sampled(windows.nll - rounded.nll, np.exp),
+        "kl_of_rtn": ratio(windows.kl, rounded.kl),
+    }
+
+
+def recovered(windows: PerWindow, rounded: PerWindow) -> dict[str, float | None]:
+    """The share of what rounding to nearest loses, in KL and in perplexity, that the checkpoint
+    does not; None where rounding loses nothing."""
+    assert windows.kl is not None
+    assert rounded.kl is not None
+    base, ours, theirs = (
+        float(np.exp(nll.mean())) for nll in (windows.nll_baseline, windows.nll, rounded.nll)
+    )
+    return {
+        "kl": _share(float(windows.kl.mean()), float(rounded.kl.mean())),
+        "perplexity": _share(ours - base, theirs - base),
+    }
+
+
+def _share(ours: float, rounded: float) -> float | None:
+    return 1 - ours / rounded if rounded > 0 else None
 
 
 def routing_by_layer(quantized: QuantizedText) -> dict[int, float]:

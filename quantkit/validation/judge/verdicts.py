@@ -13,8 +13,8 @@ from quantkit.validation.judge.default_gates import ALWAYS
 Verdict = Literal["pass", "fail", "undecided"]
 
 ACCURACY = (
-    "ppl_ratio", "kl_mean", "kl_p99", "kl_max", "top1_agreement", "routing_agreement", "mcq_drop",
-    "canary_failures", "canary_drift",
+    "ppl_ratio", "kl_mean", "ppl_of_rtn", "kl_of_rtn", "kl_p99", "kl_max", "top1_agreement",
+    "routing_agreement", "mcq_drop", "canary_failures", "canary_drift",
 )  # fmt: skip
 """Metrics that a run without the activations' quantization cannot vouch for, tasks aside."""
 

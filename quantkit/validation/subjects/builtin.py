@@ -121,6 +121,23 @@ def open_builtin(path: Path, opening: Opening) -> Builtin:
     return Builtin(runtime, time.monotonic() - start)
 
 
+def open_rounded(path: Path, like: Path, opening: Opening) -> Builtin:
+    """The 16-bit model of `path` with the layers of the checkpoint `like` rounded to nearest;
+    raises what `runtime.load_rounded` raises."""
+    from quantkit.runtime.load import load_rounded
+
+    start = time.monotonic()
+    runtime = load_rounded(
+        path,
+        like,
+        device=opening.device,
+        kernel=opening.kernel,
+        as_on=opening.as_on,
+        progress=opening.progress,
+    )
+    return Builtin(runtime, time.monotonic() - start)
+
+
 def refuse_builtin(path: Path, opening: Opening) -> None:
     """Raise what `open_builtin` would raise, as far as headers and config tell."""
     from quantkit.runtime.load import pick_device
