@@ -43,11 +43,10 @@ class Served:
         self._process = process
         self._longest = _longest(checkpoint)
         self._vocabulary = int(text_config(checkpoint.config)["vocab_size"])
-        self.weights_only = _quantizes_activations(checkpoint) and any(
-            part in kernel for kernel in process.kernels for part in _WEIGHT_ONLY
-        )
+        self.notes = _inputs_in_16_bit(checkpoint, process)
 
-    notes: Sequence[str] = ()
+    weights_only = False
+    """What an engine leaves in 16 bit on this device it leaves so for whoever it serves there."""
 
     def logprobs(
         self, windows: NDArray[np.int64], progress: Progress | None = None
@@ -154,11 +153,19 @@ def _longest(checkpoint: Checkpoint) -> int:
     return min(LONGEST, positions(checkpoint.config) or LONGEST)
 
 
-def _quantizes_activations(checkpoint: Checkpoint) -> bool:
-    if is_quantized(checkpoint) is None:
-        return False
+def _inputs_in_16_bit(checkpoint: Checkpoint, process: EngineProcess) -> list[str]:
+    """A sentence on activations that the checkpoint quantizes and the engine's kernels do not."""
+    kernels = [k for k in process.kernels if any(part in k for part in _WEIGHT_ONLY)]
+    if not kernels or is_quantized(checkpoint) is None:
+        return []
     layers = detect(checkpoint).declare(checkpoint).layers.values()
-    return any(spec.scheme.input is not None for spec in layers)
+    schemes = {spec.scheme.name for spec in layers if spec.scheme.input is not None}
+    if not schemes:
+        return []
+    return [
+        f"activations of {', '.join(sorted(schemes))} may be in 16 bit, as {process.engine.title} "
+        f"computes them on this device ({', '.join(kernels)})"
+    ]
 
 
 def _refuse_garbage(checkpoint: Checkpoint, engine: EngineProcessSpec) -> None:
