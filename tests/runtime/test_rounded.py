@@ -68,8 +68,8 @@ def test_weights_of_every_format_are_rounded(name: str) -> None:
     scheme, shape = SHAPES[name]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     rounded = round_weight(weight, scheme.weight)
-    assert rounded.q.shape == shape
-    assert rounded.scale.shape == scheme.weight.scale_shape(shape)
+    assert tuple(rounded.q.shape) == shape
+    assert tuple(rounded.scale.shape) == scheme.weight.scale_shape(shape)
     assert rounded.scale.dtype == torch.float32
     wide, noise = weight.double(), (dequantize(rounded) - weight.float()).double()
     assert 10 * torch.log10((wide**2).sum() / (noise**2).sum()) > scheme.sqnr_floor_db

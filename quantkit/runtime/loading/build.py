@@ -10,11 +10,12 @@ from torch import nn
 from quantkit.checkpoint.network.config import is_tied
 from quantkit.checkpoint.network.families import family_of
 from quantkit.checkpoint.progress import Progress
-from quantkit.errors import InputError
 from quantkit.runtime.linear.modules import PlainLinear
+from quantkit.runtime.loading.cache_scales import cache_scales
 from quantkit.runtime.loading.make_layers import LayerMaker
 from quantkit.runtime.loading.memory import release
-from quantkit.runtime.network.decoder import Block, CacheScales, Decoder, Shape
+from quantkit.runtime.network.cache_rounding import CacheScales
+from quantkit.runtime.network.decoder import Block, Decoder, Shape
 
 
 def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = None) -> Decoder:
@@ -24,8 +25,9 @@ def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = No
     vocabulary, hidden = int(config.vocab_size), int(config.hidden_size)
     embed = _plain(maker, "model.embed_tokens.weight", (vocabulary, hidden))
     blocks = []
+    rules = cache_scales(maker.source, config)
     for index in range(count):
-        blocks.append(_block(config, maker, f"model.layers.{index}", shape, eps))
+        blocks.append(_block(config, maker, f"model.layers.{index}", shape, eps, rules.get(index)))
         release()
         if progress is not None:
             progress(index + 1, count)
@@ -33,7 +35,9 @@ def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = No
     return Decoder(config, embed, blocks, norm, _head(maker, embed))
 
 
-def _block(config: Any, maker: LayerMaker, name: str, shape: Shape, eps: float) -> Block:
+def _block(
+    config: Any, maker: LayerMaker, name: str, shape: Shape, eps: float, rule: CacheScales | None
+) -> Block:
     hidden, wide = int(config.hidden_size), int(config.intermediate_size)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     kin, everywhere = family_of(config.model_type), bool(getattr(config, "attention_bias", False))
@@ -59,8 +63,7 @@ def _block(config: Any, maker: LayerMaker, name: str, shape: Shape, eps: float) 
         _plain(maker, f"{name}.input_layernorm.weight", (hidden,)),
         _plain(maker, f"{name}.post_attention_layernorm.weight", (hidden,)),
     )
-    scales = _cache_scales(maker, attention)
-    return Block(shape, eps, norms, head_norms, (qkv, out, gate_up, down), scales)
+    return Block(shape, eps, norms, head_norms, (qkv, out, gate_up, down), rule)
 
 
 def _head(maker: LayerMaker, embed: torch.Tensor) -> nn.Module:
@@ -71,44 +74,6 @@ def _head(maker: LayerMaker, embed: torch.Tensor) -> nn.Module:
     if source.has("lm_head.weight"):
         source.used.add("lm_head.weight")
     return PlainLinear(embed, None)
-
-
-def _cache_scales(maker: LayerMaker, attention: str) -> CacheScales | None:
-    """The scales of a declared FP8 cache; engines use 1 where the checkpoint has none."""
-    subject = maker.source.subject
-    if subject is None or not subject.declaration.kv_cache.startswith("fp8"):
-        return None
-    found = {
-        kind: next((n for n in names if maker.source.has(n)), None)
-        for kind, names in {
-            "k": (
-                f"{attention}.k_proj.k_scale",
-                f"{attention}.k_scale",
-                f"{attention}.k_proj.output_scale",
-            ),
-            "v": (
-                f"{attention}.v_proj.v_scale",
-                f"{attention}.v_scale",
-                f"{attention}.v_proj.output_scale",
-            ),
-        }.items()
-    }
-    values = {
-        kind: 1.0 if name is None else _cache_scale(maker, name) for kind, name in found.items()
-    }
-    return CacheScales(values["k"], values["v"])
-
-
-def _cache_scale(maker: LayerMaker, name: str) -> float:
-    scale = maker.source.plain(name, None, torch.float32)
-    if scale.numel() != 1:
-        raise InputError(
-            f"{name} holds {scale.numel()} scales; the runtime computes a cache with one scale a "
-            "tensor, not one a head.",
-            hint="one scale a tensor for the cache, or quantkit validate DIR --engine vllm",
-            code="runtime.cache_scale",
-        )
-    return float(scale)
 
 
 def _plain(maker: LayerMaker, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -20,6 +20,7 @@ from quantkit.validation.ask.cachefile import BaselineCache
 from quantkit.validation.ask.canary import answer, answer_logprobs, answer_tokens
 from quantkit.validation.ask.choices import Question, choice_logprobs, right
 from quantkit.validation.ask.data import EvalText
+from quantkit.validation.ask.kvcache import CacheAnswers, ask_cache
 from quantkit.validation.ask.tasks import TaskChoice, run_tasks
 from quantkit.validation.ask.text import BaselineText, QuantizedText
 from quantkit.validation.subjects.base import Subject, Throughput
@@ -56,7 +57,8 @@ class BaselineAnswers:
 
 @dataclass(frozen=True)
 class QuantizedAnswers:
-    """What the quantized model said; `canary_logprobs` are of the baseline's answers."""
+    """What the quantized model said; `canary_logprobs` are of the baseline's answers, `cache` is
+    the arm with its key-value cache in 16 bit, where it is quantized."""
 
     text: QuantizedText
     canary: list[list[int]]
@@ -64,6 +66,7 @@ class QuantizedAnswers:
     facts: NDArray[np.bool_]
     tasks: dict[str, Any]
     throughput: Throughput | None
+    cache: CacheAnswers | None = None
 
 
 class Lazy:
@@ -144,6 +147,7 @@ def ask_quantized(
     q, windows = questions, questions.text.windows
     ui.stage("quantized: text", len(windows))
     text = texts.measure_quantized(subject, windows, baseline.text, _on(ui))
+    cache = ask_cache(subject, windows, baseline.text, ui)
     ui.stage("quantized: canary", len(q.prompts))
     said = answer(subject, q.prompts, answer_tokens(q.prompts, q.longest), _on(ui))
     likely = answer_logprobs(subject, q.prompts, baseline.canary)
@@ -154,7 +158,7 @@ def ask_quantized(
         ui.stage("quantized: tasks")
         tasks = run_tasks(subject, q.tokenizer, q.tasks, q.longest)
     speed = _throughput(subject, "quantized", ui) if q.throughput else None
-    return QuantizedAnswers(text, said, likely, facts, tasks, speed)
+    return QuantizedAnswers(text, said, likely, facts, tasks, speed, cache)
 
 
 def _throughput(subject: Subject, name: str, ui: Reporter) -> Throughput:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import experts_per_token
 from quantkit.checkpoint.network.parameters import active_parameters
+from quantkit.formats.registry import detect
 from quantkit.recipe.gates import Gate, parse_gate
 from quantkit.validation.judge.default_gates import default_gates
-from quantkit.validation.judge.metrics import OF_LOGITS, OF_RTN, ROUTING
+from quantkit.validation.judge.metrics import OF_CACHE, OF_LOGITS, OF_RTN, ROUTING
 from quantkit.validation.judge.verdicts import accepted, chosen_gates
 from quantkit.validation.preflight import Candidate
 from quantkit.verification import VerifyReport
@@ -23,10 +25,16 @@ def gates_of(
     base = candidate.baseline
     schemes = {layer.scheme for layer in integrity.layers}
     size = active_parameters(base.shapes, base.config)
-    defaults = default_gates(schemes, experts_per_token(base.config), size)
+    defaults = default_gates(schemes, experts_per_token(base.config), size, _kv_cache(candidate))
     stated = [parse_gate(text, "recipe") for text in recipe_gates]
     counted, warnings = accepted(stated, defaults)
     return chosen_gates(defaults, counted, asked), warnings
+
+
+def _kv_cache(candidate: Candidate) -> str:
+    """The key-value cache that the checkpoint declares."""
+    held = candidate.held
+    return detect(held).declare(held).kv_cache if isinstance(held, Checkpoint) else "none"
 
 
 def askable(gates: list[Gate], engine: str) -> tuple[list[Gate], list[str]]:
@@ -37,6 +45,7 @@ def askable(gates: list[Gate], engine: str) -> tuple[list[Gate], list[str]]:
         **dict.fromkeys(OF_LOGITS, f"{engine} gives no logits"),
         ROUTING: f"{engine} does not show its routers",
         **dict.fromkeys(OF_RTN, f"{engine} cannot hold the baseline rounded to nearest"),
+        **dict.fromkeys(OF_CACHE, f"{engine} does not show its key-value cache"),
     }
     return measurable(gates, why)
 

@@ -35,7 +35,19 @@ OF_RTN: dict[int, tuple[str, ...]] = {
 }
 """The same beside the baseline rounded to nearest."""
 
-_LOSSLESS = {"ppl_ratio": 1.0, "kl_mean": 0.0, "canary_drift": 0.0}
+OF_CACHE: dict[str, tuple[str, ...]] = {
+    "fp8": ("kv_ppl_ratio<=1.01", "kv_kl<=0.02", "kv_scale_off<=1.5"),
+    "nvfp4": ("kv_ppl_ratio<=1.2", "kv_kl<=0.2"),
+}
+"""Element of the key-value cache → what it may cost beside one in 16 bit."""
+
+_LOSSLESS = {
+    "ppl_ratio": 1.0,
+    "kl_mean": 0.0,
+    "canary_drift": 0.0,
+    "kv_ppl_ratio": 1.0,
+    "kv_kl": 0.0,
+}
 """Metric → its value where nothing is lost; what its limit adds shrinks with the model."""
 
 SAME_EXPERT = {8: 0.85, 4: 0.68, 3: 0.6, 2: 0.5}
@@ -43,16 +55,21 @@ SAME_EXPERT = {8: 0.85, 4: 0.68, 3: 0.6, 2: 0.5}
 
 
 def default_gates(
-    schemes: Iterable[str], experts_per_token: int = 0, parameters: int = PARAMETERS
+    schemes: Iterable[str],
+    experts_per_token: int = 0,
+    parameters: int = PARAMETERS,
+    kv_cache: str = "none",
 ) -> list[Gate]:
     """The gates of a checkpoint with layers of these schemes, or ggml types: those of the narrowest
     weights, and the strictest where no name tells how many bits they have.
 
-    `parameters` are those that compute a token. Of a mixture (`experts_per_token` > 0) all of a
-    token's experts must be the baseline's, which more of them make less likely.
+    `parameters` are those that compute a token; `kv_cache` is the declared one. Of a mixture
+    (`experts_per_token` > 0) all of a token's experts must be the baseline's, which more of them
+    make less likely.
     """
     bits = min((_bits(name) for name in schemes), default=max(BY_BITS))
-    texts = (*ALWAYS, *BY_BITS[bits], *OF_RTN[bits])
+    cache = next((gates for name, gates in OF_CACHE.items() if kv_cache.startswith(name)), ())
+    texts = (*ALWAYS, *BY_BITS[bits], *OF_RTN[bits], *cache)
     gates = [for_size(parse_gate(text, "default"), parameters) for text in texts]
     if experts_per_token:
         limit = round(SAME_EXPERT[bits] ** experts_per_token, 2)

@@ -29,6 +29,7 @@ NO_LOGITS = "the engine does not give logits"
 OF_LOGITS = ("kl_mean", "kl_p99", "kl_max", "top1_agreement")
 ROUTING = "routing_agreement"
 OF_RTN = ("ppl_of_rtn", "kl_of_rtn")
+OF_CACHE = ("kv_ppl_ratio", "kv_kl", "kv_scale_off")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,20 @@ def recovered(windows: PerWindow, rounded: PerWindow) -> dict[str, float | None]
 
 def _share(ours: float, rounded: float) -> float | None:
     return 1 - ours / rounded if rounded > 0 else None
+
+
+def cache_metrics(windows: PerWindow, plain: PerWindow, scales: Floats) -> dict[str, Measured]:
+    """The checkpoint beside itself with its key-value cache in 16 bit; `scales` as of
+    `CacheAnswers`, of which the middle one counts: a text's largest value varies."""
+    assert windows.kl is not None
+    assert plain.kl is not None
+    middle = float(np.median(scales)) if len(scales) else None
+    off = missing("only FP8 scales are held against the text")
+    return {
+        "kv_ppl_ratio": sampled(windows.nll - plain.nll, np.exp),
+        "kv_kl": sampled(windows.kl - plain.kl),
+        "kv_scale_off": off if middle is None else exact(max(middle, 1 / middle)),
+    }
 
 
 def routing_by_layer(quantized: QuantizedText) -> dict[int, float]:

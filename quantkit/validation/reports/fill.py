@@ -14,6 +14,7 @@ from quantkit.validation.judge.bootstrap import missing
 from quantkit.validation.judge.metrics import (
     OF_RTN,
     PerWindow,
+    cache_metrics,
     canary_metrics,
     choice_metric,
     recovered,
@@ -60,12 +61,16 @@ def fill(
         **speed_metrics(theirs.throughput, ours.throughput),
         **task_metrics(*samples),
     }
+    weights = windows
+    if ours.cache is not None:
+        weights = PerWindow.of(theirs.text, ours.cache.text)
+        report.metrics |= cache_metrics(windows, weights, ours.cache.scales)
     if isinstance(rounded, str):
         report.metrics |= dict.fromkeys(OF_RTN, missing(rounded))
     else:
         reference = PerWindow.of(theirs.text, rounded)
-        report.metrics |= reference_metrics(windows, reference)
-        report.reference = described(windows, reference)
+        report.metrics |= reference_metrics(weights, reference)
+        report.reference = described(weights, reference)
         report.notes.append(in_words(report.reference))
     report.values = {
         "perplexity": Both(
