@@ -28,6 +28,7 @@ METRICS: dict[str, tuple[Direction, str]] = {
     "kv_kl": ("<=", "kl_mean, with the KV cache quantized - in 16 bit"),
     "kv_scale_off": ("<=", "factor between the middle KV scale and what the text asks for"),
     "mcq_drop": ("<=", "accuracy lost on four-choice facts"),
+    "exercise_drop": ("<=", "accuracy lost on written answers that a rule checks"),
     "canary_failures": ("<=", "degenerate chat answers where the baseline's is not"),
     "canary_drift": ("<=", "log-likelihood that the baseline's chat answers lose, nats a token"),
     "weight_sqnr_margin": (">=", "worst layer's weight SQNR over its scheme's floor, in dB"),

@@ -18,15 +18,16 @@ from quantkit.validation.ask.cachefile import BaselineCache
 from quantkit.validation.ask.canary import canary_prompts
 from quantkit.validation.ask.choices import facts
 from quantkit.validation.ask.data import eval_text, refuse_seen, seen_by_calibration
+from quantkit.validation.ask.exercises import chat_exercises
 from quantkit.validation.ask.health import refuse_silent, silence
 from quantkit.validation.ask.questions import Lazy, Questions, ask_baseline, ask_quantized
-from quantkit.validation.ask.reference import ask_reference
+from quantkit.validation.ask.reference import ask_reference, unknown
 from quantkit.validation.ask.tasks import choose_tasks
 from quantkit.validation.ask.text import BaselineText
 from quantkit.validation.forecast import say_how_long
 from quantkit.validation.judge.bootstrap import missing
 from quantkit.validation.judge.chosen import askable, gates_of, measurable
-from quantkit.validation.judge.metrics import OF_RTN, ROUTING
+from quantkit.validation.judge.metrics import EXERCISES, OF_RTN, ROUTING
 from quantkit.validation.judge.regression import compare, no_longer_measured, refuse_incomparable
 from quantkit.validation.judge.verdicts import hold
 from quantkit.validation.memory import check_memory, explained
@@ -134,11 +135,14 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     asked_facts = facts(FACTS_A_SAMPLE * request.samples)
     said = (word for fact in asked_facts for word in (fact.prompt, *fact.choices))
     texts = (tokenizer.encode(word, True) for word in said)
-    refuse_missing_rows(base, [*text.windows.tolist(), *ids, *texts])
+    exercises, worked = chat_exercises(base.path, tokenizer, request.samples, longest)
+    refuse_missing_rows(base, [*text.windows.tolist(), *ids, *worked, *texts])
     questions = Questions(
-        tokenizer, text, prompts, ids, asked_facts, tasks, request.throughput, longest
-    )
+        tokenizer, text, prompts, ids, asked_facts, exercises, worked, tasks, request.throughput,
+        longest,
+    )  # fmt: skip
 
+    rounding = Opening(device, request.kernel, request.as_on, staged(ui, "load rounded to nearest"))
     told = False
 
     def opened(path: Path, name: str, kernel: str, as_on: str = "") -> Subject:
@@ -146,8 +150,14 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
         subject = opens(path, Opening(device, kernel, as_on, staged(ui, f"load {name}")))
         if not told:
             told = True
-            cached = cache.holds("text", text.digest)
-            say_how_long(subject, questions, name == "baseline", cached, ui)
+            say_how_long(
+                subject,
+                questions,
+                ui,
+                baseline=name == "baseline",
+                cached=cache.holds("text", text.digest),
+                rounded=unknown(candidate, request.engine, rounding, text, cache),
+            )
         return subject
 
     def heard(said: BaselineText) -> None:
@@ -172,10 +182,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
         finally:
             baseline.close()
     with explained(f"The baseline {base.path}, rounded", their_need):
-        opening = Opening(
-            device, request.kernel, request.as_on, staged(ui, "load rounded to nearest")
-        )
-        rounded = ask_reference(candidate, request.engine, opening, text, theirs.text, cache, ui)
+        rounded = ask_reference(candidate, request.engine, rounding, text, theirs.text, cache, ui)
     with explained(str(candidate.path), our_need):
         subject = opened(candidate.path, "quantized", request.kernel, request.as_on)
         try:
@@ -217,7 +224,8 @@ def _unmeasured(report: Report) -> dict[str, str]:
     """Metric → why this run could not measure it, of those that not every model has."""
     routers = "the choices of this family's routers cannot be seen"
     found = {} if report.routing else {ROUTING: routers}
-    return found | {name: m.why for name in OF_RTN if (m := report.metrics[name]).value is None}
+    asked = (*OF_RTN, EXERCISES)
+    return found | {name: m.why for name in asked if (m := report.metrics[name]).value is None}
 
 
 def _versions() -> tuple[str, ...]:

@@ -20,6 +20,8 @@ from quantkit.validation.ask.cachefile import BaselineCache
 from quantkit.validation.ask.canary import answer, answer_logprobs, answer_tokens
 from quantkit.validation.ask.choices import Question, choice_logprobs, right
 from quantkit.validation.ask.data import EvalText
+from quantkit.validation.ask.exercises import NEW_TOKENS as WORKED_TOKENS
+from quantkit.validation.ask.exercises import Exercise
 from quantkit.validation.ask.kvcache import CacheAnswers, ask_cache
 from quantkit.validation.ask.tasks import TaskChoice, run_tasks
 from quantkit.validation.ask.text import BaselineText, QuantizedText
@@ -28,7 +30,8 @@ from quantkit.validation.subjects.base import Subject, Throughput
 
 @dataclass(frozen=True)
 class Questions:
-    """What both models are asked: the text, the canary's prompts, the facts, tasks and speed.
+    """What both models are asked: the text, the canary's prompts, the facts, exercises with their
+    prompts (none of models that do not chat), tasks and speed.
 
     `longest` are the networks' positions, None where they have no limit.
     """
@@ -38,6 +41,8 @@ class Questions:
     canary: tuple[str, ...]
     prompts: list[list[int]]
     facts: list[Question]
+    exercises: list[Exercise]
+    exercise_prompts: list[list[int]]
     tasks: TaskChoice | None
     throughput: bool
     longest: int | None = None
@@ -51,6 +56,7 @@ class BaselineAnswers:
     canary: list[list[int]]
     canary_logprobs: list[float]
     facts: NDArray[np.bool_]
+    exercises: list[list[int]]
     tasks: dict[str, Any]
     throughput: Throughput | None
 
@@ -64,6 +70,7 @@ class QuantizedAnswers:
     canary: list[list[int]]
     canary_logprobs: list[float]
     facts: NDArray[np.bool_]
+    exercises: list[list[int]]
     tasks: dict[str, Any]
     throughput: Throughput | None
     cache: CacheAnswers | None = None
@@ -130,6 +137,11 @@ def ask_baseline(
         _digest([[f.prompt, *f.choices] for f in q.facts]),
         staged("facts", 4 * len(q.facts), lambda s: {"logprobs": _facts(s, q, ui)}),
     )
+    worked: list[list[int]] = []
+    if q.exercises:
+        asked = q.exercise_prompts
+        make = staged("exercises", len(asked), lambda s: answer(s, asked, WORKED_TOKENS, _on(ui)))
+        worked = cache.value("exercises", _digest(asked, WORKED_TOKENS), make)
     tasks: dict[str, Any] = {}
     if q.tasks is not None:
         choice = q.tasks
@@ -137,7 +149,9 @@ def ask_baseline(
         key = choice.digest if q.longest is None else _digest(choice.digest, q.longest)
         tasks = cache.value("tasks", key, make)
     speed = _throughput(baseline.subject, "baseline", ui) if q.throughput else None
-    return BaselineAnswers(text, said, likely, right(facts["logprobs"], q.facts), tasks, speed)
+    return BaselineAnswers(
+        text, said, likely, right(facts["logprobs"], q.facts), worked, tasks, speed
+    )
 
 
 def ask_quantized(
@@ -153,12 +167,16 @@ def ask_quantized(
     likely = answer_logprobs(subject, q.prompts, baseline.canary)
     ui.stage("quantized: facts", 4 * len(q.facts))
     facts = right(_facts(subject, q, ui), q.facts)
+    worked: list[list[int]] = []
+    if q.exercises:
+        ui.stage("quantized: exercises", len(q.exercises))
+        worked = answer(subject, q.exercise_prompts, WORKED_TOKENS, _on(ui))
     tasks: dict[str, Any] = {}
     if q.tasks is not None:
         ui.stage("quantized: tasks")
         tasks = run_tasks(subject, q.tokenizer, q.tasks, q.longest)
     speed = _throughput(subject, "quantized", ui) if q.throughput else None
-    return QuantizedAnswers(text, said, likely, facts, tasks, speed, cache)
+    return QuantizedAnswers(text, said, likely, facts, worked, tasks, speed, cache)
 
 
 def _throughput(subject: Subject, name: str, ui: Reporter) -> Throughput:

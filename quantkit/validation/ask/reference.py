@@ -23,6 +23,9 @@ from quantkit.validation.preflight import Candidate
 from quantkit.validation.subjects.base import Opening
 from quantkit.validation.subjects.builtin import open_rounded
 
+NAME = "rounded"
+"""What its answers are called in the cache."""
+
 
 def ask_reference(
     candidate: Candidate,
@@ -52,10 +55,19 @@ def ask_reference(
         return {key: value for key, value in vars(found).items() if key != "routed"}
 
     try:
-        found = cache.arrays("rounded", _question(candidate.held, opening, text), make)
+        found = cache.arrays(NAME, _question(candidate.held, opening, text), make)
     except InputError as error:
         return f"the baseline cannot be rounded as the checkpoint is: {error.message}"
     return QuantizedText(**found)
+
+
+def unknown(
+    candidate: Candidate, engine: str, opening: Opening, text: EvalText, cache: BaselineCache
+) -> bool:
+    """Whether the rounded baseline will have to be run."""
+    if engine != "builtin" or not isinstance(candidate.held, Checkpoint):
+        return False
+    return not cache.holds(NAME, _question(candidate.held, opening, text))
 
 
 def _question(held: Checkpoint, opening: Opening, text: EvalText) -> str:

@@ -19,9 +19,9 @@ PARAMETERS = 134_515_008
 
 BY_BITS: dict[int, tuple[str, ...]] = {
     8: ("canary_failures<=0", "ppl_ratio<=1.05", "kl_mean<=0.05", "canary_drift<=0.1",
-        "mcq_drop<=0.03"),
+        "mcq_drop<=0.03", "exercise_drop<=0.1"),
     4: ("canary_failures<=2", "ppl_ratio<=1.6", "kl_mean<=0.5", "canary_drift<=0.8",
-        "mcq_drop<=0.2"),
+        "mcq_drop<=0.2", "exercise_drop<=0.3"),
     3: ("canary_failures<=4", "ppl_ratio<=4", "kl_mean<=1.5", "canary_drift<=2"),
     2: ("canary_failures<=4", "ppl_ratio<=10", "kl_mean<=2.5", "canary_drift<=2.5"),
 }  # fmt: skip

@@ -29,6 +29,7 @@ NO_LOGITS = "the engine does not give logits"
 OF_LOGITS = ("kl_mean", "kl_p99", "kl_max", "top1_agreement")
 ROUTING = "routing_agreement"
 OF_RTN = ("ppl_of_rtn", "kl_of_rtn")
+EXERCISES = "exercise_drop"
 OF_CACHE = ("kv_ppl_ratio", "kv_kl", "kv_scale_off")
 
 
@@ -122,7 +123,9 @@ def _worst_routing(quantized: QuantizedText) -> Floats | None:
 
 
 def choice_metric(baseline: NDArray[np.bool_], quantized: NDArray[np.bool_]) -> Measured:
-    """Accuracy lost on the same questions."""
+    """Accuracy lost on the same questions; missing without any."""
+    if not len(baseline):
+        return missing("the model has no chat template, or its network is too short for answers")
     return lost(baseline.astype(np.float64), quantized.astype(np.float64))
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from quantkit.validation.ask.canary import judge
+from quantkit.validation.ask.exercises import by_kind, solved
 from quantkit.validation.ask.questions import BaselineAnswers, QuantizedAnswers, Questions
 from quantkit.validation.ask.text import QuantizedText
 from quantkit.validation.judge.bootstrap import missing
 from quantkit.validation.judge.metrics import (
+    EXERCISES,
     OF_RTN,
     PerWindow,
     cache_metrics,
@@ -52,10 +54,14 @@ def fill(
         {name: np.array(values) for name, values in answers.tasks.get("samples", {}).items()}
         for answers in (theirs, ours)
     ]
+    worked = [
+        solved(q.exercises, answers.exercises, q.tokenizer, stops) for answers in (theirs, ours)
+    ]
     report.windows = windows
     report.metrics = {
         **text_metrics(windows, ours.text.kl),
         "mcq_drop": choice_metric(theirs.facts, ours.facts),
+        EXERCISES: choice_metric(*worked),
         **canary_metrics(their_talk, our_talk, drift),
         **weight_metrics(integrity),
         **speed_metrics(theirs.throughput, ours.throughput),
@@ -77,6 +83,7 @@ def fill(
             float(np.exp(windows.nll_baseline.mean())), float(np.exp(windows.nll.mean()))
         ),
         "mcq_accuracy": Both(float(theirs.facts.mean()), float(ours.facts.mean())),
+        "exercises": Both(*(by_kind(q.exercises, right) for right in worked)),
         "tasks": Both(theirs.tasks.get("results", {}), ours.tasks.get("results", {})),
     }
     report.right = Both(theirs.facts, ours.facts)
