@@ -26,6 +26,7 @@ from tests.runtime.test_load import divergence
 from tests.support.damage import dropping
 from tests.support.families import model
 from tests.support.kernels import SHAPES
+from tests.support.mixtures import mixture, mxfp4
 from tests.support.rtn import fuse_experts, rtn, tiny_moe
 
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -61,6 +62,15 @@ def test_experts_are_found_however_they_are_stored(stored: str, tmp_path: Path) 
     base = apart if stored == "one by one" else fuse_experts(apart, tmp_path / "fused")
     made = load_rounded(base, held, device="cpu")
     assert torch.equal(made(IDS).logits, load(held, device="cpu")(IDS).logits)
+
+
+def test_experts_of_a_tensor_with_three_dimensions(tmp_path: Path) -> None:
+    base = mixture("gpt_oss", tmp_path / "base")
+    held = mxfp4(base, tmp_path / "held")
+    made = load_rounded(base, held, device="cpu")
+    assert {one.module for one in made.layers} == {one.module for one in load(held).layers}
+    exact = load(base, device="cpu")(IDS).logits.float()
+    assert 0.01 < float((made(IDS).logits - exact).norm() / exact.norm()) < 0.4
 
 
 @pytest.mark.parametrize("name", SHAPES)

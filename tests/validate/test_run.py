@@ -96,6 +96,7 @@ def test_numbers_are_in_the_checkpoint_which_still_verifies(
     assert found["metrics"] == run[0].document["metrics"]
     card = (sealed / "README.md").read_text()
     assert "KL divergence from the baseline, mean" in card
+    assert "| of what rounding to nearest loses, recovered (KL) | 0% |" in card
     assert "were not measured" not in card
     assert "no gate failed, 2 undecided." in card
     assert card.count("## Measured") == card.count("## How it was made") == 1
