@@ -35,7 +35,8 @@ SERVED = {
 
 def plain_weight(number: int, shape: tuple[int, int]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(number)
-    return (torch.randn(shape, generator=generator) * shape[1] ** -0.5).bfloat16()
+    values: torch.Tensor = torch.randn(shape, generator=generator) * shape[1] ** -0.5
+    return values.bfloat16()
 
 
 def layers(name: str, shape: tuple[int, int], device: torch.device) -> list[nn.Module]:

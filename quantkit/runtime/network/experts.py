@@ -57,7 +57,8 @@ class GroupedExperts(Experts):
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
         if self.grouped is not None:
-            return self.grouped(rows, chosen, weights, self.activation).view(hidden.shape)
+            summed: torch.Tensor = self.grouped(rows, chosen, weights, self.activation)
+            return summed.view(hidden.shape)
         result = torch.zeros_like(rows, dtype=torch.float32)
         if len(rows) == 1:
             for number, weight in zip(chosen.flatten().tolist(), weights.flatten(), strict=True):
