@@ -54,6 +54,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "afmoe": DIM | QWEN | {"num_shared_experts": 1, "num_dense_layers": 1},
     "aria_text": {"moe_num_experts": EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 1},
     "dbrx": {
+        "d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 256,
         "ffn_config": {
             "hidden_size": 128, "ffn_hidden_size": 256, "moe_num_experts": EXPERTS, "moe_top_k": 2,
         },
