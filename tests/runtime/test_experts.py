@@ -23,7 +23,7 @@ from tests.support.rtn import fuse_experts, rtn
 
 FP8 = SCHEMES["fp8_dynamic"]
 INT4 = SCHEMES["w4a16"].with_weight(group_size=32)
-OF_SEVERAL_SHAPES = ("granitemoe", "granitemoehybrid", "gpt_oss", "jetmoe")
+OF_SEVERAL_SHAPES = ("aria_text", "dbrx", "granitemoe", "granitemoehybrid", "gpt_oss", "jetmoe")
 """Families that round-to-nearest does not quantize the experts of."""
 SAMPLE = ("deepseek_v3", "llama4_text", "mixtral", "qwen3_moe")
 """Families whose quantized experts are compared in every run; `make soak` compares all."""

@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from quantkit.backends.process.job import Job, JobInputError, Result, Unit
 from quantkit.errors import InputError
 from quantkit.pipeline import process
@@ -44,9 +46,6 @@ def in_this_process(job: Job, *, log: Path, **_: Any) -> Result:
 @contextmanager
 def without_workers() -> Iterator[None]:
     """Every library's job runs in this process."""
-    before = process.run_worker
-    process.run_worker = in_this_process  # type: ignore[assignment]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "run_worker", in_this_process)
         yield
-    finally:
-        process.run_worker = before

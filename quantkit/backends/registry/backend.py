@@ -15,6 +15,10 @@ Way = Literal["process", "streaming"]
 """How a backend runs: its adapter in a child process, or the built-in shard by shard
 (`quantkit/pipeline/ways.py` has what each does)."""
 
+Resumes = Literal["stage", "layer", "shard"]
+"""After what a stopped run goes on with `--resume`: the library's finished work, or each finished
+layer or shard of it."""
+
 Folding = Literal["none", "multiplier", "norms"]
 """Whether a method rewrites weights that it keeps: not, only through an input multiplier that is
 stored beside the codes, or also by folding scales into norms and neighbouring layers."""
@@ -59,6 +63,8 @@ class Backend:
     dense_only: whether models with towers are beyond it, and with experts, but for those families
         that `mixtures.yaml` names.
     reads_fp8_blocks: whether a source in FP8 blocks (DeepSeek) is dequantized on the way.
+    resumes: after what `--resume` goes on; a job that the library's layer checkpoints do not cover
+        goes on after its stage.
     unsupported: a reason why this recipe cannot run in this backend, or None.
     """
 
@@ -77,6 +83,7 @@ class Backend:
     dense_only: bool = False
     reads_fp8_blocks: bool = False
     saves_state: bool = False
+    resumes: Resumes = "stage"
     unsupported: Callable[[Recipe], str | None] | None = None
 
     def method(self, recipe: Recipe) -> Method:

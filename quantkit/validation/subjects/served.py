@@ -19,6 +19,7 @@ from quantkit.errors import InputError
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec, find_interpreter
+from quantkit.runtime.serving.launch import flags_of
 from quantkit.runtime.serving.process import EngineProcess
 from quantkit.validation.subjects.base import Opening, Throughput
 
@@ -45,6 +46,8 @@ class Served:
         self.weights_only = _quantizes_activations(checkpoint) and any(
             part in kernel for kernel in process.kernels for part in _WEIGHT_ONLY
         )
+
+    notes: Sequence[str] = ()
 
     def logprobs(
         self, windows: NDArray[np.int64], progress: Progress | None = None
@@ -115,6 +118,13 @@ def refuse_served(engine: EngineProcessSpec, path: Path, opening: Opening) -> No
             hint="leave --kernel out, or validate with --engine builtin",
             code="validate.kernel",
         )
+    if opening.as_on:
+        raise InputError(
+            f"--as-on {opening.as_on} is of the builtin runtime; {engine.title} computes as it "
+            "does on the GPU that is here.",
+            hint="leave --as-on out, or validate with --engine builtin",
+            code="validate.as_on",
+        )
     _refuse_garbage(checkpoint, engine)
     find_interpreter(engine)
 
@@ -136,6 +146,7 @@ def _order(checkpoint: Checkpoint, engine: EngineProcessSpec, opening: Opening) 
         stop=tuple(stop_tokens(checkpoint.path, config)),
         length=length,
         cache_bytes=2 * length * per_token,
+        flags=flags_of(checkpoint, engine.name) if engine.name == "sglang" else {},
     )
 
 
