@@ -148,7 +148,8 @@ def _calibrates(method: str) -> bool:
 
 def _is_expert(module: str) -> bool:
     """Whether a quantized layer is of an expert that tokens are routed to."""
-    return ".experts." in module or module.endswith(("input_linear", "output_linear"))
+    stacked = module.endswith(("input_linear", "output_linear")) and "shared" not in module
+    return ".experts." in module or stacked
 
 
 def _short(words: str, source: Path) -> str:
