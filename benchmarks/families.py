@@ -1,12 +1,14 @@
 """Families × methods: tiny random mixtures of experts from plan to validation, as a table.
 
     python benchmarks/families.py WORKDIR [--families mixtral,olmoe] [--methods rtn_w4a16]
-        [--json FILE] [--markdown FILE]
+    python benchmarks/families.py WORKDIR --table docs/families.md
 
 Each cell plans, quantizes, verifies, loads in the builtin runtime and validates. The libraries work
-in this process, one process a library. Cells that are in the JSON file already are not done again,
-unless they failed; so a run may be stopped and go on. In the Markdown file all that is below
-the line `<!-- families.py -->` is replaced by the table.
+in this process, one process a library. Cells are kept in WORKDIR/families.json, and those that are
+there already are not done again, unless they failed; so a run may be stopped and go on.
+
+With --table nothing is run: all that is below the line `<!-- families.py -->` of the page is
+replaced by the table of the cells.
 """
 
 from __future__ import annotations
@@ -46,12 +48,16 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """Method → the settings that make it quick."""
 SETTINGS = ("calibration.samples=4", "calibration.sequence_length=64", "on_misfit=keep16")
-ROUTED = "experts=routed"
 GATES = ("canary_failures<=8",)
 """Models of random weights babble whatever they are asked."""
 MARK = "<!-- families.py -->\n"
 
 Outcome = Literal["yes", "routed", "16 bit", "refused", "failed"]
+WAYS_OUT: dict[Outcome, tuple[str, ...]] = {
+    "routed": ("--set", "experts=routed", "--set", "on_unseen=rtn"),
+    "16 bit": ("--set", "ignore+=@experts"),
+}
+"""What is asked for where the plan refuses to calibrate all experts."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,9 @@ class Cell:
     """What became of one family with one method.
 
     outcome: "routed" where it needed `experts=routed`; "16 bit" where all went well and no expert
-    was quantized. step, words: where it was refused or failed, and what was said. kl: in nats a
-    token, of the quantized logits against the baseline's. seconds: of all steps.
+    was quantized, asked for or not. step, words: where it failed, and what was said there or by the
+    first plan. kl: in nats a token, of the quantized logits against the baseline's. seconds: of all
+    steps.
     """
 
     outcome: Outcome
@@ -100,16 +107,21 @@ def _steps(method: str, source: Path, out: Path) -> Cell:
 
     step = "plan"
     success: Outcome = "yes"
+    reason = ""
     try:
         told = plan()
         if told[0]:
+            reason = _short(told[2], source)
             twin = inside("quantize", source, "--method", method, *asked, "--out", out)
             if twin != told:
                 return Cell("failed", "plan", f"plan says {told}, quantize says {twin}")
-            if plan("--set", ROUTED)[0]:
-                return Cell("refused", "plan", _short(told[2], source))
-            asked += ["--set", ROUTED, "--set", "on_unseen=rtn"]
-            success = "routed"
+            for outcome, more in WAYS_OUT.items():
+                if not plan(*more)[0]:
+                    asked += more
+                    success = outcome
+                    break
+            else:
+                return Cell("refused", "plan", reason)
         step = "quantize"
         code, _, words = inside(
             "quantize", source, "--method", method, *asked, "--out", out, "--device", "cpu"
@@ -135,7 +147,7 @@ def _steps(method: str, source: Path, out: Path) -> Cell:
         failed = [gate.metric for gate in found.gates if gate.verdict == "fail"]
         if failed:
             return Cell("failed", step, f"{', '.join(failed)} (KL {kl})")
-        return Cell(success, kl=kl)
+        return Cell(success, words=reason, kl=kl)
     except QuantkitError as error:
         return Cell("failed", step, _short(error.message, source))
     except Exception as error:  # a cell of the table says so
@@ -158,9 +170,9 @@ def _short(words: str, source: Path) -> str:
     return said[2].replace(f" of {source.name}", "").replace(f" {source.name}", " it")[:300]
 
 
-def as_markdown(cells: dict[str, dict[str, Cell]], command: str) -> str:
-    """The table of family → method → cell, the reasons below it by number, the counts of each
-    method and the command."""
+def as_markdown(cells: dict[str, dict[str, Cell]]) -> str:
+    """The table of family → method → cell with the counts of each method, and the reasons below it
+    by number."""
     methods = [name for name in METHODS if any(name in row for row in cells.values())]
     reasons: dict[str, int] = {}
     rows = []
@@ -182,12 +194,12 @@ def as_markdown(cells: dict[str, dict[str, Cell]], command: str) -> str:
     rows.append(("experts quantized", *map(str, counts)))
     lines = [*table(["family", *(f"`{name}`" for name in methods)], rows), ""]
     lines += [f"{number}. {why}" for why, number in reasons.items()]
-    return "\n".join([f"`{command}`", "", *lines, ""])
+    return "\n".join([*lines, ""])
 
 
-def read(file: Path | None) -> dict[str, dict[str, Cell]]:
-    """The cells of an earlier run."""
-    if file is None or not file.is_file():
+def read(file: Path) -> dict[str, dict[str, Cell]]:
+    """The cells of earlier runs."""
+    if not file.is_file():
         return {}
     held = json.loads(file.read_text(encoding="utf-8"))
     return {family: {m: Cell(**cell) for m, cell in row.items()} for family, row in held.items()}
@@ -208,36 +220,37 @@ def run(families: Iterable[str], method: str, work: Path, file: Path) -> None:
         print(f"{family} {method}: {cell}", file=sys.stderr, flush=True)
 
 
+def write_table(page: Path, cells: dict[str, dict[str, Cell]]) -> None:
+    """Put the table into the page, below its mark."""
+    whole = page.read_text(encoding="utf-8") if page.is_file() else MARK
+    head, mark, _ = whole.partition(MARK)
+    page.write_text(f"{head}{mark or MARK}\n{as_markdown(cells)}", encoding="utf-8")
+
+
 def main() -> None:
-    """Run the cells, one process a library, and write the table."""
+    """Run the cells, one process a library, or write the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
     parser.add_argument("--families", default=",".join(MIXTURES))
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--table", type=Path)
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
-    file = asked.json or asked.work / "families.json"
-    methods = asked.methods.split(",")
+    file = asked.work / "families.json"
+    if asked.table is not None:
+        write_table(asked.table, read(file))
+        return
     libraries: dict[str, list[str]] = {}
-    for method in methods:
+    for method in asked.methods.split(","):
         libraries.setdefault(method.partition("_")[0], []).append(method)
     if len(libraries) == 1:
-        for method in methods:
+        for method in asked.methods.split(","):
             run(asked.families.split(","), method, asked.work, file)
-    else:
-        for each in libraries.values():
-            command = [sys.executable, __file__, str(asked.work), "--json", str(file),
-                       "--families", asked.families, "--methods", ",".join(each)]  # fmt: skip
-            subprocess.run(command, check=False)
-    text = as_markdown(read(file), "python benchmarks/families.py WORKDIR")
-    if asked.markdown is None:
-        print(text)
-    else:
-        whole = asked.markdown.read_text(encoding="utf-8") if asked.markdown.is_file() else MARK
-        head, mark, _ = whole.partition(MARK)
-        asked.markdown.write_text(f"{head}{mark or MARK}{text}", encoding="utf-8")
+        return
+    for each in libraries.values():
+        command = [sys.executable, __file__, str(asked.work),
+                   "--families", asked.families, "--methods", ",".join(each)]  # fmt: skip
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.network.families import family
+from quantkit.checkpoint.network.fused_experts import fused_layer
 from quantkit.formats.dequantize import dequantize
 from quantkit.formats.inventory import expert
 from quantkit.formats.quantized import examine
@@ -114,11 +116,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
 weight is grouped along is a multiple of 128."""
 
 
-def mixture(family: str, out: Path) -> Path:
+def mixture(kind: str, out: Path) -> Path:
     """Random weights in BF16 and a byte tokenizer. They are large enough for experts and routers to
     matter, and the head's four times as large, as logits of a model that knows something are."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(BASE | MIXTURES[family]), dtype="bfloat16")
+    config = AutoConfig.for_model(kind, **(BASE | MIXTURES[kind]), dtype="bfloat16")
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     head = model.get_output_embeddings().weight
     for name, weight in model.named_parameters():
@@ -181,20 +183,24 @@ def expand(quantized: Path, source: Path, out: Path) -> Path:
             tensors[module] = torch.stack(values).mT.contiguous()  # as GPT-OSS has them
         else:
             tensors[f"{module}.weight"] = dequantize(subject.layout.read(parts, spec))
+    mixed = family(original.config).experts.interleaved
     for name, info in original.tensors.items():
-        if len(info.shape) == 3 and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            parent, _, leaf = name.rpartition(".")
-            halves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
-            if f"{parent}.0.{halves[0]}.weight" in tensors:
-                experts = [
-                    torch.cat([tensors.pop(f"{parent}.{number}.{half}.weight") for half in halves])
-                    for number in range(info.shape[0])
-                ]
-                stack = torch.stack(experts)
-                tensors[name] = stack if stack.shape == info.shape else stack.mT.contiguous()
+        fused = fused_layer(name) if len(info.shape) == 3 else None
+        if fused is None or f"{fused.names(0)[0]}.weight" not in tensors:
+            continue
+        stack = torch.stack([
+            _rows([tensors.pop(f"{one}.weight") for one in fused.names(number)], mixed)
+            for number in range(info.shape[0])
+        ])  # fmt: skip
+        tensors[name] = stack if stack.shape == info.shape else stack.mT.contiguous()
     for name in original.tensors.keys() - tensors.keys():
-        tensors[name] = held.tensor(name).float()
+        tensors[name] = (held if name in held.tensors else original).tensor(name).float()
     out.mkdir()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_bytes((source / "config.json").read_bytes())
     return out
+
+
+def _rows(parts: list[torch.Tensor], mixed: bool) -> torch.Tensor:
+    """The layers of an expert as the rows of one: one below the other, or in turn."""
+    return torch.stack(parts, 1).flatten(0, 1) if mixed else torch.cat(parts)

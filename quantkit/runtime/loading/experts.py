@@ -7,13 +7,14 @@ one, and calls the layers of one as its family or a library does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
+from quantkit.checkpoint.network.fused_experts import fused_layer
 from quantkit.errors import InputError
 from quantkit.runtime.linear.modules import PlainLinear
 from quantkit.runtime.loading.make_layers import LayerMaker
@@ -112,8 +113,20 @@ def _sorted(place: _Place) -> nn.Module:
     transposed = hasattr(place.module, "in_features")
     rows, columns = reversed(sides) if transposed else sides
     stored = place.names.tensor(f"{place.name}.weight")
-    made = place.maker.stacked(stored, count, (rows, columns), transposed=transposed)
+    if place.maker.source.has(stored):
+        made = place.maker.stacked(stored, count, (rows, columns), transposed=transposed)
+    else:
+        made = [_one_by_one(place, number, (rows, columns)) for number in range(count)]
     return SortedExperts(made)
+
+
+def _one_by_one(place: _Place, number: int, shape: tuple[int, int]) -> nn.Module:
+    """The layer of one expert, of a tensor that the checkpoint has taken apart."""
+    fused = fused_layer(place.name)
+    block = replace(place, name=fused.block if fused else place.name)
+    if fused and len(fused.leaves) > 1:
+        return _first(block, number, shape, has_gate=True, biased=False, mixed=False)
+    return place.maker.linear(_named(block, number, _DOWN), shape)
 
 
 def _dbrx(place: _Place) -> nn.Module:
