@@ -15,6 +15,7 @@ from quantkit import plan
 from quantkit.backends.process.job import JobError
 from quantkit.backends.registry import load_recipe
 from quantkit.backends.registry.mixtures import mixtures
+from quantkit.checkpoint.network.fused_experts import expert_block
 from quantkit.errors import CheckError, InputError
 from quantkit.pipeline import quantize as pipeline
 from quantkit.pipeline.request import Outcome, Request
@@ -239,9 +240,13 @@ def test_the_table_says_what_the_library_does(backend: str, family: str, tmp_pat
         refused_scheme = load_recipe(method).scheme in known.schemes.get(family, {})
         if family in known.calibrates and not refused_scheme:
             outcome = made(source, out, method)
-            assert any(".experts" in name for name in outcome.plan.layers)
+            assert any(map(expert_block, outcome.plan.layers))
             if outcome.plan.method.calibrated:
                 check_coverage(outcome)
+            continue
+        listed = (known.calibrates, known.routed, known.cannot, known.whole)
+        if not any(family in names for names in listed):  # in no form that is quantized
+            assert not any(map(expert_block, made(source, out, method).plan.layers))
             continue
         with pytest.raises(InputError) as refusal:
             made(source, out, method)
