@@ -123,7 +123,7 @@ def interleaved(out: Path) -> None:
 
 
 def dbrx(out: Path) -> None:
-    parts = {"router.layer.weight": (EXPERTS, HIDDEN)} | {
+    parts: dict[str, tuple[int, ...]] = {"router.layer.weight": (EXPERTS, HIDDEN)} | {
         f"experts.mlp.{leaf}": (EXPERTS * 256, HIDDEN) for leaf in ("w1", "v1", "w2")}  # fmt: skip
     config = {**LLAMA, "model_type": "dbrx", "ffn_config": {"moe_num_experts": EXPERTS}}
     write(out, mixture("ffn.", parts), config)
