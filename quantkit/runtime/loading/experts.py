@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
+from quantkit.checkpoint.network.fused_experts import fused_layer
 from quantkit.errors import InputError
 from quantkit.runtime.linear.grouped.base import Activation
 from quantkit.runtime.linear.grouped.select import group
@@ -122,8 +123,20 @@ def _sorted(place: _Place) -> nn.Module:
     transposed = hasattr(place.module, "in_features")
     rows, columns = reversed(sides) if transposed else sides
     stored = place.names.tensor(f"{place.name}.weight")
-    made = place.maker.stacked(stored, count, (rows, columns), transposed=transposed)
+    if place.maker.source.has(stored):
+        made = place.maker.stacked(stored, count, (rows, columns), transposed=transposed)
+    else:
+        made = [_one_by_one(place, number, (rows, columns)) for number in range(count)]
     return SortedExperts(made)
+
+
+def _one_by_one(place: _Place, number: int, shape: tuple[int, int]) -> nn.Module:
+    """The layer of one expert, of a tensor that the checkpoint has taken apart."""
+    fused = fused_layer(place.name)
+    block = replace(place, name=fused.block if fused else place.name)
+    if fused and len(fused.leaves) > 1:
+        return _first(block, number, shape, has_gate=True, biased=False, mixed=False)
+    return place.maker.linear(_named(block, number, _DOWN), shape)
 
 
 def _dbrx(place: _Place) -> nn.Module:
