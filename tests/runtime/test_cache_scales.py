@@ -20,11 +20,12 @@ IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 LAYERS = 2
 
 
-@pytest.fixture(scope="module", params=["lean", "hosted"])
+@pytest.fixture(scope="module", params=["llama", "mixture", "glm4"])
 def held(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers in 8 bit, of a network of our own and of one that Transformers computes."""
+    """Two layers in 8 bit, of networks of our own and of one that Transformers computes."""
     root = tmp_path_factory.mktemp("held")
-    source = model("llama", root / "m") if request.param == "lean" else tiny_moe(root / "m")
+    mixed = request.param == "mixture"
+    source = tiny_moe(root / "m") if mixed else model(request.param, root / "m")
     return rtn(source, root / "w8a16", SCHEMES["w8a16"])
 
 
