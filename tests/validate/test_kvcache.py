@@ -13,6 +13,8 @@ from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.validation.ask.data import eval_text
 from quantkit.validation.ask.kvcache import ask_cache
 from quantkit.validation.ask.text import measure_baseline
+from quantkit.validation.judge.default_gates import default_gates
+from quantkit.validation.judge.metrics import PerWindow, cache_metrics
 from quantkit.validation.subjects.base import Opening
 from quantkit.validation.subjects.builtin import open_builtin
 from tests.support.kvcache import calibrated, with_cache
@@ -60,6 +62,26 @@ def test_a_cache_in_16_bit_has_no_arm(
     baseline = measure_baseline(subject, windows[:1], None)
     assert ask_cache(subject, windows[:1], baseline, ui) is None
     assert ui.stages == []
+
+
+def test_what_the_cache_costs_is_told_apart_from_the_weights() -> None:
+    def windows(nll: float, kl: float) -> PerWindow:
+        return PerWindow(np.zeros(8), np.full(8, nll), np.full(8, kl), None)
+
+    found = cache_metrics(windows(0.3, 0.05), windows(0.2, 0.03), np.array([0.5, 0.4, 3.0]))
+    assert found["kv_ppl_ratio"].value == pytest.approx(np.exp(0.1))
+    assert found["kv_kl"].value == pytest.approx(0.02)
+    assert found["kv_scale_off"].value == 2  # the middle one, either way
+    nothing = cache_metrics(windows(0, 0), windows(0, 0), np.array([]))
+    assert nothing["kv_scale_off"].value is None
+
+
+@pytest.mark.parametrize(
+    ("cache", "gated"), [("fp8", 3), ("fp8_cast", 3), ("nvfp4", 2), ("none", 0)]
+)
+def test_a_declared_cache_has_gates(cache: str, gated: int) -> None:
+    gates = default_gates({"fp8_dynamic"}, kv_cache=cache)
+    assert len([gate for gate in gates if gate.metric.startswith("kv_")]) == gated
 
 
 @pytest.mark.engine
