@@ -31,7 +31,8 @@ def said_right(kind: str, prompt: str) -> str:
     if kind == "copying":
         return f"Sure: {prompt.partition(': ')[2]}"
     if kind == "counting":
-        return f"There are {prompt.count(',') + 1}"
+        first, last = map(int, re.findall(r"\d+", prompt))
+        return "Here you are:\n" + ", ".join(str(number) for number in range(first, last + 1))
     name, age = prompt.split()[0], re.findall(r"\d+", prompt)[0]
     return f'```json\n{{"name": "{name}", "age": {age}}}\n```'
 

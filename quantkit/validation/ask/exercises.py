@@ -92,16 +92,16 @@ def _arithmetic(dice: random.Random) -> Exercise:
 
 
 def _copying(dice: random.Random) -> Exercise:
-    words = " ".join(dice.sample(_WORDS, 4))
-    digits = "".join(dice.choices("0123456789", k=6))
-    text = f"{words} {digits}"
-    return Exercise("copying", f"Repeat this text exactly: {text}", lambda said: text in said)
+    text = " ".join(dice.sample(_WORDS, dice.randint(2, 5)))
+    prompt = f'Write this again, word for word: "{text}"'
+    return Exercise("copying", prompt, lambda said: text in said.lower())
 
 
 def _counting(dice: random.Random) -> Exercise:
-    words = dice.sample(_WORDS, dice.randint(3, 9))
-    prompt = f"How many words are in this list: {', '.join(words)}? Answer with the number alone."
-    return Exercise("counting", prompt, _ends_with(len(words)))
+    first = dice.randint(1, 30)
+    wanted = list(range(first, first + dice.randint(4, 9)))
+    prompt = f"Count from {first} to {wanted[-1]}. Write the numbers with commas between them."
+    return Exercise("counting", prompt, lambda said: _counts(said, wanted))
 
 
 def _object(dice: random.Random) -> Exercise:
@@ -121,6 +121,12 @@ def _ends_with(number: int) -> Callable[[str], bool]:
         return bool(found) and int(found[-1]) == number
 
     return holds
+
+
+def _counts(said: str, wanted: list[int]) -> bool:
+    """Whether a line of an answer, or all of it, holds these numbers and no others."""
+    lines = [[int(found) for found in re.findall(r"\d+", line)] for line in said.splitlines()]
+    return wanted in lines or [number for line in lines for number in line] == wanted
 
 
 def _objects(said: str, wanted: dict[str, object]) -> bool:
