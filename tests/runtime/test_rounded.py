@@ -55,6 +55,15 @@ def test_it_computes_what_the_written_checkpoint_does(
     assert made.kernels() == written.kernels()
 
 
+@pytest.mark.parametrize("family", ["glm4", "phi3", "gemma2"])
+def test_networks_of_transformers_are_rounded_too(family: str, tmp_path: Path) -> None:
+    base = model(family, tmp_path / "base")
+    held = rtn(base, tmp_path / "held", SCHEMES["fp8_dynamic"])
+    made, written = load_rounded(base, held, device="cpu"), load(held, device="cpu")
+    assert not made.lean
+    assert torch.equal(made(IDS).logits, written(IDS).logits)
+
+
 @pytest.mark.parametrize("stored", ["one by one", "fused"])
 def test_experts_are_found_however_they_are_stored(stored: str, tmp_path: Path) -> None:
     apart = tiny_moe(tmp_path / "apart")
