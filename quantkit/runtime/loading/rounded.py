@@ -50,9 +50,13 @@ class RoundedReader(CheckpointReader):
 
     @property
     def names(self) -> Collection[str]:
+        return self._names
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
         taken = {piece.info.name for pieces in self.pieces.values() for piece in pieces}
         own = {m if spec.experts else f"{m}.weight" for m, spec in self.rounded.items()}
-        return (self.checkpoint.tensors.keys() - taken) | own
+        return frozenset((self.checkpoint.tensors.keys() - taken) | own)
 
     def quantized(self, module: str, shape: tuple[int, int], bias: bool) -> QuantWeight:
         spec = self.rounded[module]
