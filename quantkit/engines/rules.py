@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -56,6 +57,27 @@ class EngineFamily:
 
 
 @dataclass(frozen=True)
+class Served:
+    """What an engine's kernels on some GPU make of a scheme, which changes the answers.
+
+    note: what is done and what it costs. scales: the format to which those of blocks and of the
+    input are rounded. outputs, inputs: of which the sides of a layer are multiples where it is done
+    so. unless: the variable, with its value, under which it is not done.
+    """
+
+    note: str
+    scales: Literal["e8m0"]
+    outputs: int
+    inputs: int
+    unless: Mapping[str, str]
+
+    @property
+    def switched_off(self) -> bool:
+        """Whether this process's environment says so."""
+        return any(os.environ.get(name) == value for name, value in self.unless.items())
+
+
+@dataclass(frozen=True)
 class SchemeRule:
     """What an engine asks of a scheme.
 
@@ -67,8 +89,7 @@ class SchemeRule:
     tiles: whether a shard must fit Marlin's tiles as it is, 64 × 128 or 128 × 64 (output × input).
     multiple_of: what the input dimension of a shard must be divisible by. since, moe_since: the
     version that brought it, and its experts, where that lies within the range of the file.
-    served: compute capability → what it is served with there that changes the answers, and how to
-    avoid that.
+    served: compute capability → what its kernels there do to layers that are no experts.
     """
 
     sm: int = 0
@@ -83,7 +104,7 @@ class SchemeRule:
     npu: bool | None = None
     since: str = ""
     moe_since: str = ""
-    served: Mapping[int, str] = field(default_factory=dict)
+    served: Mapping[int, Served] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -236,7 +257,8 @@ def _format(raw: dict[str, Any]) -> FormatRule:
 
 
 def _scheme(raw: dict[str, Any]) -> SchemeRule:
-    return SchemeRule(**_frozen(raw))
+    served = {sm: Served(**entry) for sm, entry in raw.get("served", {}).items()}
+    return SchemeRule(**{**_frozen(raw), "served": served})
 
 
 def _kv_cache(raw: dict[str, Any]) -> KVCacheRule:

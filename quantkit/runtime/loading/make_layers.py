@@ -15,7 +15,7 @@ from quantkit.formats.base import LayerSpec, QuantWeight
 from quantkit.runtime.linear.description import centred, contiguous_groups, describe
 from quantkit.runtime.linear.kernels.select import Choice, choose
 from quantkit.runtime.linear.modules import JoinedLinear, PlainLinear, QuantLinear
-from quantkit.runtime.loading.as_served import as_served
+from quantkit.runtime.loading.as_served import as_served, rounded_scales
 from quantkit.runtime.loading.fuse import Fuse, harmonize, join
 from quantkit.runtime.loading.memory import release
 from quantkit.runtime.loading.source import CheckpointReader, wrong_shape
@@ -26,7 +26,8 @@ class LayerRecord:
     """How one module of the checkpoint is computed; `refused` is why not by an earlier kernel.
 
     weights_only: the kernel leaves out the rounding of activations. activations_as_declared: False
-    where the engine leaves it out on this GPU, and so does every kernel here.
+    where the engine leaves it out on this GPU, and so does every kernel here. scales_as_declared:
+    False where the engine rounds scales on this GPU, and they are rounded here.
     """
 
     module: str
@@ -35,14 +36,21 @@ class LayerRecord:
     refused: dict[str, str]
     weights_only: bool
     activations_as_declared: bool = True
+    scales_as_declared: bool = True
 
     @classmethod
     def of(cls, module: str, declared: Scheme, computed: Scheme, choice: Choice) -> LayerRecord:
         refused = dict(choice.refused)
         return cls(
             module, declared.name, choice.kernel.NAME, refused, choice.weights_only,
-            declared.input == computed.input,
+            (declared.input is None) == (computed.input is None),
+            not _rounds_scales(declared, computed),
         )  # fmt: skip
+
+
+def _rounds_scales(declared: Scheme, computed: Scheme) -> bool:
+    both = (declared.input, computed.input)
+    return None not in both and declared.input != computed.input
 
 
 def inputs_left_in_16_bit(records: Iterable[LayerRecord]) -> list[str]:
@@ -50,10 +58,17 @@ def inputs_left_in_16_bit(records: Iterable[LayerRecord]) -> list[str]:
     return sorted({one.scheme for one in records if not one.activations_as_declared})
 
 
-def notes_on_inputs(records: Iterable[LayerRecord]) -> list[str]:
-    """A sentence on `inputs_left_in_16_bit`; none where there are none."""
-    schemes = ", ".join(inputs_left_in_16_bit(records))
-    return [f"activations of {schemes} are in 16 bit, as vLLM leaves them"] if schemes else []
+def notes_as_served(records: Sequence[LayerRecord]) -> list[str]:
+    """Sentences on what is computed otherwise than declared because the engine does so."""
+    notes = []
+    if schemes := ", ".join(inputs_left_in_16_bit(records)):
+        notes.append(f"activations of {schemes} are in 16 bit, as vLLM leaves them")
+    if rounded := sorted({one.scheme for one in records if not one.scales_as_declared}):
+        notes.append(
+            f"scales of {', '.join(rounded)} are rounded to powers of two, as vLLM's DeepGEMM has "
+            "them; VLLM_USE_DEEP_GEMM_E8M0=0 keeps them, here and there"
+        )
+    return notes
 
 
 @dataclass
@@ -160,7 +175,10 @@ class LayerMaker:
         return weights
 
     def _quantized(self, names: Sequence[str], spec: LayerSpec, weight: QuantWeight) -> QuantLinear:
-        scheme = as_served(self.source.layout, spec, self.gpu)
+        shape = (weight.q.shape[0], weight.q.shape[1])
+        scheme = as_served(self.source.layout, spec, self.gpu, names[0], shape)
+        if _rounds_scales(spec.scheme, scheme):
+            weight = rounded_scales(weight)
         weight, order = contiguous_groups(names[0], weight)
         layer = describe(names[0], scheme, weight, self.dtype)
         choice = choose(layer, self.device, self.kernels)

@@ -1,4 +1,4 @@
-"""vLLM's compiled CUDA operators (CUTLASS, Marlin), without importing vLLM.
+"""vLLM's compiled CUDA operators (CUTLASS, Machete, Marlin), without importing vLLM.
 
 They come from the managed environment `vllm-cuda`, from a vLLM beside this quantkit, or from the
 library that a variable names. The library keeps to torch's stable ABI; its operators' arguments
@@ -8,6 +8,7 @@ change between versions, and are given by name.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +32,16 @@ _ARGUMENTS = {
         "b_zeros_or_none", "g_idx_or_none", "perm_or_none", "workspace", "b_type_id", "size_m",
         "size_n", "size_k", "is_k_full", "use_atomic_add", "use_fp32_reduce", "is_zp_float",
     },
+    "machete_prepack_B": {"B", "a_type", "b_type", "group_scales_type"},
+    "machete_mm": {
+        "A", "B", "b_type", "out_type", "group_scales", "group_zeros", "group_size",
+        "channel_scales", "token_scales", "schedule",
+    },
 }  # fmt: skip
 """Operator → every argument that it has in vLLM 0.26 or 0.33."""
+
+_EVERYWHERE = ("cutlass_scaled_mm", "gptq_marlin_repack", "marlin_gemm")
+"""Those that every build for CUDA has."""
 
 
 @cache
@@ -49,13 +58,14 @@ def missing() -> str | None:
     return vllm_library.load(library) or unlike()
 
 
-def unlike() -> str | None:
-    """Why the operators that are loaded are not those that we know, or None."""
-    for name, known in _ARGUMENTS.items():
+def unlike(names: Sequence[str] = _EVERYWHERE) -> str | None:
+    """Why operators of the library that is loaded are not those that we know, or None."""
+    for name in names:
         operator = getattr(torch.ops._C, name, None)
         if operator is None:
             return f"this vLLM has no operator {name}"
-        more = {argument.name for argument in operator.default._schema.arguments} - known
+        more = {argument.name for argument in operator.default._schema.arguments}
+        more -= _ARGUMENTS[name]
         if more:
             return f"this vLLM's {name} takes an unknown argument, {', '.join(sorted(more))}"
     return None

@@ -45,9 +45,9 @@ class Builtin:
 
     @property
     def notes(self) -> list[str]:
-        from quantkit.runtime.loading.make_layers import notes_on_inputs
+        from quantkit.runtime.loading.make_layers import notes_as_served
 
-        return notes_on_inputs(self.runtime.layers)
+        return notes_as_served(self.runtime.layers)
 
     def logits(
         self, windows: NDArray[np.int64], last: int = 0

@@ -19,7 +19,7 @@ from quantkit.errors import InputError
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec, find_interpreter
-from quantkit.runtime.serving.launch import flags_of
+from quantkit.runtime.serving.launch import SERVERS, flags_of
 from quantkit.runtime.serving.process import EngineProcess
 from quantkit.validation.subjects.base import Opening, Throughput
 
@@ -103,7 +103,7 @@ def served(engine: EngineProcessSpec) -> Opener:
         refuse_served(engine, path, opening)
         checkpoint, python = open_checkpoint(path), find_interpreter(engine)
         return Served(
-            checkpoint, EngineProcess(engine, python, _order(checkpoint, engine, opening))
+            checkpoint, EngineProcess(engine, python, engine_order(path, engine, opening))
         )
 
     return open_served
@@ -132,7 +132,9 @@ def refuse_served(engine: EngineProcessSpec, path: Path, opening: Opening) -> No
 OPENERS: dict[str, Opener] = {name: served(engine) for name, engine in ENGINES.items()}
 
 
-def _order(checkpoint: Checkpoint, engine: EngineProcessSpec, opening: Opening) -> EngineOrder:
+def engine_order(path: Path, engine: EngineProcessSpec, opening: Opening) -> EngineOrder:
+    """What an engine is told to start with for a checkpoint directory."""
+    checkpoint = open_checkpoint(path)
     config = text_config(checkpoint.config)
     length = _longest(checkpoint)
     heads = int(config["num_attention_heads"])
@@ -146,7 +148,7 @@ def _order(checkpoint: Checkpoint, engine: EngineProcessSpec, opening: Opening) 
         stop=tuple(stop_tokens(checkpoint.path, config)),
         length=length,
         cache_bytes=2 * length * per_token,
-        flags=flags_of(checkpoint, engine.name) if engine.name == "sglang" else {},
+        flags=dict(flags_of(checkpoint, engine.name)) if engine.name in SERVERS else {},
     )
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 Ids = Sequence[int]
 Tell = Callable[[int, int], None]
@@ -29,7 +29,12 @@ class EngineOrder:
     stop: tuple[int, ...]
     length: int
     cache_bytes: int
-    flags: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The flags as the engine's Python interface names them."""
+        return {flag[2:].replace("-", "_"): value for flag, value in self.flags.items()}
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
