@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import importlib.util
 import lzma
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +39,7 @@ cd "$(dirname "$0")" && mkdir -p code || exit
 for archive in *.tar.xz; do tar -xJf $archive && rm $archive & done; wait
 export PIP_NO_INDEX=1 PIP_FIND_LINKS=$PWD/wheels QUANTKIT_CACHE=$PWD/cache HF_HUB_OFFLINE=1
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-export PYTHONPATH=$PWD/code:$PWD/quantkit:$PWD/code/benchmarks/stubs
+export PYTHONPATH=$PWD/code:$PWD/quantkit
 export QUANTKIT_VLLM_CUDA_OPERATORS=$PWD/vllm/vllm/_C_stable_libtorch.abi3.so
 exec python3 code/benchmarks/engines_gpu.py --site $PWD/vllm --work $PWD/work --json "$@"
 """
@@ -62,7 +62,7 @@ def download(wheels: Path) -> None:
 
 
 def _pip(folder: Path, *arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps"]
     subprocess.run([*command, "--dest", str(folder), *arguments], check=True)
 
 
@@ -89,7 +89,7 @@ def pack(wheels: Path, parts: Path) -> None:
 
 
 def lay_out(wheels: Path, site: Path, entry: dict[str, Any], capability: int) -> None:
-    """The files of a site's wheels and of what is only installed here, thinned."""
+    """The files of a site's wheels and of the packages that are installed here, thinned."""
     left_out = entry.get("leave_out", [])
     for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as held:
@@ -100,13 +100,13 @@ def lay_out(wheels: Path, site: Path, entry: dict[str, Any], capability: int) ->
         shutil.copytree(purelib, site, dirs_exist_ok=True)
         shutil.rmtree(purelib)
     for package in entry.get("installed", []):
-        spec = importlib.util.find_spec(package)
-        assert spec is not None
-        assert spec.origin is not None
-        found = Path(spec.origin).parent
-        for folder in (found, *found.parent.glob(f"{package}-*.dist-info")):
-            ignored = shutil.ignore_patterns("*.pyc", "tests")
-            shutil.copytree(folder, site / folder.name, ignore=ignored)
+        for file in distribution(package).files or ():
+            name = str(file)
+            if not name.startswith("..") and not any(fnmatch.fnmatch(name, p) for p in left_out):
+                (site / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file.locate(), site / name)
+    for name, text in entry.get("written", {}).items():
+        (site / name).write_text(text)
     for name in entry.get("thin", []):
         thin_file(site / name, site / name, capability)
 

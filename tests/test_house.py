@@ -206,7 +206,7 @@ FLAGS = {
         "--trust-remote-code", "--json",
     },
     "methods": {"--json"},
-    "launch": {"--engine", "--tp", "--gpu", "--exec", "--json"},
+    "launch": {"--engine", "--tp", "--gpu", "--online", "--exec", "--json"},
     "platforms": {"--method", "--gpu", "--json"},
     "kernels": {"--kernel", "--as-on", "--device", "--json"},
     "demo": {"--method", "--out", "--set", "--moe", "--json"},

@@ -21,6 +21,10 @@ def launch_command(
     gpu: Annotated[
         str, typer.Option("--gpu", help="What it is served on (h100, …); default: the GPU here.")
     ] = "",
+    online: Annotated[
+        str,
+        typer.Option("--online", help="Quantize a 16-bit model while it loads: fp8, mxfp8 …"),
+    ] = "",
     execute: Annotated[
         bool, typer.Option("--exec", help="Become the server instead of printing the command.")
     ] = False,
@@ -32,7 +36,7 @@ def launch_command(
     from quantkit.runtime.serving.launch import executable, launch
 
     out = Output(as_json=as_json)
-    made = launch(directory, engine, tp, gpu_named(gpu) if gpu else gpu_here())
+    made = launch(directory, engine, tp, gpu_named(gpu) if gpu else gpu_here(), online)
     variables = [f"{name}={shlex.quote(value)}" for name, value in made.environment.items()]
     command = " ".join([*variables, shlex.join(made.argv)])
     for note in made.notes:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
+from quantkit.checkpoint.schemes import Granularity
+
 DATA = Path(__file__).parent / "versions"
 
 Merges = Mapping[str, tuple[str, ...]]
@@ -108,6 +110,21 @@ class SchemeRule:
 
 
 @dataclass(frozen=True)
+class OnlineRule:
+    """What an engine's flag makes of a 16-bit checkpoint while it loads.
+
+    scheme: that of the layers, "" where nothing here computes it, for the reason in `note`.
+    granularity: of the weight's scales, where it is not the scheme's. experts_alone: whether dense
+    layers stay in 16 bit.
+    """
+
+    scheme: str = ""
+    granularity: Granularity | None = None
+    experts_alone: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class FormatRule:
     """What an engine takes of a layout; `schemes` by scheme, or by the library's algorithm for
     ModelOpt and Ascend. `packings`: None is all of them; `amd_packings`: the same on AMD.
@@ -152,7 +169,8 @@ class EngineRules:
     """One engine in one range of versions; `read` is the version whose sources were read.
 
     architectures: those of its registry; it runs others through Transformers, but for those that
-    are `incompatible` with that. spread_experts: its flag for whole experts a rank.
+    are `incompatible` with that. spread_experts: its flag for whole experts a rank. online: name →
+    what it does to a 16-bit checkpoint; online_gone: beginning of a name → why no more.
     """
 
     engine: str
@@ -170,6 +188,8 @@ class EngineRules:
     architectures: frozenset[str]
     incompatible: frozenset[str]
     spread_experts: str
+    online: Mapping[str, OnlineRule] = field(default_factory=dict)
+    online_gone: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def minimum_version(self) -> str:
@@ -219,6 +239,7 @@ def _engine(raw: dict[str, Any]) -> EngineRules:
         whole=frozenset(layers["whole"]),
         formats={name: _format(entry) for name, entry in raw.pop("formats").items()},
         kv_cache=_kv_cache(raw.pop("kv_cache")),
+        online={name: OnlineRule(**entry) for name, entry in raw.pop("online").items()},
         distribution=tuple(raw.pop("distribution")),
         read=str(raw.pop("read")),
         **raw,

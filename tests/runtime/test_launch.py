@@ -169,6 +169,18 @@ def test_blocks_on_hopper_are_served_with_the_variable_that_keeps_their_scales(
     assert quantkit(*asked, "h100", "--exec").out.strip() == "0"
 
 
+def test_an_online_method_is_for_16_bit_models(tmp_path: Path, small_model: Path) -> None:
+    for engine, start in (("vllm", ["vllm", "serve"]), ("sglang", SGLANG)):
+        asked = command(small_model, "--engine", engine, "--online", "fp8")
+        assert asked == [*start, str(small_model), "--quantization", "fp8"]
+    made = rtn(small_model, tmp_path / "made", SCHEMES["fp8_dynamic"])
+    offline = quantkit("launch", made, "--engine", "vllm", "--online", "fp8")
+    refused(offline, 1, "quantized offline (compressed-tensors)", "rounds the weights twice")
+    gone = quantkit("launch", small_model, "--engine", "sglang", "--online", "int4wo-128")
+    refused(gone, 1, "raises ImportError since April 2026")
+    refused(quantkit("launch", small_model, "--engine", "vllm", "--online", "fp9"), 1, "mxfp8")
+
+
 def test_msmodelslim_gguf_and_16_bit(tmp_path: Path, small_model: Path) -> None:
     slim = tiny(tmp_path / "slim", "W8A8_DYNAMIC")
     names = [f"model.layers.0.{n}.{p}" for n in LINEARS for p in tensors_of("W8A8_DYNAMIC")]

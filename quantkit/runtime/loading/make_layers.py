@@ -18,6 +18,7 @@ from quantkit.runtime.linear.modules import JoinedLinear, PlainLinear, QuantLine
 from quantkit.runtime.loading.as_served import as_served, rounded_scales
 from quantkit.runtime.loading.fuse import Fuse, harmonize, join
 from quantkit.runtime.loading.memory import release
+from quantkit.runtime.loading.online import LAYOUT, OnlineLayers
 from quantkit.runtime.loading.source import CheckpointReader, wrong_shape
 
 
@@ -76,7 +77,8 @@ class LayerMaker:
     """Makes layers of one checkpoint on one device; `records` grows with each quantized one.
 
     `kernels` are the names that may be chosen, in order (empty: all). `gpu` is the one whose engine
-    decides which activations are rounded (None: as declared).
+    decides which activations are rounded (None: as declared). `online` are layers of a 16-bit
+    checkpoint that are rounded as they are read.
     """
 
     source: CheckpointReader
@@ -85,6 +87,7 @@ class LayerMaker:
     kernels: Sequence[str]
     fuse: Fuse
     gpu: Gpu | None = None
+    online: OnlineLayers | None = None
     records: list[LayerRecord] = field(default_factory=list)
 
     def linear(self, name: str, shape: tuple[int, int], bias: bool = False) -> nn.Module:
@@ -97,7 +100,10 @@ class LayerMaker:
         """Layers of one input as one module, whose output is theirs side by side."""
         declared = [name in self.source.layers for name in names]
         if not any(declared):
-            return self._plain(names, shapes, bias)
+            plain, offset = self._plain(names, shapes, bias)
+            if self.online is not None and self.online.cover(names):
+                return self._rounded(names, plain, offset)
+            return PlainLinear(plain, offset)
         if not all(declared):
             pairs = zip(names, shapes, strict=True)
             return JoinedLinear([self.linear(name, shape, bias) for name, shape in pairs])
@@ -154,7 +160,12 @@ class LayerMaker:
             raise wrong_shape(name, tuple(whole.shape), (count, *wanted))
         biases = self.tensor(bias, (len(whole), shape[0])) if bias else [None] * len(whole)
         weights = [one.T if transposed else one for one in whole[:count]]
-        pairs = zip(weights, biases[:count], strict=True)
+        pairs = list(zip(weights, biases[:count], strict=True))
+        if self.online is not None and self.online.cover([name]):
+            return [
+                self._rounded([f"{name}[{number}]"], weight.contiguous(), one)
+                for number, (weight, one) in enumerate(pairs)
+            ]
         return [PlainLinear(weight.contiguous(), one) for weight, one in pairs]
 
     def tensor(self, name: str, shape: tuple[int, ...] | None) -> torch.Tensor:
@@ -176,7 +187,8 @@ class LayerMaker:
 
     def _quantized(self, names: Sequence[str], spec: LayerSpec, weight: QuantWeight) -> QuantLinear:
         shape = (weight.q.shape[0], weight.q.shape[1])
-        scheme = as_served(self.source.layout, spec, self.gpu, names[0], shape)
+        layout = self.source.layout if self.online is None else LAYOUT
+        scheme = as_served(layout, spec, self.gpu, names[0], shape)
         if _rounds_scales(spec.scheme, scheme):
             weight = rounded_scales(weight)
         weight, order = contiguous_groups(names[0], weight)
@@ -187,9 +199,17 @@ class LayerMaker:
         release()
         return made
 
+    def _rounded(
+        self, names: Sequence[str], weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> QuantLinear:
+        assert self.online is not None
+        made = replace(centred(self.online.rounded(names[0], weight)), bias=bias)
+        return self._quantized(names, self.online.spec((weight.shape[0], weight.shape[1])), made)
+
     def _plain(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: bool
-    ) -> PlainLinear:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weights of 16-bit layers below one another, and their biases, None for none."""
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
         biases: list[torch.Tensor | None] = []
@@ -201,12 +221,12 @@ class LayerMaker:
             biases.append(self.source.bias(name, shape[0], self.dtype, bias))
             start += shape[0]
         if all(one is None for one in biases):
-            return PlainLinear(weight, None)
+            return weight, None
         whole = [
             weight.new_zeros(shape[0]) if one is None else one.to(self.device)
             for one, shape in zip(biases, shapes, strict=True)
         ]
-        return PlainLinear(weight, torch.cat(whole))
+        return weight, torch.cat(whole)
 
 
 def _to(weight: QuantWeight, device: torch.device) -> QuantWeight:

@@ -21,6 +21,7 @@ from quantkit.checkpoint.gguf import gguf_in
 from quantkit.checkpoint.network.modules import classify
 from quantkit.engines import NAMES, Gpu, Loadable, Verdict, engine_named, judge
 from quantkit.engines.gpus import platforms
+from quantkit.engines.online import FLAG, Online, online_named
 from quantkit.errors import BackendError, InputError
 from quantkit.formats.base import Declaration
 from quantkit.formats.loadable import candidate
@@ -59,11 +60,13 @@ class Launch:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def launch(path: Path, engine: str, tp: int, gpu: Gpu | None = None) -> Launch:
+def launch(path: Path, engine: str, tp: int, gpu: Gpu | None = None, online: str = "") -> Launch:
     """The command for a checkpoint directory: quantkit's or anyone's, also 16-bit or GGUF.
 
-    `gpu` is the one that it is served on, where that is known. Raises InputError when the engine
-    cannot load it (`launch.will_not_load`), and for a directory that is no consistent checkpoint.
+    `gpu` is the one that it is served on, where that is known; `online` is the engine's method that
+    quantizes a 16-bit one while it loads. Raises InputError when the engine cannot load it
+    (`launch.will_not_load`), for an online method of a quantized checkpoint (`launch.online`), and
+    for a directory that is no consistent checkpoint.
     """
     if engine not in SERVERS:
         raise InputError(
@@ -73,13 +76,16 @@ def launch(path: Path, engine: str, tp: int, gpu: Gpu | None = None) -> Launch:
         )
     if tp < 1:
         raise InputError(f"--tp {tp} is no number of devices.", hint="--tp 1", code="launch.tp")
+    method = online_named(online, engine) if online else None
     file = gguf_in(path) if path.is_dir() else None
     if file is not None:
+        _refuse_online(method, "gguf", path)
         return _gguf(file, engine, tp, gpu)
     checkpoint = open_checkpoint(path)
     if is_quantized(checkpoint) is None:
-        return _command(engine, path, tp, {}, [])
+        return _command(engine, path, tp, method.flags if method else {}, [])
     layout = detect(checkpoint)
+    _refuse_online(method, layout.NAME, path)
     subject = examine(checkpoint, layout)
     declared = subject.declaration
     verdict = _refuse(engine, candidate(subject), tp, path, gpu)
@@ -91,6 +97,20 @@ def launch(path: Path, engine: str, tp: int, gpu: Gpu | None = None) -> Launch:
     made = _command(engine, path, tp, flags, notes)
     made = replace(made, minimum_version=verdict.minimum_version, environment=verdict.environment)
     return replace(made, gemm_backend=_gemm_flag(declared)) if engine == "sglang" else made
+
+
+def _refuse_online(method: Online | None, layout: str, path: Path) -> None:
+    """An engine takes the method from a quantized checkpoint; a second one is an error, or rounds
+    what was rounded already."""
+    if method is not None:
+        raise InputError(
+            f"{path} is quantized offline ({layout}), and {NAMES[method.engine]} reads the method "
+            f"from it: {FLAG} {method.name} beside it is refused there as another method, or "
+            "rounds the weights twice.",
+            hint=f"leave --online out, or name the 16-bit model: quantkit launch MODEL --engine "
+            f"{method.engine} --online {method.name}",
+            code="launch.online",
+        )
 
 
 def flags_of(checkpoint: Checkpoint, engine: str) -> dict[str, str]:
