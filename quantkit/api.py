@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline.request import Outcome
     from quantkit.runtime.model import Runtime
     from quantkit.validation.reports.report import Report
-    from quantkit.verification import EngineRequest, VerifyReport
+    from quantkit.verification import VerifyReport
 
 SAMPLES = 32
 """Windows of text that `validate` asks about unless told otherwise."""
@@ -130,8 +130,9 @@ def plan(
     from quantkit.pipeline.plan_report import report_of
     from quantkit.pipeline.quantize import plan_only, preflight
     from quantkit.pipeline.request import Request, chosen_recipe
+    from quantkit.pipeline.serve_words import serve_changes
 
-    changes = [*_changes(set), *_serve_changes(engine, tp, gpu)]
+    changes = [*_changes(set), *serve_changes(engine, tp, gpu)]
     request = Request(
         model=str(model),
         recipe=chosen_recipe(method, str(recipe), str(calibration), changes),
@@ -196,6 +197,7 @@ def verify(
     only a path that cannot be read raises InputError.
     """
     from quantkit.checkpoint.hub import resolve_model
+    from quantkit.pipeline.serve_words import engine_request
     from quantkit.verification import verify as run
 
     told = _Told(progress)
@@ -205,7 +207,7 @@ def verify(
         Path(directory),
         base,
         progress=lambda done, _total: told.advance(done),
-        engines=_engine_request(engine, tp, gpu),
+        engines=engine_request(engine, tp, gpu),
     )
 
 
@@ -350,51 +352,3 @@ def _count(what: str, value: int | None, least: int = 1) -> None:
             hint=f"for example {what} 8",
             code="request.count",
         )
-
-
-def _serve_changes(
-    engine: str | Sequence[str], tp: int | str | Sequence[int], gpu: str
-) -> list[str]:
-    """Where the result is served, as changes of the recipe; InputError for values that are none."""
-    from quantkit.engines import gpu_named
-
-    names, sizes = _engine_names(engine), _sizes(tp)
-    if gpu:
-        gpu_named(gpu)
-    named = {
-        "engines": f"[{','.join(names)}]" if names else "",
-        "tp": f"[{','.join(map(str, sizes))}]" if sizes else "",
-        "gpu": gpu,
-    }
-    return [f"serve.{key}={value}" for key, value in named.items() if value]
-
-
-def _engine_request(
-    engine: str | Sequence[str], tp: int | str | Sequence[int], gpu: str
-) -> EngineRequest | None:
-    from quantkit.verification import EngineRequest
-
-    names = _engine_names(engine)
-    return EngineRequest(names, _sizes(tp), gpu or None) if names else None
-
-
-def _engine_names(engine: str | Sequence[str]) -> tuple[str, ...]:
-    from quantkit.engines import engine_named
-
-    if isinstance(engine, str):
-        engine = engine.split(",") if engine else ()
-    return tuple(engine_named(name.strip()).engine for name in engine)
-
-
-def _sizes(tp: int | str | Sequence[int]) -> tuple[int, ...]:
-    """Tensor-parallel sizes: a number, numbers, or the text of `--tp` such as "1,2,4"."""
-    if isinstance(tp, str):
-        tp = tp.split(",") if tp else ()  # type: ignore[assignment]
-    sizes = [str(size).strip() for size in ([tp] if isinstance(tp, int) else tp)]
-    if not all(size.isdigit() and int(size) > 0 for size in sizes):
-        raise InputError(
-            f"--tp {','.join(sizes)} is no list of tensor-parallel sizes.",
-            hint="for example --tp 1,2,4,8",
-            code="request.tp",
-        )
-    return tuple(map(int, sizes))

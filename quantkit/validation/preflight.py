@@ -12,7 +12,7 @@ from quantkit.calibration.tokenizer import Tokenizer, load_tokenizer, read_token
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import GgufFile, gguf_in, open_gguf
 from quantkit.checkpoint.hub import resolve_model
-from quantkit.checkpoint.network.config import text_size
+from quantkit.checkpoint.network.config import positions, text_size
 from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.progress import Progress
 from quantkit.checkpoint.provenance import Provenance, Source, read
@@ -110,6 +110,33 @@ def check_integrity(candidate: Candidate, progress: Progress | None = None) -> V
             code=fatal[0].code,
         )
     return report
+
+
+def staged(ui: Reporter, name: str) -> Progress:
+    """A progress callback that begins its stage when it first hears of the total."""
+    begun = False
+
+    def advance(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            ui.stage(name, total)
+            begun = True
+        ui.advance(done)
+
+    return advance
+
+
+def scan_baseline(base: Checkpoint, ui: Reporter) -> Scan:
+    """The scan of the baseline, whose progress is told."""
+    ui.stage("scan baseline", base.weight_bytes, "bytes")
+    return scan(base, ui.advance)
+
+
+def longest_of(candidate: Candidate) -> int | None:
+    """The positions that both networks have; None where neither config states them."""
+    held = candidate.held.config if isinstance(candidate.held, Checkpoint) else {}
+    found = [most for config in (held, candidate.baseline.config) if (most := positions(config))]
+    return min(found, default=None)
 
 
 def tokenizer_of(model: Path) -> Tokenizer:
