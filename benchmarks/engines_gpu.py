@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -219,9 +220,12 @@ def perplexity(logprobs: Any) -> float:
     return math.exp(-float(np.asarray(logprobs, dtype=np.float64).mean()))
 
 
-def run(bench: Bench, cases: list[Case], version: str, at_once: int) -> list[dict[str, Any]]:
-    """Checkpoints are made and asked side by side; the runtime has the rest of the card to itself
-    while they are, one after the other."""
+def run(
+    bench: Bench, cases: list[Case], version: str, at_once: int
+) -> Iterator[list[dict[str, Any]]]:
+    """What is known after each case. Checkpoints are made and asked side by side, and ahead; the
+    runtime asks them one after the other meanwhile."""
+    entries: list[dict[str, Any]] = []
     first = {bench.path(case): case for case in cases}
     with ThreadPoolExecutor(2 * at_once) as makers, ThreadPoolExecutor(at_once) as askers:
         made = {path: makers.submit(bench.make, case) for path, case in first.items()}
@@ -230,19 +234,17 @@ def run(bench: Bench, cases: list[Case], version: str, at_once: int) -> list[dic
             return {} if made[bench.path(case)].result() else bench.ask(case)
 
         asked = [askers.submit(ask, case) for case in cases]
-        found = []
         for case, future in zip(cases, asked, strict=True):
             entry: dict[str, Any] = {"case": case.name, "predicted": bench.predicted(case, version)}
             failure = made[bench.path(case)].result()
-            entry |= {"made": failure} if failure else {"runtime": bench.ask_ours(case)}
-            found.append((entry, future))
-        entries = []
-        for entry, future in found:
-            if "made" not in entry:
+            if failure:
+                entry["made"] = failure
+            else:
+                entry["runtime"] = bench.ask_ours(case)
                 entry["vllm"] = future.result()
             entries.append(judged(entry))
             print(json.dumps(entry), flush=True)
-    return entries
+            yield entries
 
 
 def judged(entry: dict[str, Any]) -> dict[str, Any]:
@@ -290,12 +292,13 @@ def main() -> None:
     chosen.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(chosen.site, chosen.work, chosen.gpu)
     cases = [case for case in CASES if not chosen.only or case.name in chosen.only]
-    entries = run(bench, cases, chosen.vllm_version, chosen.at_once)
-    document = {
+    document: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"), "question": bench.question[0], "cases": entries,
+        "date": time.strftime("%Y-%m-%d"), "question": bench.question[0],
     }  # fmt: skip
-    chosen.json.write_text(json.dumps(document, indent=1))
+    entries: list[dict[str, Any]] = []
+    for entries in run(bench, cases, chosen.vllm_version, chosen.at_once):
+        chosen.json.write_text(json.dumps(document | {"cases": entries}, indent=1))
     print("\n".join(table(COLUMNS, rows(entries))))
     wrong = [entry["case"] for entry in entries if entry.get("right") is False]
     apart = [entry["case"] for entry in entries if abs(entry.get("ratio", 1.0) - 1) > AGREES]

@@ -58,6 +58,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("preflight", "subjects"),
         ("ask", "memory"),
         ("forecast", "judge"),
+        ("online",),
         ("reports",),
         ("run",),
     ),
@@ -199,7 +200,8 @@ FLAGS = {
     "verify": {"--source", "--engine", "--tp", "--gpu", "--json"},
     "validate": {
         "--baseline", "--engine", "--kernel", "--as-on", "--device", "--data", "--samples",
-        "--tasks", "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
+        "--tasks", "--limit", "--chat", "--fewshot", "--gate", "--report", "--against",
+        "--against-online", "--no-throughput", "--json",
     },
     "plan": {
         "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",

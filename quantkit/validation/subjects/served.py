@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,10 +39,11 @@ _WEIGHT_ONLY = ("Marlin", "WNA16", "Wna16")
 class Served:
     """A checkpoint in an engine process."""
 
-    def __init__(self, checkpoint: Checkpoint, process: EngineProcess) -> None:
+    def __init__(self, checkpoint: Checkpoint, process: EngineProcess, order: EngineOrder) -> None:
         self.name = process.engine.name
         self.version = process.version
         self._process = process
+        self._order = order
         self._longest = _longest(checkpoint)
         self._vocabulary = int(text_config(checkpoint.config)["vocab_size"])
         self.weights_only = _quantizes_activations(checkpoint) and any(
@@ -87,6 +90,26 @@ class Served:
             rows.append(row(batch, prompt_tokens, new_tokens, first, rest))
         return Throughput(self._process.load_seconds, self._process.memory_bytes, rows)
 
+    def harness(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What lm-eval's own backend for this engine finds; None where there is none.
+
+        The engine makes room for the backend's: nothing can be asked of this subject afterwards.
+        """
+        engine = self._process.engine
+        if not engine.harness:
+            return None
+        self._process.close()
+        found = find_spec("lm_eval")
+        assert found is not None
+        assert found.origin is not None
+        packages = str(Path(found.origin).parents[1])
+        order = replace(self._order, driver=engine.harness, packages=packages)
+        process = EngineProcess(engine, find_interpreter(engine), order)
+        try:
+            return process.tasks(asked)
+        finally:
+            process.close()
+
     def kernels(self) -> dict[str, int]:
         return self._process.kernels
 
@@ -102,9 +125,8 @@ def served(engine: EngineProcessSpec) -> Opener:
         BackendError when its environment is not there or it fails."""
         refuse_served(engine, path, opening)
         checkpoint, python = open_checkpoint(path), find_interpreter(engine)
-        return Served(
-            checkpoint, EngineProcess(engine, python, engine_order(path, engine, opening))
-        )
+        order = engine_order(path, engine, opening)
+        return Served(checkpoint, EngineProcess(engine, python, order), order)
 
     return open_served
 
@@ -125,6 +147,13 @@ def refuse_served(engine: EngineProcessSpec, path: Path, opening: Opening) -> No
             hint="leave --as-on out, or validate with --engine builtin",
             code="validate.as_on",
         )
+    if opening.online is not None and opening.online.engine != engine.name:
+        raise InputError(
+            f"{opening.online.name} is a method of {opening.online.engine}, and {engine.title} is "
+            "asked.",
+            hint="--engine builtin, which emulates it",
+            code="validate.online",
+        )
     _refuse_garbage(checkpoint, engine)
     find_interpreter(engine)
 
@@ -135,6 +164,9 @@ OPENERS: dict[str, Opener] = {name: served(engine) for name, engine in ENGINES.i
 def engine_order(path: Path, engine: EngineProcessSpec, opening: Opening) -> EngineOrder:
     """What an engine is told to start with for a checkpoint directory."""
     checkpoint = open_checkpoint(path)
+    flags = dict(flags_of(checkpoint, engine.name)) if engine.name in SERVERS else {}
+    if opening.online is not None:
+        flags |= opening.online.flags
     config = text_config(checkpoint.config)
     length = _longest(checkpoint)
     heads = int(config["num_attention_heads"])
@@ -148,7 +180,7 @@ def engine_order(path: Path, engine: EngineProcessSpec, opening: Opening) -> Eng
         stop=tuple(stop_tokens(checkpoint.path, config)),
         length=length,
         cache_bytes=2 * length * per_token,
-        flags=dict(flags_of(checkpoint, engine.name)) if engine.name in SERVERS else {},
+        flags=flags,
     )
 
 

@@ -21,6 +21,7 @@ class EngineOrder:
     driver: `"module:attr"` of what makes a `Driver` of an order. stop: token ids that end an
     answer. length: the longest sequence that will be asked for. cache_bytes: what the KV cache of
     eight sequences of that length takes. flags: what a server would be given (`launch.flags_of`).
+    packages: a folder of Python packages beside the engine's own.
     """
 
     driver: str
@@ -30,6 +31,7 @@ class EngineOrder:
     length: int
     cache_bytes: int
     flags: dict[str, Any] = field(default_factory=dict)
+    packages: str = ""
 
     @property
     def arguments(self) -> dict[str, Any]:
