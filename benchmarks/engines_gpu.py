@@ -2,6 +2,7 @@
 
     python benchmarks/engines_gpu.py --site FOLDER --work DIR --json FILE [--gpu h200]
                                      [--only NAME …] [--at-once 6] [--vllm-version 0.26.0]
+    python benchmarks/engines_gpu.py --python PYTHON --device cpu …   # another machine's vLLM
 
 FOLDER holds vLLM and what it needs beside this Python's own packages (`engines_gpu_pack.py` brings
 it to a machine without a network). For each case: what `quantkit plan --engine vllm` predicts for
@@ -35,6 +36,7 @@ from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.demo import demo_model
 from quantkit.checkpoint.upcycle import upcycle
 from quantkit.engines import engine_named
+from quantkit.engines.online import online_named
 from quantkit.errors import QuantkitError
 from quantkit.runtime.serving.environments import ENGINES
 from quantkit.runtime.serving.process import EngineProcess
@@ -62,7 +64,7 @@ G64 = "group_size=64"
 class Case:
     """A checkpoint: made of a model (demo, wide or mixture; no method: itself) by a method.
 
-    environment: variables of the engine.
+    environment: variables of the engine. online: the method by which it quantizes while it loads.
     """
 
     name: str
@@ -70,6 +72,11 @@ class Case:
     method: str = ""
     settings: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    online: str = ""
+
+    def opening(self, device: str) -> Opening:
+        """On the device, rounded while it loads where the case is of that."""
+        return Opening(device, online=online_named(self.online) if self.online else None)
 
 
 _MIXTURES = ("rtn_fp8_dynamic", "rtn_fp8_block", "rtn_w8a8_dynamic", "rtn_w4a16", "rtn_w8a16",
@@ -99,14 +106,22 @@ CASES = (
     Case("demo rtn_fp8_block", "demo", "rtn_fp8_block"),
     Case("demo rtn_w4a16", "demo", "rtn_w4a16", (G64,)),
     *(Case(f"mixture {method}", "mixture", method) for method in _MIXTURES),
+    *(
+        Case(f"wide online {name}", "wide", online=name)
+        for name in ("fp8", "fp8_per_channel", "fp8_per_block", "mxfp8")
+    ),
+    Case("mixture online fp8", "mixture", online="fp8"),
+    Case("mixture online int8", "mixture", online="int8_per_channel_weight_only"),
 )  # fmt: skip
 
 
 class Bench:
     """One run: the models, the interpreter of vLLM, and what every checkpoint is asked."""
 
-    def __init__(self, site: Path, work: Path, gpu: str) -> None:
-        self.site, self.work, self.gpu = site, work, gpu
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        self.site, self.python, self.device = chosen.site, chosen.python, chosen.device
+        self.gpu, self.work = chosen.gpu, chosen.work
+        work = self.work
         demo = demo_model()
         self.models = {"demo": demo, "wide": work / "wide", "mixture": work / "mixture"}
         if not self.models["mixture"].is_dir():
@@ -114,6 +129,10 @@ class Bench:
             upcycle(wide, self.models["mixture"], 4)
         self.tokenizer = load_tokenizer(read_tokenizer_info(demo))
         self.windows = eval_text(None, self.tokenizer, WINDOWS, LENGTH).windows
+        self.interpreters = {
+            environment: self.interpreter(number, environment)
+            for number, environment in enumerate({case.environment for case in CASES})
+        }
         self.question, self.prompts = (part[:1] for part in canary_prompts(demo, self.tokenizer))
 
     def path(self, case: Case) -> Path:
@@ -125,10 +144,13 @@ class Bench:
         """What the rules say of a version: whether it loads, or the reason."""
         if not case.method:
             return {"loads": True}
-        report = quantkit.plan(
-            self.models[case.model], method=case.method, set=case.settings, engine="vllm",
-            gpu=self.gpu,
-        )  # fmt: skip
+        try:
+            report = quantkit.plan(
+                self.models[case.model], method=case.method, set=case.settings, engine="vllm",
+                gpu=self.gpu,
+            )  # fmt: skip
+        except QuantkitError as error:  # it is not made either
+            return {"loads": False, "why": [error.message]}
         (verdict,) = report.verdicts
         if not verdict.loads:
             return {"loads": False, "why": [reason.text for reason in verdict.reasons]}
@@ -153,11 +175,11 @@ class Bench:
 
     def ask(self, case: Case) -> dict[str, Any]:
         """The engine's answers, or its refusal."""
-        order = engine_order(self.path(case), ENGINES["vllm"], Opening("cuda"))
+        order = engine_order(self.path(case), ENGINES["vllm"], case.opening(self.device))
         order = replace(order, flags=order.flags | EAGER, length=2048)
         start = time.monotonic()
         try:
-            process = EngineProcess(ENGINES["vllm"], self.interpreter(case), order)
+            process = EngineProcess(ENGINES["vllm"], self.interpreters[case.environment], order)
         except QuantkitError as error:
             return {"loads": False, "error": error.message.rpartition(" failed: ")[2]}
         found: dict[str, Any] = {
@@ -175,15 +197,15 @@ class Bench:
 
     def ask_ours(self, case: Case) -> dict[str, Any]:
         """The same of the runtime, or its refusal."""
-        kept = dict(os.environ)
+        kept = {name: os.environ.get(name) for name, _ in case.environment}
         os.environ.update(case.environment)
         try:
-            subject = open_builtin(self.path(case), Opening("cuda"))
+            subject = open_builtin(self.path(case), case.opening(self.device))
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"[:300]}
         finally:
-            os.environ.clear()
-            os.environ.update(kept)
+            for name, value in kept.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
         try:
             return {
                 "perplexity": perplexity(subject.logprobs(self.windows)),
@@ -195,17 +217,17 @@ class Bench:
             return {"error": f"{type(error).__name__}: {error}"[:300]}
         finally:
             subject.close()
-            torch.cuda.empty_cache()
 
-    def interpreter(self, case: Case) -> Path:
+    def interpreter(self, number: int, environment: tuple[tuple[str, str], ...]) -> Path:
         """This Python with vLLM's folder on its path, as one file."""
         variables = {
-            "PYTHONPATH": str(self.site), "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", **dict(case.environment),
+            "PYTHONPATH": str(self.site or ""), "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", **dict(environment),
         }  # fmt: skip
-        file = self.work / f"python-{abs(hash(case.environment))}"
+        python = str(self.python or sys.executable)
+        file = self.work / f"python-{number}"
         exports = "\n".join(f"export {name}={shlex.quote(v)}" for name, v in variables.items())
-        file.write_text(f'#!/bin/bash\n{exports}\nexec {shlex.quote(sys.executable)} "$@"\n')
+        file.write_text(f'#!/bin/bash\n{exports}\nexec {shlex.quote(python)} "$@"\n')
         file.chmod(0o755)
         return file
 
@@ -281,7 +303,9 @@ COLUMNS = ["checkpoint", "predicted", "held", "kernel in vLLM", "perplexity vLLM
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--site", type=Path, required=True)
+    parser.add_argument("--site", type=lambda name: Path(name).resolve())
+    parser.add_argument("--python", type=Path)
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--gpu", default="h200")
@@ -290,10 +314,12 @@ def main() -> None:
     parser.add_argument("--vllm-version", default="0.26.0")
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(chosen.site, chosen.work, chosen.gpu)
+    chosen.work = chosen.work.resolve()
+    bench = Bench(chosen)
     cases = [case for case in CASES if not chosen.only or case.name in chosen.only]
     document: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if chosen.device == "cuda" else chosen.device,
+        "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"), "question": bench.question[0],
     }  # fmt: skip
     entries: list[dict[str, Any]] = []

@@ -2,11 +2,13 @@
 
     python benchmarks/engines_gpu_pack.py download WHEELS        # pip download, about 600 MB
     python benchmarks/engines_gpu_pack.py pack WHEELS PARTS      # PARTS/1/part … of at most 58 MiB
+    python benchmarks/engines_gpu_pack.py code PARTS             # PARTS/code: this quantkit, 1 MB
 
 `engines_gpu.yaml` says what is brought. Wheels are laid out in a folder each (`sites:`), without
 what the GPU at hand does not take (`engines_gpu_thin.py`). There, with the parts in one folder:
 
-    cat part.* | tar -x -C DIR && bash DIR/run.sh JSON [arguments of engines_gpu.py]
+    cat part.* | tar -x -C DIR && cp PARTS/code/* DIR && bash DIR/unpack.sh
+    . DIR/env.sh && cd DIR/work && python3 ../code/benchmarks/engines_gpu.py --site ../vllm …
 """
 
 from __future__ import annotations
@@ -33,16 +35,18 @@ ROOT = Path(__file__).parent.parent
 CODE = ("quantkit", "recipes", "calibration", "benchmarks", "tests", "pyproject.toml")
 PART_BYTES = 58 << 20
 LEVEL = 9  # whose dictionary of 64 MB spans a library
-RUN = """#!/bin/bash
-# run.sh JSON [arguments of engines_gpu.py]
-cd "$(dirname "$0")" && mkdir -p code || exit
+SCRIPTS = {
+    "unpack.sh": """cd "$(dirname "${BASH_SOURCE[0]}")" && rm -rf code || exit
 for archive in *.tar.xz; do tar -xJf $archive && rm $archive & done; wait
-export PIP_NO_INDEX=1 PIP_FIND_LINKS=$PWD/wheels QUANTKIT_CACHE=$PWD/cache HF_HUB_OFFLINE=1
+python3 -m compileall -q -j 0 */ > /dev/null; mkdir -p work
+""",
+    "env.sh": """at=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PIP_NO_INDEX=1 PIP_FIND_LINKS=$at/wheels QUANTKIT_CACHE=$at/cache HF_HUB_OFFLINE=1
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-export PYTHONPATH=$PWD/code:$PWD/quantkit
-export QUANTKIT_VLLM_CUDA_OPERATORS=$PWD/vllm/vllm/_C_stable_libtorch.abi3.so
-exec python3 code/benchmarks/engines_gpu.py --site $PWD/vllm --work $PWD/work --json "$@"
-"""
+export PYTHONPATH=$at/code:$at/quantkit
+export QUANTKIT_VLLM_CUDA_OPERATORS=$at/vllm/vllm/_C_stable_libtorch.abi3.so
+""",
+}
 
 
 def needed() -> dict[str, Any]:
@@ -75,7 +79,6 @@ def pack(wheels: Path, parts: Path) -> None:
             lay_out(wheels / site, staged / site, entry, data["capability"])
             archive(staged / f"{site}.tar.xz", {site: staged / site})
             shutil.rmtree(staged / site)
-        archive(staged / "code.tar.xz", {f"code/{file}": ROOT / file for file in tracked()})
         whole = staged / "whole.tar"
         with tarfile.open(whole, "w") as tar:
             for file in sorted(staged.glob("*.tar.xz")):
@@ -83,9 +86,16 @@ def pack(wheels: Path, parts: Path) -> None:
                 tar.add(file, file.name)
             for file in (wheels / "demo").glob("*.whl"):
                 tar.add(file, f"wheels/{file.name}")
-            (staged / "run.sh").write_text(RUN)
-            tar.add(staged / "run.sh", "run.sh")
         cut(whole, parts)
+
+
+def pack_code(parts: Path) -> None:
+    """What changes between two runs."""
+    folder = parts / "code"
+    folder.mkdir(parents=True, exist_ok=True)
+    archive(folder / "code.tar.xz", {f"code/{file}": ROOT / file for file in tracked()})
+    for name, script in SCRIPTS.items():
+        (folder / name).write_text(script)
 
 
 def lay_out(wheels: Path, site: Path, entry: dict[str, Any], capability: int) -> None:
@@ -149,11 +159,14 @@ def main() -> None:
     packing = commands.add_parser("pack")
     packing.add_argument("wheels", type=Path)
     packing.add_argument("parts", type=Path)
+    commands.add_parser("code").add_argument("parts", type=Path)
     chosen = parser.parse_args()
     if chosen.command == "download":
         download(chosen.wheels)
-    else:
+    elif chosen.command == "pack":
         pack(chosen.wheels, chosen.parts)
+    else:
+        pack_code(chosen.parts)
 
 
 if __name__ == "__main__":
