@@ -10,6 +10,9 @@ from typing import Any
 
 from quantkit.runtime.serving.drivers.base import EngineOrder, Ids, Tell, pin
 
+_NO_KERNEL = ("Unquantized", "KVCache", "NoneType")
+"""Parts of the names of what computes no quantized weight."""
+
 BATCH = 8
 """Sequences that are scored, generated and timed at once."""
 
@@ -83,8 +86,7 @@ class Vllm:
 def _kernels(model: Any) -> dict[str, int]:
     """Kernels of a model's linear modules, 16-bit ones left out, by their classes in vLLM."""
     named = (_kernel(module) for module in model.modules() if hasattr(module, "quant_method"))
-    other = ("Unquantized", "CompressedTensorsKVCache", "NoneType")
-    return dict(Counter(name for name in named if not name.startswith(other)))
+    return dict(Counter(name for name in named if not any(part in name for part in _NO_KERNEL)))
 
 
 def _kernel(module: Any) -> str:
