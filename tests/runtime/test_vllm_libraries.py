@@ -154,7 +154,8 @@ def test_machete_is_called_as_vllm_calls_it(
     operators: list[tuple[Any, ...]], symmetric: bool
 ) -> None:
     """Column-major words; minus the zero point times the scale, so that w = q s + z."""
-    assert vllm_cuda_operators.unlike(machete_vllm._OPERATORS) is None
+    known = vllm_cuda_operators._ARGUMENTS_OF_MACHETE
+    assert vllm_cuda_operators._unlike(torch.ops._C, known) is None
     scheme = SCHEMES["w4a16"].with_weight(group_size=64, symmetric=symmetric)
     weight = centred(random_weight(scheme, (128, 256)))
     layer = describe("l", scheme, weight, torch.bfloat16)

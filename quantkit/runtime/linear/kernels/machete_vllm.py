@@ -21,7 +21,6 @@ _CAPABILITY = (9, 0)
 _OUT, _IN = 128, 64
 _GROUPS = (64, 128)
 _WHOLE_COLUMN = -1
-_OPERATORS = ("machete_prepack_B", "machete_mm")
 
 
 class Packed(NamedTuple):
@@ -40,7 +39,7 @@ def unavailable(device: torch.device) -> str | None:
     reason = no_gpu(device, _CAPABILITY)
     if reason is None and torch.cuda.get_device_capability(device) != _CAPABILITY:
         reason = "runs on Hopper (compute capability 9.0) alone"
-    return reason or vllm_cuda_operators.missing() or vllm_cuda_operators.unlike(_OPERATORS)
+    return reason or vllm_cuda_operators.missing_machete()
 
 
 def rejects(layer: LayerDescription) -> str | None:
