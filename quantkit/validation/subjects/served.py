@@ -37,7 +37,12 @@ _WEIGHT_ONLY = ("Marlin", "WNA16", "Wna16")
 
 
 class Served:
-    """A checkpoint in an engine process."""
+    """A checkpoint in an engine process.
+
+    What the engine leaves out on this GPU it leaves out when it serves there: gates are held.
+    """
+
+    weights_only = False
 
     def __init__(self, checkpoint: Checkpoint, process: EngineProcess, order: EngineOrder) -> None:
         self.name = process.engine.name
@@ -46,11 +51,13 @@ class Served:
         self._order = order
         self._longest = _longest(checkpoint)
         self._vocabulary = int(text_config(checkpoint.config)["vocab_size"])
-        self.weights_only = _quantizes_activations(checkpoint) and any(
-            part in kernel for kernel in process.kernels for part in _WEIGHT_ONLY
-        )
-
-    notes: Sequence[str] = ()
+        left = [name for name in process.kernels if any(part in name for part in _WEIGHT_ONLY)]
+        self.notes: Sequence[str] = ()
+        if left and _quantizes_activations(checkpoint):
+            self.notes = [
+                f"{process.engine.title} leaves activations in 16 bit on this GPU: "
+                f"{', '.join(left)}"
+            ]
 
     def logprobs(
         self, windows: NDArray[np.int64], progress: Progress | None = None
