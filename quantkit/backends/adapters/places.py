@@ -7,7 +7,7 @@ of a layer as two 3-D tensors; its own conversion mapping, which loads the weigh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,31 @@ def _part(pattern: str | None, merging: Iterable[WeightConverter]) -> str | None
     converter = next(c for c in merging if pattern in c.source_patterns)
     leaf = str(converter.target_patterns[0]).rpartition(".")[2]
     return HALVES[converter.source_patterns.index(pattern)] if leaf == "gate_up_proj" else leaf
+
+
+def separated(model: torch.nn.Module, found: Mapping[str, Place]) -> dict[str, dict[str, str]]:
+    """Layer of the checkpoint → its linear layers in the model once every expert is a module of its
+    own, each with its name in the checkpoint.
+
+    `model` still holds the experts as 3-D tensors.
+    """
+    return {
+        layer: dict(_apart(layer, place, model.get_submodule(place.module)))
+        for layer, place in found.items()
+    }
+
+
+def _apart(layer: str, place: Place, module: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    if not place.parameter:
+        yield place.module, layer
+    elif place.expert is not None:
+        yield f"{place.module}.{place.expert}.{place.part}", layer
+    else:
+        block = layer.rpartition(".")[0]
+        whole = HALVES if place.parameter == "gate_up_proj" else (place.parameter,)
+        for expert in range(getattr(module, place.parameter).shape[0]):
+            for part in whole:
+                yield f"{place.module}.{expert}.{part}", f"{block}.{expert}.{part}"
 
 
 def fused_tensors(model: torch.nn.Module) -> dict[str, dict[str, int]]:
