@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from quantkit.backends.process.job import Job, JobInputError
+from quantkit.checkpoint.network.fused_experts import fused_layer
 
 HALVES = ("gate_proj", "up_proj")
 """What the two halves of a fused `gate_up_proj` are called as layers of their own."""
@@ -108,11 +109,12 @@ def _apart(layer: str, place: Place, module: torch.nn.Module) -> Iterator[tuple[
     elif place.expert is not None:
         yield f"{place.module}.{place.expert}.{place.part}", layer
     else:
-        block = layer.rpartition(".")[0]
+        fused = fused_layer(layer)
         whole = HALVES if place.parameter == "gate_up_proj" else (place.parameter,)
+        assert fused is not None, layer
         for expert in range(getattr(module, place.parameter).shape[0]):
-            for part in whole:
-                yield f"{place.module}.{expert}.{part}", f"{block}.{expert}.{part}"
+            for part, name in zip(whole, fused.names(expert), strict=True):
+                yield f"{place.module}.{expert}.{part}", name
 
 
 def fused_tensors(model: torch.nn.Module) -> dict[str, dict[str, int]]:
@@ -132,7 +134,10 @@ def expert_blocks(found: Mapping[str, Place]) -> dict[str, str]:
     for layer, place in found.items():
         if place.parameter:
             head, inside, _ = layer.partition(".experts.")
-            blocks[place.module] = f"{head}.experts" if inside else layer.rpartition(".")[0]
+            held = f"{head}.experts" if inside else layer.rpartition(".")[0]
+            # Granite's files have the layers of all experts beside the router.
+            beside = place.module.endswith(".experts") and not held.endswith(".experts")
+            blocks[place.module] = f"{held}.experts" if beside else held
     return blocks
 
 

@@ -60,7 +60,7 @@ class SeparateLayers:
         if absent:
             raise JobInputError(
                 f"{job.backend} makes no linear layer of {absent[0]} ({len(absent)} in all).",
-                hint="keep the experts in 16 bit: --set 'ignore+=re:.*experts.*'",
+                hint="keep the experts in 16 bit: --set ignore+=@experts",
                 code=f"{job.backend}.experts",
             )
 
