@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from auto_round import AutoRound
-from auto_round.compressors import shard_writer
+from auto_round.compressors import base, shard_writer
 from auto_round.special_model_handler import update_module
 from auto_round.utils.device_manager import get_ar_device
 from transformers import AutoTokenizer
@@ -43,6 +43,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     seed_everything(job)
     _keep_bfloat16()
     _keep_names()
+    base.get_predefined_ignore_layers = lambda _: []  # the plan says what stays in 16 bit
     with warnings_as_notes(report), logs_as_notes("autoround", report):
         report.stage("load")
         model = load_model(job)
@@ -50,10 +51,10 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
         tokens = Tokens(job) if job.tokens else None
         witness = SeenTokens(tokens, report)
+        tuner = AutoRound(model, tokenizer, **_arguments(job, layers, model, tokens))
         update_module(model, cleanup_original=False)
         layers.check_linear(model, job)
         experts = ExpertsSeen(model, layers.blocks, tokens, job.batch_size, once=True)
-        tuner = AutoRound(model, tokenizer, **_arguments(job, layers, model, tokens))
         layout = _format(job)
         if layout == "gguf":
             keep_byte_level(job, report)
@@ -148,11 +149,14 @@ def _layer_config(job: Job, layers: SeparateLayers, model: Any) -> dict[str, dic
     head = model.get_output_embeddings()
     if scheme.name.startswith("gguf"):
         return others
-    return others | {
-        name: {"bits": 16, "act_bits": 16}
-        for name, module in model.named_modules()
+    modules = dict(model.named_modules())
+    kept = [
+        name
+        for name, module in modules.items()
         if isinstance(module, torch.nn.Linear) and module is not head and name not in layers.planned
-    }
+    ]
+    apart = [name for name in layers.kept if name not in modules]  # experts, one by one
+    return others | {name: {"bits": 16, "act_bits": 16} for name in (*kept, *apart)}
 
 
 def _flatten(out: Path) -> None:

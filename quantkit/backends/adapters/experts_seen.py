@@ -91,7 +91,7 @@ class _Watched:
         self.count = expert_number(self.module)
         self.routed = [0] * self.count
         self.seen = [0] * self.count
-        self.feeding = False
+        self.feeding = self.counting = False
         self.calls = self.rows = self.real_rows = 0
         self.now: dict[str, Counter[int]] = {"routed": Counter(), "seen": Counter()}
 
@@ -117,27 +117,39 @@ class _Watched:
         return [*watchers, self.module.register_forward_pre_hook(before, with_kwargs=True)]
 
     def _apart(self) -> list[Any]:
-        """Experts that their parent calls one by one: the rows that come to each."""
+        """Experts that their parent calls one by one: where its router says which, that counts;
+        elsewhere the rows that come to each."""
+        real: list[torch.Tensor] = []
+        told: list[bool] = []
 
         def called(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if not (self.once and self._counted()):
+            self.counting = not (self.once and self._counted())
+            if self.counting:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                self._real(hidden.numel() // hidden.shape[-1])
+                real[:] = [self._real(hidden.numel() // hidden.shape[-1])]
+
+        def chosen(_: torch.nn.Module, __: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else ()
+            routes = next((t for t in tensors if t.dtype == torch.int64 and t.ndim == 2), None)
+            if self.counting and routes is not None and len(routes) == len(real[0]):
+                told[:] = [True]
+                for kind in ("routed", "seen"):
+                    self._add(kind, routes, real[0])
 
         def computed(index: int) -> Any:
             def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                if not (self.once and self.passes):
+                if self.counting and not told:
                     for kind in ("routed", "seen"):
                         self.now[kind][index] += args[0].numel() // args[0].shape[-1]
 
             return hook
 
+        routers = (getattr(self.parent, name, None) for name in ("gate", "router"))
+        experts = enumerate(_own_modules(self.module))
         return [
             self.parent.register_forward_pre_hook(called, with_kwargs=True),
-            *(
-                expert.register_forward_pre_hook(computed(index))
-                for index, expert in enumerate(_own_modules(self.module))
-            ),
+            *(r.register_forward_hook(chosen) for r in routers if isinstance(r, torch.nn.Module)),
+            *(expert.register_forward_pre_hook(computed(index)) for index, expert in experts),
         ]
 
     def _before(self, *, feed: bool, separate: bool) -> Any:

@@ -112,7 +112,9 @@ def _apart(layer: str, place: Place, module: torch.nn.Module) -> Iterator[tuple[
         fused = fused_layer(layer)
         whole = HALVES if place.parameter == "gate_up_proj" else (place.parameter,)
         assert fused is not None, layer
-        for expert in range(getattr(module, place.parameter).shape[0]):
+        # LongCat's last experts have rows in one tensor only, and compute nothing.
+        counts = [t.shape[0] for t in module.parameters(recurse=False) if t.ndim == 3]
+        for expert in range(min(counts)):
             for part, name in zip(whole, fused.names(expert), strict=True):
                 yield f"{place.module}.{expert}.{part}", name
 
