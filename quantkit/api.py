@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline.request import Outcome
     from quantkit.runtime.model import Runtime
     from quantkit.validation.reports.report import Report
-    from quantkit.verification import EngineRequest, VerifyReport
+    from quantkit.verification import VerifyReport
 
 SAMPLES = 32
 """Windows of text that `validate` asks about unless told otherwise."""
@@ -130,8 +130,9 @@ def plan(
     from quantkit.pipeline.plan_report import report_of
     from quantkit.pipeline.quantize import plan_only, preflight
     from quantkit.pipeline.request import Request, chosen_recipe
+    from quantkit.pipeline.serve_words import serve_changes
 
-    changes = [*_changes(set), *_serve_changes(engine, tp, gpu)]
+    changes = [*_changes(set), *serve_changes(engine, tp, gpu)]
     request = Request(
         model=str(model),
         recipe=chosen_recipe(method, str(recipe), str(calibration), changes),
@@ -196,6 +197,7 @@ def verify(
     only a path that cannot be read raises InputError.
     """
     from quantkit.checkpoint.hub import resolve_model
+    from quantkit.pipeline.serve_words import engine_request
     from quantkit.verification import verify as run
 
     told = _Told(progress)
@@ -205,7 +207,7 @@ def verify(
         Path(directory),
         base,
         progress=lambda done, _total: told.advance(done),
-        engines=_engine_request(engine, tp, gpu),
+        engines=engine_request(engine, tp, gpu),
     )
 
 
@@ -221,9 +223,12 @@ def validate(
     samples: int = SAMPLES,
     tasks: str | Sequence[str] = (),
     limit: int | None = None,
+    chat: bool = False,
+    fewshot: int | None = None,
     gates: str | Sequence[str] = (),
     reports: str | Path | Sequence[str | Path] = (),
     against: str | Path | None = None,
+    against_online: str = "",
     throughput: bool = True,
     progress: ProgressCallback | None = None,
 ) -> Report:
@@ -233,9 +238,11 @@ def validate(
     engine, kernel: what runs both models ("builtin", "vllm", …), and the built-in one's kernel.
     as_on: the GPU (h100, b200, …) as whose engine activations are rounded; "": this.
     data: a text file instead of the held-out text; samples: windows of 512 tokens of it.
-    tasks, limit: lm-eval tasks, and the most samples of each.
+    tasks, limit: lm-eval tasks, and the most samples of each; chat: through the chat template;
+    fewshot: answered examples before each question (None: as the task has it).
     gates: such as "ppl_ratio<=1.02", beside those of the scheme and the recipe.
     reports: files to write (.json, .md, .html, .xml); against: an earlier .json to compare with.
+    against_online: an engine's method ("fp8", "sglang:fp8") for the baseline, as a third column.
 
     A gate that fails is no exception: see `Report.ok` and `.gates`. The result is also written into
     the checkpoint's quantkit.json and model card. Raises InputError before anything is generated,
@@ -262,8 +269,11 @@ def validate(
         samples=samples,
         tasks=tuple(name for entry in _listed(tasks) for name in entry.split(",")),
         limit=limit,
+        chat=chat,
+        fewshot=fewshot,
         gates=tuple(_listed(gates)),
         against=None if against is None else Path(against),
+        against_online=against_online,
         throughput=throughput,
     )
     report = run(request, _Told(progress))
@@ -350,51 +360,3 @@ def _count(what: str, value: int | None, least: int = 1) -> None:
             hint=f"for example {what} 8",
             code="request.count",
         )
-
-
-def _serve_changes(
-    engine: str | Sequence[str], tp: int | str | Sequence[int], gpu: str
-) -> list[str]:
-    """Where the result is served, as changes of the recipe; InputError for values that are none."""
-    from quantkit.engines import gpu_named
-
-    names, sizes = _engine_names(engine), _sizes(tp)
-    if gpu:
-        gpu_named(gpu)
-    named = {
-        "engines": f"[{','.join(names)}]" if names else "",
-        "tp": f"[{','.join(map(str, sizes))}]" if sizes else "",
-        "gpu": gpu,
-    }
-    return [f"serve.{key}={value}" for key, value in named.items() if value]
-
-
-def _engine_request(
-    engine: str | Sequence[str], tp: int | str | Sequence[int], gpu: str
-) -> EngineRequest | None:
-    from quantkit.verification import EngineRequest
-
-    names = _engine_names(engine)
-    return EngineRequest(names, _sizes(tp), gpu or None) if names else None
-
-
-def _engine_names(engine: str | Sequence[str]) -> tuple[str, ...]:
-    from quantkit.engines import engine_named
-
-    if isinstance(engine, str):
-        engine = engine.split(",") if engine else ()
-    return tuple(engine_named(name.strip()).engine for name in engine)
-
-
-def _sizes(tp: int | str | Sequence[int]) -> tuple[int, ...]:
-    """Tensor-parallel sizes: a number, numbers, or the text of `--tp` such as "1,2,4"."""
-    if isinstance(tp, str):
-        tp = tp.split(",") if tp else ()  # type: ignore[assignment]
-    sizes = [str(size).strip() for size in ([tp] if isinstance(tp, int) else tp)]
-    if not all(size.isdigit() and int(size) > 0 for size in sizes):
-        raise InputError(
-            f"--tp {','.join(sizes)} is no list of tensor-parallel sizes.",
-            hint="for example --tp 1,2,4,8",
-            code="request.tp",
-        )
-    return tuple(map(int, sizes))
