@@ -208,12 +208,12 @@ def read(file: Path) -> dict[str, dict[str, Cell]]:
 def run(families: Iterable[str], method: str, work: Path, file: Path) -> None:
     """Do the cells of one method that are not done in the JSON file, which grows with each."""
     for family in families:
-        cells = read(file)
-        before = cells.get(family, {}).get(method)
+        before = read(file).get(family, {}).get(method)
         if before is not None and before.done:
             continue
         with without_workers():
             cell = try_family(family, method, work)
+        cells = read(file)  # others may have written meanwhile
         cells.setdefault(family, {})[method] = cell
         document = {f: {m: asdict(c) for m, c in row.items()} for f, row in cells.items()}
         file.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
