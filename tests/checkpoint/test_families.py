@@ -26,6 +26,9 @@ OTHER_MEANINGS = {
     ("checkpoint/upcycle.py", "llama"),  # what it reads, and what it writes
     ("checkpoint/upcycle.py", "mixtral"),
     ("checkpoint/upcycle.py", "qwen2_moe"),
+    ("checkpoint/wrap_vision.py", "llama"),
+    ("checkpoint/wrap_vision.py", "idefics3"),
+    ("checkpoint/wrap_vision.py", "idefics3_vision"),
     ("validation/ask/questions.py", "canary"),
     ("validation/forecast.py", "canary"),
     ("validation/reports/report.py", "canary"),
