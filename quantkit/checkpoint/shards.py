@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def write_shards(target: Path, tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> None:
-    """Write named tensors to `target` as shards of about `size` bytes, and their index; memory
-    holds one shard."""
+    """Write named tensors to `target` as shards of about `size` bytes with their index, or as
+    `model.safetensors` where there is one shard; memory holds one."""
     from safetensors.torch import save_file
 
     held: dict[str, torch.Tensor] = {}
@@ -33,6 +33,9 @@ def write_shards(target: Path, tensors: Iterable[tuple[str, torch.Tensor]], size
             flush()
     if held:
         flush()
+    if len(shards) == 1:
+        shards[0][0].rename(target / "model.safetensors")
+        return
     weight_map: dict[str, str] = {}
     for index, (file, names) in enumerate(shards, 1):
         final = f"model-{index:05d}-of-{len(shards):05d}.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantkit.backends.registry.mixtures import mixture_refusal
+from quantkit.backends.registry.towers import tower_refusal
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import expert_count
 from quantkit.checkpoint.network.tensor_names import left_out
@@ -17,15 +18,27 @@ def refuse_beyond_dense(checkpoint: Checkpoint, plan: Plan, model: str) -> None:
     if not plan.backend.dense_only:
         return
     found = _tower(checkpoint)
-    if found:
-        raise _refusal(
-            checkpoint, plan, model,
-            f"{found}; {plan.backend.name} quantizes language models without one here",
-        )  # fmt: skip
+    reason = tower_refusal(plan.backend, plan.recipe, checkpoint.config)
+    if found and reason:
+        raise _refusal(checkpoint, plan, model, f"{found}; {reason}")
+    if plan.method.calibrated:
+        _refuse_unseen_towers(checkpoint, plan)
     experts = _experts(checkpoint)
     reason = mixture_refusal(plan.backend, plan.recipe, plan.layers, checkpoint.config)
     if experts and reason:
         raise _refusal(checkpoint, plan, model, f"{experts}; {reason}")
+
+
+def _refuse_unseen_towers(checkpoint: Checkpoint, plan: Plan) -> None:
+    towers = [m.name for m in checkpoint.modules if m.kind == "tower" and m.name in plan.layers]
+    if towers:
+        raise InputError(
+            f"{plan.recipe.name} would quantize {len(towers)} layers outside of the language "
+            f"model's blocks ({towers[0]} the first), and the calibration texts do not reach them.",
+            hint="leave @towers out of targets, or take a method without calibration: "
+            "quantkit methods",
+            code="plan.unseen_towers",
+        )
 
 
 def _refusal(checkpoint: Checkpoint, plan: Plan, model: str, what: str) -> InputError:
