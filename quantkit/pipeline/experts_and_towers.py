@@ -6,6 +6,8 @@ from quantkit.backends.registry.mixtures import mixture_refusal
 from quantkit.backends.registry.towers import tower_refusal
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import expert_count
+from quantkit.checkpoint.network.language import text_config
+from quantkit.checkpoint.network.modules import layer_index
 from quantkit.checkpoint.network.tensor_names import left_out
 from quantkit.errors import InputError, command
 from quantkit.pipeline.plan import Plan
@@ -22,23 +24,31 @@ def refuse_beyond_dense(checkpoint: Checkpoint, plan: Plan, model: str) -> None:
     if found and reason:
         raise _refusal(checkpoint, plan, model, f"{found}; {reason}")
     if plan.method.calibrated:
-        _refuse_unseen_towers(checkpoint, plan)
+        _refuse_unseen_layers(checkpoint, plan)
     experts = _experts(checkpoint)
     reason = mixture_refusal(plan.backend, plan.recipe, plan.layers, checkpoint.config)
     if experts and reason:
         raise _refusal(checkpoint, plan, model, f"{experts}; {reason}")
 
 
-def _refuse_unseen_towers(checkpoint: Checkpoint, plan: Plan) -> None:
-    towers = [m.name for m in checkpoint.modules if m.kind == "tower" and m.name in plan.layers]
-    if towers:
-        raise InputError(
-            f"{plan.recipe.name} would quantize {len(towers)} layers outside of the language "
-            f"model's blocks ({towers[0]} the first), and the calibration texts do not reach them.",
-            hint="leave @towers out of targets, or take a method without calibration: "
-            "quantkit methods",
-            code="plan.unseen_towers",
-        )
+def _refuse_unseen_layers(checkpoint: Checkpoint, plan: Plan) -> None:
+    """InputError (`plan.unseen_layers`) for layers that a model computes only where a text comes
+    with pictures: they would be calibrated with nothing."""
+    outside = {m.name for m in checkpoint.modules if m.kind == "tower"}
+    across = set(text_config(checkpoint.config).get("cross_attention_layers") or ())
+    unseen = [name for name in plan.layers if name in outside or layer_index(name) in across]
+    if not unseen:
+        return
+    ignored = "--set 'ignore+=@towers'"
+    if unseen[0] not in outside:
+        numbers = "|".join(str(index) for index in sorted(across))
+        ignored = f"--set 'ignore+=re:.*layers\\.({numbers})\\..*'"
+    raise InputError(
+        f"{plan.recipe.name} would quantize {len(unseen)} layers that calibration texts do not "
+        f"reach, {unseen[0]} the first.",
+        hint=f"{ignored} keeps them in 16 bit",
+        code="plan.unseen_layers",
+    )
 
 
 def _refusal(checkpoint: Checkpoint, plan: Plan, model: str, what: str) -> InputError:

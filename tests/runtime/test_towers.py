@@ -13,10 +13,19 @@ from quantkit.runtime.load import load
 from tests.support.tokenized_towers import FAMILIES, VOCABULARY, multimodal
 
 NO_STOP: list[int] = []
+QUICK = {"gemma3", "idefics3", "llava", "qwen2_5_vl"}
+CONVERTED = {"ernie4_5_vl_moe", "kimi_k25"}
+"""Families of which Transformers joins or splits tensors outside of the language model."""
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family in QUICK else pytest.mark.slow)
+        for family in sorted(FAMILIES.keys() - CONVERTED)
+    ],
+)
 def test_logits_and_text_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     path = multimodal(family, tmp_path / family)
     theirs: Any = AutoModelForMultimodalLM.from_pretrained(path, dtype=torch.float32).eval()
