@@ -15,6 +15,8 @@ from quantkit.errors import InputError
 from quantkit.pipeline import quantize as pipeline
 from quantkit.pipeline.request import Outcome, Request
 from quantkit.verification import verify
+from tests.support.cli import inside
+from tests.support.helpers import copy_checkpoint, edit_json
 from tests.support.in_process import CALIBRATION, Quiet, without_workers
 from tests.support.tokenized_towers import FAMILIES, multimodal
 
@@ -28,6 +30,7 @@ METHODS = {
     "modelopt": ("modelopt_fp8", "modelopt_nvfp4"),
     "llmcompressor": ("llmcompressor_fp8_dynamic", "llmcompressor_w4a16", "llmcompressor_nvfp4"),
 }
+TOWERS = ("--set", "targets+=@towers", "--set", 'ignore=["@head", "@embeddings"]')
 TEXT = "calibrated with text only"
 
 
@@ -79,6 +82,42 @@ def test_only_the_language_model_is_quantized(method: str, wrapped: Path, tmp_pa
     assert (TEXT in (outcome.out / "README.md").read_text()) == bool(told)
     assert verify(outcome.out, wrapped).ok
     assert verify(outcome.out).ok
+
+
+def both(source: Path, out: Path, *asked: str) -> tuple[int, str, str]:
+    """What `plan` says, which is what `quantize` says."""
+    told = inside("plan", source, *asked)
+    if told[0]:
+        assert inside("quantize", source, *asked, "--out", out) == told
+        assert not out.exists()
+    return told
+
+
+def test_what_cannot_be_done_is_refused_in_the_plan(wrapped: Path, tmp_path: Path) -> None:
+    out, fp8 = tmp_path / "out", ("--method", "modelopt_fp8")
+    told = both(wrapped, out, "--method", "msmodelslim_w8a16")
+    assert told[:2] == (1, "plan.architecture")
+    assert "a vision or audio tower" in told[2]
+    told = both(wrapped, out, *fp8, *TOWERS)
+    assert told[:2] == (1, "plan.unseen_layers")
+    data_free = ("--method", "llmcompressor_fp8_dynamic", *TOWERS)
+    assert both(wrapped, out, *data_free)[0] == 0
+    across = multimodal("mllama", tmp_path / "mllama")
+    told = both(across, out, *fp8)
+    assert told[:2] == (1, "plan.unseen_layers")
+    assert "model.layers.1.cross_attn" in told[2]
+    assert both(across, out, *fp8, "--set", r"ignore+=re:.*layers\.1\..*")[0] == 0
+
+
+def test_a_family_that_nobody_tried_is_told(wrapped: Path, tmp_path: Path) -> None:
+    unknown = copy_checkpoint(wrapped, tmp_path / "unknown")
+    edit_json(unknown / "config.json", lambda config: config.update(model_type="a_new_one"))
+    recipe = load_recipe("modelopt_fp8")
+    _, plan = pipeline.plan_only(Request(str(unknown), recipe, tmp_path / "out", device="cpu"))
+    assert any("was not tried with a_new_one" in note for note in plan.notes)
+    _, plan = pipeline.plan_only(Request(str(wrapped), recipe, tmp_path / "out", device="cpu"))
+    assert not any("was not tried" in note for note in plan.notes)
+    assert any(note.startswith(TEXT) for note in plan.notes)
 
 
 @pytest.mark.slow
