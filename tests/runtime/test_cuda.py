@@ -22,6 +22,7 @@ from quantkit.runtime.linear.kernels.base import GPU_ONLY, Kernel
 from quantkit.runtime.linear.kernels.select import KERNELS, choose
 from quantkit.runtime.network.decoder import Decoder
 from quantkit.runtime.network.graph import DecodeGraph, unsupported
+from quantkit.runtime.network.mlp import Mlp
 from tests.support.kernels import CPU, random_weight
 
 GPU = torch.device("cuda")
@@ -187,7 +188,8 @@ def random_decoder(**more: Any) -> Decoder:
         wide = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         sizes = ((wide, 256), (256, shape.heads * shape.head_dim), (1024, 256), (256, 512))
         linears = tuple(PlainLinear(random(*size), None) for size in sizes)
-        return Block(shape, 1e-5, (random(256), random(256)), None, linears, None)  # type: ignore[arg-type]
+        mlp = Mlp(*linears[2:])
+        return Block(shape, 1e-5, (random(256), random(256)), None, linears[:2], mlp, None)  # type: ignore[arg-type]
 
     head = PlainLinear(random(300, 256), None)
     return Decoder(config, random(300, 256), [block(), block()], random(256), head)
