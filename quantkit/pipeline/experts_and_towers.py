@@ -6,6 +6,7 @@ from quantkit.backends.registry.mixtures import mixture_refusal
 from quantkit.backends.registry.towers import tower_refusal
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import expert_count
+from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import layer_index
 from quantkit.checkpoint.network.tensor_names import left_out
@@ -15,10 +16,16 @@ from quantkit.recipe.load import recipe_files
 
 
 def refuse_beyond_dense(checkpoint: Checkpoint, plan: Plan, model: str) -> None:
-    """InputError (`plan.architecture`) for towers, and for experts that the library does not take;
-    the hint plans `model` without it."""
+    """InputError (`plan.architecture`) for towers, experts and classes of layers that the library
+    does not take; the hint plans `model` without it."""
     if not plan.backend.dense_only:
         return
+    if family(checkpoint.config).own_linear:
+        raise _refusal(
+            checkpoint, plan, model,
+            f"linear layers of a class of its own ({checkpoint.config['model_type']}), which "
+            f"{plan.backend.distribution} leaves in 16 bit",
+        )  # fmt: skip
     found = _tower(checkpoint)
     reason = tower_refusal(plan.backend, plan.recipe, checkpoint.config)
     if found and reason:

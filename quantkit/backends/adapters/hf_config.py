@@ -9,11 +9,10 @@ def auto_class(config: Any) -> Any:
     """The Auto class of a Transformers config: of models that take more than text where the config
     has a language model inside, else of causal language models."""
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     nested = config.get_text_config() is not config
-    known = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    known = type(config) in AutoModelForMultimodalLM._model_mapping
     return AutoModelForMultimodalLM if nested and known and not own_code else AutoModelForCausalLM
 
 
