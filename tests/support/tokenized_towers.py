@@ -237,16 +237,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def multimodal(family: str, out: Path) -> Path:
-    """A model of that family with random weights, saved by Transformers, a byte tokenizer and
-    files as of a processor."""
+    """A model of that family saved by Transformers, a byte tokenizer and files as of a processor.
+    The random weights are as large as those of `mixtures.mixture`."""
     torch.manual_seed(0)
     config = hf.AutoConfig.for_model(family, **FAMILIES[family])
     make: Any = hf.AutoModelForMultimodalLM.from_config
     network = make(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim > 1 and not parameter.float().std():  # left to whoever loads weights
-                parameter.normal_(0, 0.02)
+    head = network.get_output_embeddings().weight
+    for name, weight in network.named_parameters():
+        if weight.dim() > 1 and "conv" not in name:
+            weight.data.normal_(std=(2 if weight is head else 0.5) / weight.shape[-1] ** 0.5)
     network.save_pretrained(out)
     byte_tokenizer().save_pretrained(out)
     for name in ("processor_config.json", "preprocessor_config.json"):
