@@ -87,6 +87,17 @@ class StdlibSource(_NamedTexts):
         return f"standard library {self.part}"
 
 
+class PicturesSource(_Source):
+    """Pictures that quantkit draws, each with a question and an answer that says what is in it:
+    shapes to count, digits, small tables. For models that take pictures."""
+
+    type: Literal["pictures"]
+
+    @property
+    def label(self) -> str:
+        return "drawn pictures"
+
+
 class _Rows(_Source):
     """Rows with a text in `text_field` (default: text), with a conversation in
     `messages_field`: a list of {role, content}, or with one turn each of user and assistant in
@@ -167,11 +178,13 @@ class HubSource(_Rows):
 
 
 Source = Annotated[
-    PackageSource | StdlibSource | FileSource | HubSource, Field(discriminator="type")
+    PackageSource | StdlibSource | PicturesSource | FileSource | HubSource,
+    Field(discriminator="type"),
 ]
 SOURCE_TYPES: dict[str, type[BaseModel]] = {
     "package": PackageSource,
     "stdlib": StdlibSource,
+    "pictures": PicturesSource,
     "file": FileSource,
     "hub": HubSource,
 }
@@ -183,7 +196,7 @@ class CalibrationConfig(_Strict):
     `short` says what becomes of documents shorter than `sequence_length`: `pack` concatenates
     documents (end-of-text token between), `pad` makes each its own sample, padded on the right
     and masked, `drop` leaves them out and counts them. Fewer samples than asked for is an error
-    unless `allow_fewer`.
+    unless `allow_fewer`. A conversation with pictures is always a sample of its own.
     """
 
     schema_version: Literal[1] = 1
@@ -202,6 +215,10 @@ class CalibrationConfig(_Strict):
         if self.samples < len(self.sources):
             raise ValueError(f"samples = {self.samples} for {len(self.sources)} sources")
         return self
+
+    @property
+    def has_pictures(self) -> bool:
+        return any(source.type == "pictures" for source in self.sources)
 
     def stored(self) -> dict[str, Any]:
         """The resolved mixture without directories of this machine."""

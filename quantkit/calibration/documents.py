@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit.calibration.config import FileSource, HubSource
 from quantkit.calibration.shapes import (
@@ -17,14 +17,34 @@ from quantkit.calibration.shapes import (
     with_system,
 )
 
+if TYPE_CHECKING:
+    from quantkit.calibration.pictures import Pixels
+
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a conversation that the model's chat template will render with its tools."""
+    """A text, or a conversation that the model's chat template will render with its tools.
+
+    pictures: uint8 [height, width, 3] each, for the parts `{type: image}` of the conversation.
+    """
 
     name: str
     content: str | list[Message]
     tools: list[Any] | None = None
+    pictures: tuple[Pixels, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """What is said in it, a turn a line."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(_said(turn["content"]) for turn in self.content)
+
+
+def _said(content: Any) -> str:
+    if isinstance(content, list):
+        return " ".join(part["text"] for part in content if part["type"] == "text")
+    return content or ""
 
 
 @dataclass(frozen=True)

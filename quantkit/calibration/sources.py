@@ -8,13 +8,14 @@ import re
 import sysconfig
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 
 from quantkit.calibration.config import (
     FileSource,
     HubSource,
     PackageSource,
+    PicturesSource,
     Source,
     StdlibSource,
 )
@@ -27,6 +28,7 @@ from quantkit.calibration.documents import (
     shuffled,
 )
 from quantkit.calibration.hubdata import open_hub
+from quantkit.calibration.pictures import VERSION, draw
 from quantkit.calibration.rows import read_rows
 from quantkit.errors import InputError
 
@@ -40,11 +42,22 @@ def open_source(source: Source) -> Corpus:
         return open_hub(source)
     if isinstance(source, FileSource):
         return _open_files(source)
+    if isinstance(source, PicturesSource):
+        return Corpus(f"drawn {VERSION}", _drawn)
     if isinstance(source, StdlibSource):
         texts = _topics() if source.part == "topics" else _stdlib_source()
     else:
         texts = _package_files(source)
     return _open_texts(texts, source)
+
+
+def _drawn(seed: int) -> Iterator[Document | Dropped]:
+    for index in count():
+        picture = draw(seed, index)
+        asked = [{"type": "image"}, {"type": "text", "text": picture.question}]
+        answered = [{"type": "text", "text": picture.answer}]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        yield Document(f"picture {index}", turns, pictures=(picture.pixels,))
 
 
 def _open_texts(texts: dict[str, Path | str], source: PackageSource | StdlibSource) -> Corpus:

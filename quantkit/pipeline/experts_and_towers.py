@@ -11,6 +11,7 @@ from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import layer_index
 from quantkit.checkpoint.network.tensor_names import left_out
 from quantkit.errors import InputError, command
+from quantkit.pipeline.calibration_data import mixture_asked
 from quantkit.pipeline.plan import Plan
 from quantkit.recipe.load import recipe_files
 
@@ -30,7 +31,8 @@ def refuse_beyond_dense(checkpoint: Checkpoint, plan: Plan, model: str) -> None:
     reason = tower_refusal(plan.backend, plan.recipe, checkpoint.config)
     if found and reason:
         raise _refusal(checkpoint, plan, model, f"{found}; {reason}")
-    if plan.method.calibrated:
+    shown = mixture_asked(plan)
+    if shown is not None and not shown.has_pictures:
         _refuse_unseen_layers(checkpoint, plan)
     experts = _experts(checkpoint)
     reason = mixture_refusal(plan.backend, plan.recipe, plan.layers, checkpoint.config)

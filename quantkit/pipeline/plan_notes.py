@@ -9,18 +9,15 @@ from quantkit.backends.registry.towers import untried_towers
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import expert_count, missing_head
 from quantkit.checkpoint.network.multimodal import is_multimodal
-from quantkit.recipe.model import Recipe
 
 
-def notes_of(
-    checkpoint: Checkpoint, backend: Backend, recipe: Recipe, layers: Collection[str]
-) -> list[str]:
-    """In words: most of the model left in 16 bit, experts that stay, a head that is nowhere, what
-    a model with towers is calibrated with."""
+def notes_of(checkpoint: Checkpoint, backend: Backend, layers: Collection[str]) -> list[str]:
+    """In words: most of the model left in 16 bit, experts that stay, a head that is nowhere, towers
+    of a family that the library was not tried with."""
     return [
         *_left_in_16_bit(checkpoint, layers),
         *_head_notes(checkpoint),
-        *_tower_notes(checkpoint, backend, recipe),
+        *_tower_notes(checkpoint, backend),
     ]
 
 
@@ -45,10 +42,7 @@ def _head_notes(checkpoint: Checkpoint) -> Iterator[str]:
         yield note
 
 
-def _tower_notes(checkpoint: Checkpoint, backend: Backend, recipe: Recipe) -> Iterator[str]:
-    if not is_multimodal(checkpoint.config):
-        return
-    if note := untried_towers(backend, checkpoint.config):
-        yield note
-    if backend.method(recipe).calibrated:
-        yield "calibrated with text only: no picture or sound reaches the language model"
+def _tower_notes(checkpoint: Checkpoint, backend: Backend) -> Iterator[str]:
+    untried = is_multimodal(checkpoint.config) and untried_towers(backend, checkpoint.config)
+    if untried:
+        yield untried
