@@ -6,7 +6,8 @@
 
 The models are mixtures of experts, or with `--kind towers` multi-modal ones, calibrated with text.
 
-Each cell plans, quantizes, verifies, loads in the builtin runtime and validates. The libraries work
+Each cell plans, quantizes, verifies, loads in the builtin runtime and validates (multi-modal models
+are compared with their baseline on a few tokens instead). The libraries work
 in this process, one process a library. Cells are kept in WORKDIR/families.json (towers.json), and
 those that are there already are not done again, unless they failed; so a run may be stopped and go
 on.
@@ -63,6 +64,8 @@ KINDS: dict[str, tuple[Iterable[str], Callable[[str, Path], Path]]] = {
     "towers": (FAMILIES, multimodal),
 }
 """Kind of model → its families, and what makes one."""
+KL_LIMIT = 0.5
+"""Above it a multi-modal model of random weights does not compute what it did."""
 MARK = "<!-- families.py -->\n"
 
 Outcome = Literal["yes", "routed", "16 bit", "refused", "failed"]
@@ -101,14 +104,14 @@ def try_family(kind: str, family: str, method: str, work: Path) -> Cell:
     if not (source / "config.json").is_file():
         KINDS[kind][1](family, source)
     try:
-        cell = _steps(method, source, out)
+        cell = _steps(kind, method, source, out)
     finally:
         shutil.rmtree(out, ignore_errors=True)
         out.with_name(f"{out.name}.log").unlink(missing_ok=True)
     return Cell(**{**asdict(cell), "seconds": round(time.monotonic() - start, 1)})
 
 
-def _steps(method: str, source: Path, out: Path) -> Cell:
+def _steps(kind: str, method: str, source: Path, out: Path) -> Cell:
     calibration = source.parent / "quick.yaml"
     calibration.write_text(CALIBRATION)
     own = list(METHODS[method])
@@ -150,8 +153,14 @@ def _steps(method: str, source: Path, out: Path) -> Cell:
             success = "16 bit"
         step = "load"
         ids = torch.arange(3, VOCABULARY, 9)[None]
-        if not load(out)(ids).logits.isfinite().all():
+        logits = load(out)(ids).logits
+        if not logits.isfinite().all():
             return Cell("failed", step, "logits are not finite")
+        if kind == "towers":
+            kl = round(divergence(load(source)(ids).logits, logits), 4)
+            if kl > KL_LIMIT:
+                return Cell("failed", step, f"KL {kl}")
+            return Cell(success, words=reason, kl=kl)
         step = "validate"
         request = ValidateRequest(
             out, str(source), device="cpu", samples=2, gates=GATES, throughput=False
@@ -166,6 +175,12 @@ def _steps(method: str, source: Path, out: Path) -> Cell:
         return Cell("failed", step, _short(error.message, source))
     except Exception as error:  # a cell of the table says so
         return Cell("failed", step, _short(f"{type(error).__name__}: {error}", source))
+
+
+def divergence(baseline: torch.Tensor, quantized: torch.Tensor) -> float:
+    """The mean KL divergence of two sets of logits [batch, tokens, vocabulary], in nats."""
+    before, after = baseline.float().log_softmax(-1), quantized.float().log_softmax(-1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
 
 
 def _calibrates(method: str) -> bool:
