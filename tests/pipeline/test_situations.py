@@ -115,9 +115,11 @@ def dotted(out: Path) -> None:
 
 
 def interleaved(out: Path) -> None:
-    parts = {"router.weight": (EXPERTS, HIDDEN), "experts.gate_up_proj": (EXPERTS, HIDDEN, 256),
-             "experts.gate_up_proj_bias": (EXPERTS, 256), "experts.down_proj_bias": (EXPERTS, 128),
-             "experts.down_proj": (EXPERTS, HIDDEN, HIDDEN)}  # fmt: skip
+    parts: dict[str, tuple[int, ...]] = {
+        "router.weight": (EXPERTS, HIDDEN), "experts.gate_up_proj": (EXPERTS, HIDDEN, 256),
+        "experts.gate_up_proj_bias": (EXPERTS, 256), "experts.down_proj_bias": (EXPERTS, 128),
+        "experts.down_proj": (EXPERTS, HIDDEN, HIDDEN),
+    }  # fmt: skip
     config = {**LLAMA, "model_type": "gpt_oss", "num_local_experts": EXPERTS}
     write(out, mixture("mlp.", parts), {**config, "architectures": ["GptOssForCausalLM"]})
 

@@ -47,7 +47,7 @@ _ARGUMENTS_FOR_EXPERTS = {
         "a", "c_or_none", "b_q_weight", "b_bias_or_none", "b_scales", "a_scales", "global_scale",
         "b_zeros_or_none", "g_idx_or_none", "perm_or_none", "workspace", "sorted_token_ids",
         "expert_ids", "num_tokens_past_padded", "topk_weights", "moe_block_size", "top_k",
-        "mul_topk_weights", "b_type_id", "size_m", "size_n", "size_k", "is_k_full",
+        "mul_topk_weights", "b_type_id", "size_m", "size_n", "size_k", "is_full_k", "is_k_full",
         "use_atomic_add", "use_fp32_reduce", "is_zp_float", "thread_k", "thread_n",
         "blocks_per_sm",
     },

@@ -132,7 +132,7 @@ def _multiply(
         sorted_token_ids=blocks.rows, expert_ids=blocks.experts,
         num_tokens_past_padded=blocks.used, topk_weights=weights, moe_block_size=blocks.size,
         top_k=k, mul_topk_weights=weighted, b_type_id=layer.kind,
-        size_m=len(x), size_n=layer.rows, size_k=x.shape[1], is_k_full=True,
+        size_m=len(x), size_n=layer.rows, size_k=x.shape[1], is_full_k=True, is_k_full=True,
         use_atomic_add=False, use_fp32_reduce=True, is_zp_float=False,
         thread_k=-1, thread_n=-1, blocks_per_sm=-1,
     )  # fmt: skip
