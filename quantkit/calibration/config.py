@@ -102,12 +102,15 @@ class _Rows(_Source):
     """Rows with a text in `text_field` (default: text), with a conversation in
     `messages_field`: a list of {role, content}, or with one turn each of user and assistant in
     `turn_fields`: the last is the answer, those before it are what was asked (of these only the
-    first must be there). What `system_field` holds of a row comes first in its conversation."""
+    first must be there). What `system_field` holds of a row comes first in its conversation; the
+    pictures of `image_field` (paths beside the data file, or bytes) come before the first words of
+    the user."""
 
     text_field: str | None = None
     messages_field: str | None = None
     turn_fields: list[str] | None = Field(None, min_length=2)
     system_field: str | None = None
+    image_field: str | None = None
 
     @model_validator(mode="after")
     def _one_field(self) -> _Rows:
@@ -118,6 +121,8 @@ class _Rows(_Source):
             raise ValueError("passage_chars cuts texts; conversations stay whole")
         if self.system_field and not (self.messages_field or self.turn_fields):
             raise ValueError("system_field goes with messages_field or turn_fields")
+        if self.image_field and not (self.messages_field or self.turn_fields):
+            raise ValueError("image_field goes with messages_field or turn_fields")
         return self
 
     @property
@@ -132,7 +137,8 @@ class _Rows(_Source):
         """What is read of a row that has it."""
         between = tuple(self.turn_fields[1:-1]) if self.turn_fields else ()
         tools = ("tools",) if self.messages_field else ()
-        return (*between, *tools, *([self.system_field] if self.system_field else ()))
+        named = (self.system_field, self.image_field)
+        return (*between, *tools, *(name for name in named if name))
 
 
 class FileSource(_Rows):
@@ -218,7 +224,10 @@ class CalibrationConfig(_Strict):
 
     @property
     def has_pictures(self) -> bool:
-        return any(source.type == "pictures" for source in self.sources)
+        return any(
+            source.type == "pictures" or getattr(source, "image_field", None)
+            for source in self.sources
+        )
 
     def stored(self) -> dict[str, Any]:
         """The resolved mixture without directories of this machine."""

@@ -28,6 +28,7 @@ from quantkit.calibration.documents import (
     shuffled,
 )
 from quantkit.calibration.hubdata import open_hub
+from quantkit.calibration.picture_files import content_digest
 from quantkit.calibration.pictures import VERSION, draw
 from quantkit.calibration.rows import read_rows
 from quantkit.errors import InputError
@@ -158,6 +159,10 @@ def _open_files(source: FileSource) -> Corpus:
     for file in paths:
         with file.open("rb") as handle:
             total.update(hashlib.file_digest(handle, "sha256").digest())
+    if source.image_field:
+        for file in paths:
+            rows = read_rows(file, source.fields, source.more_fields)
+            total.update(content_digest(rows, source.image_field, file.parent))
     reader = _texts_reader if paths[0].suffix.lower() == ".txt" else _rows_reader
     return Corpus(total.hexdigest(), reader(paths, source))
 
@@ -186,7 +191,7 @@ def _rows_reader(paths: list[Path], source: FileSource) -> Reader:
             table = bisect_right(ends, index)
             row = index - (ends[table - 1] if table else 0)
             name = f"{paths[table].name} row {row + 1}"
-            yield from from_row(tables[table][row], name, source)
+            yield from from_row(tables[table][row], name, source, paths[table].parent)
 
     return read
 

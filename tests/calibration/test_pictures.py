@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from quantkit.backends.adapters.seen_tokens import Tokens
@@ -83,3 +85,35 @@ def test_what_cannot_be_shown_is_told(wrapped: Path, small_model: Path) -> None:
     with pytest.raises(InputError, match="with its picture has") as caught:
         build_tokens(mixture(16), wrapped)
     assert caught.value.code == "calibration.picture_too_long"
+
+
+@pytest.mark.usefixtures("cache")
+def test_pictures_of_rows_come_before_the_first_words(wrapped: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        Image.fromarray(draw(7, number).pixels).save(tmp_path / f"{number}.png")
+    rows = [
+        {"image": f"{number}.png", "question": f"What is number {number}?", "answer": "A picture."}
+        for number in range(3)
+    ]
+    rows.append({"image": "https://somewhere/else.png", "question": "And this?", "answer": "No."})
+    rows.append({"image": "absent.png", "question": "And that?", "answer": "No."})
+    data = tmp_path / "seen.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {
+        "type": "file", "path": str(data), "turn_fields": ["question", "answer"],
+        "image_field": "image",
+    }  # fmt: skip
+    config = CalibrationConfig.model_validate(
+        {"name": "own", "samples": 3, "sequence_length": LENGTH, "sources": [source],
+         "short": "pad"}
+    )  # fmt: skip
+    made = build_tokens(config, wrapped)
+    told = made.summary["sources"][0]
+    assert told["documents_used"] == 3
+    assert "<global-img><image>" in told["preview"]
+    assert "What is number" in told["preview"].partition("<image>")[2]
+    assert len({name.split(".")[1] for name in made.summary["pictures"]}) == 3
+    Image.fromarray(draw(8, 0).pixels).save(tmp_path / "0.png")
+    again = build_tokens(config, wrapped)
+    assert again.digest == made.digest
+    assert again.summary["pictures"] != made.summary["pictures"]
