@@ -223,9 +223,12 @@ def validate(
     samples: int = SAMPLES,
     tasks: str | Sequence[str] = (),
     limit: int | None = None,
+    chat: bool = False,
+    fewshot: int | None = None,
     gates: str | Sequence[str] = (),
     reports: str | Path | Sequence[str | Path] = (),
     against: str | Path | None = None,
+    against_online: str = "",
     throughput: bool = True,
     broken_baseline: bool = False,
     progress: ProgressCallback | None = None,
@@ -236,9 +239,11 @@ def validate(
     engine, kernel: what runs both models ("builtin", "vllm", …), and the built-in one's kernel.
     as_on: the GPU (h100, b200, …) as whose engine activations are rounded; "": this.
     data: a text file instead of the held-out text; samples: windows of 512 tokens of it.
-    tasks, limit: lm-eval tasks, and the most samples of each.
+    tasks, limit: lm-eval tasks, and the most samples of each; chat: through the chat template;
+    fewshot: answered examples before each question (None: as the task has it).
     gates: such as "ppl_ratio<=1.02", beside those of the scheme and the recipe.
     reports: files to write (.json, .md, .html, .xml); against: an earlier .json to compare with.
+    against_online: an engine's method ("fp8", "sglang:fp8") for the baseline, as a third column.
     broken_baseline: measure though the baseline answers nothing, which the report then says.
 
     A gate that fails is no exception: see `Report.ok` and `.gates`. The result is also written into
@@ -266,8 +271,11 @@ def validate(
         samples=samples,
         tasks=tuple(name for entry in _listed(tasks) for name in entry.split(",")),
         limit=limit,
+        chat=chat,
+        fewshot=fewshot,
         gates=tuple(_listed(gates)),
         against=None if against is None else Path(against),
+        against_online=against_online,
         throughput=throughput,
         broken_baseline=broken_baseline,
     )

@@ -58,6 +58,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("preflight", "subjects"),
         ("ask", "memory"),
         ("forecast", "judge"),
+        ("online",),
         ("reports",),
         ("run",),
     ),
@@ -106,6 +107,8 @@ def test_imports_point_one_way(file: Path) -> None:
             "quantkit.backends.process.job",
             "quantkit.backends.adapters",
             "quantkit.checkpoint.schemes",
+            "quantkit.checkpoint.network.fused_experts",
+            "quantkit.checkpoint.network.modules",
         )
         ours = [".".join(("quantkit", *place)) for place in found]
         assert all(name.startswith(allowed) for name in ours), ours
@@ -199,15 +202,15 @@ FLAGS = {
     "verify": {"--source", "--engine", "--tp", "--gpu", "--json"},
     "validate": {
         "--baseline", "--engine", "--kernel", "--as-on", "--device", "--data", "--samples",
-        "--tasks", "--limit", "--gate", "--report", "--against", "--no-throughput",
-        "--broken-baseline", "--json",
+        "--tasks", "--limit", "--chat", "--fewshot", "--gate", "--report", "--against",
+        "--against-online", "--no-throughput", "--broken-baseline", "--json",
     },
     "plan": {
         "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",
         "--trust-remote-code", "--json",
     },
     "methods": {"--json"},
-    "launch": {"--engine", "--tp", "--exec", "--json"},
+    "launch": {"--engine", "--tp", "--gpu", "--online", "--exec", "--json"},
     "platforms": {"--method", "--gpu", "--json"},
     "kernels": {"--kernel", "--as-on", "--device", "--json"},
     "demo": {"--method", "--out", "--set", "--moe", "--json"},

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.backends.process.job import Reporter
-from quantkit.calibration.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_info
+from quantkit.calibration.chat import Render, compile_template
+from quantkit.calibration.tokenizer import (
+    Tokenizer,
+    TokenizerInfo,
+    load_tokenizer,
+    read_tokenizer_info,
+)
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import GgufFile, gguf_in, open_gguf
 from quantkit.checkpoint.hub import resolve_model
@@ -142,6 +148,13 @@ def longest_of(candidate: Candidate) -> int | None:
 def tokenizer_of(model: Path) -> Tokenizer:
     """The model's own tokenizer; InputError when it has none that can be read."""
     return load_tokenizer(read_tokenizer_info(model))
+
+
+def chat_of(info: TokenizerInfo) -> Render | None:
+    """The model's chat template, up to where its answer begins; None where it has none."""
+    if info.chat_template is None:
+        return None
+    return compile_template(info.chat_template, info.special_tokens, generation_prompt=True)
 
 
 def refuse_missing_rows(base: Checkpoint, ids: Iterable[Sequence[int]]) -> None:

@@ -13,6 +13,7 @@ from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.checkpoint.network.config import stop_tokens
 from quantkit.checkpoint.scan import refuse_bad_weights
+from quantkit.engines.online import Online, online_named
 from quantkit.recipe.gates import parse_gate
 from quantkit.validation.ask.cachefile import BaselineCache
 from quantkit.validation.ask.canary import canary_prompts
@@ -31,7 +32,9 @@ from quantkit.validation.judge.metrics import EXERCISES, OF_RTN, ROUTING
 from quantkit.validation.judge.regression import compare, no_longer_measured, refuse_incomparable
 from quantkit.validation.judge.verdicts import hold
 from quantkit.validation.memory import check_memory, explained
+from quantkit.validation.online import ask_online
 from quantkit.validation.preflight import (
+    chat_of,
     check_integrity,
     longest_of,
     open_candidate,
@@ -57,7 +60,9 @@ class ValidateRequest:
 
     baseline: a directory or Hub name; "": what quantkit.json remembers. data: a text file instead
     of the held-out text. samples: windows of text, with twelve facts each. limit: most samples of
-    an lm-eval task. as_on: the GPU whose engine decides which activations are rounded ("": this).
+    an lm-eval task, chat and fewshot how they are asked. as_on: the GPU whose engine decides which
+    activations are rounded ("": this).
+    against_online: an engine's method that quantizes the baseline as it loads, a third column.
     broken_baseline: measure though the baseline answers nothing.
     """
 
@@ -71,8 +76,11 @@ class ValidateRequest:
     samples: int = 32
     tasks: tuple[str, ...] = ()
     limit: int | None = None
+    chat: bool = False
+    fewshot: int | None = None
     gates: tuple[str, ...] = ()
     against: Path | None = None
+    against_online: str = ""
     throughput: bool = True
     broken_baseline: bool = False
 
@@ -89,7 +97,9 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     opens = opener(request.engine)
     asked = [parse_gate(text) for text in request.gates]
     earlier = read_report(request.against) if request.against else None
-    tasks = choose_tasks(request.tasks, request.limit)
+    tasks = choose_tasks(request.tasks, request.limit, chat=request.chat, fewshot=request.fewshot)
+    served = "" if request.engine == "builtin" else request.engine
+    online = online_named(request.against_online, served) if request.against_online else None
     here = None if request.baseline else source_here(request.path, ui)
     candidate = open_candidate(request.path, str(here[0]) if here else request.baseline)
     device = resolve_device(request.device)
@@ -97,6 +107,12 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     refuse_unopenable(
         request.engine, candidate.path, Opening(device, request.kernel, request.as_on)
     )
+    if online is not None:
+        refuse_unopenable(
+            request.engine,
+            candidate.baseline.path,
+            Opening(device, as_on=request.as_on, online=online),
+        )
     integrity = check_integrity(candidate, staged(ui, "verify"))
     gates, loosened = gates_of(candidate, integrity, asked)
     gates, unasked = askable(gates, request.engine)
@@ -139,15 +155,17 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     refuse_missing_rows(base, [*text.windows.tolist(), *ids, *worked, *texts])
     questions = Questions(
         tokenizer, text, prompts, ids, asked_facts, exercises, worked, tasks, request.throughput,
-        longest,
+        longest, chat_of(info),
     )  # fmt: skip
 
     rounding = Opening(device, request.kernel, request.as_on, staged(ui, "load rounded to nearest"))
     told = False
 
-    def opened(path: Path, name: str, kernel: str, as_on: str = "") -> Subject:
+    def opened(
+        path: Path, name: str, kernel: str, as_on: str = "", online: Online | None = None
+    ) -> Subject:
         nonlocal told
-        subject = opens(path, Opening(device, kernel, as_on, staged(ui, f"load {name}")))
+        subject = opens(path, Opening(device, kernel, as_on, staged(ui, f"load {name}"), online))
         if not told:
             told = True
             say_how_long(
@@ -195,6 +213,13 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
             ours = ask_quantized(subject, questions, theirs, ui)
         finally:
             subject.close()
+    if online is not None:
+        with explained(f"The baseline {base.path}", their_need):
+            subject = opened(base.path, f"online {online.name}", "auto", request.as_on, online)
+            try:
+                report.online = ask_online(online, subject, questions, theirs, ours, ui)
+            finally:
+                subject.close()
     if cache.hits:
         report.notes.append(f"{cache.hits} measurements of the baseline came from the cache")
     stops = set(stop_tokens(base.path, base.config))

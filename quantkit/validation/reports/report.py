@@ -17,6 +17,7 @@ from quantkit.validation.judge.bootstrap import Measured
 from quantkit.validation.judge.metrics import PerWindow
 from quantkit.validation.judge.regression import Change
 from quantkit.validation.judge.verdicts import GateResult
+from quantkit.validation.online import OnlineResult
 from quantkit.validation.subjects.base import Throughput
 from quantkit.verification import LayerFidelity
 
@@ -42,7 +43,8 @@ class Report:
     what they were derived from; routing: of a mixture of experts, by decoder layer the share of
     tokens that the baseline's experts compute. reference: the baseline rounded to nearest in the
     checkpoint's formats, and the share of its loss that the checkpoint recovers. changes: since an
-    earlier report, where there is one.
+    earlier report, where there is one. online: the baseline as an engine's own method quantizes it
+    while it loads.
     """
 
     checkpoint: dict[str, Any]
@@ -63,6 +65,7 @@ class Report:
     routing: dict[int, float] = field(default_factory=dict)
     reference: dict[str, Any] | None = None
     changes: list[Change] | None = None
+    online: OnlineResult | None = None
     seconds: float = 0.0
 
     @property
@@ -109,6 +112,7 @@ class Report:
             "windows": {k: _list(v) for k, v in vars(self.windows).items()} if self.windows else {},
             "right": {name: [int(v) for v in value] for name, value in vars(self.right).items()},
             "regression": None if self.changes is None else [asdict(c) for c in self.changes],
+            "online": self.online and self.online.to_json(),
             "notes": self.notes,
             "warnings": self.warnings,
             "seconds": round(self.seconds, 1),
