@@ -5,7 +5,7 @@
     outcome = quantkit.quantize("MODEL", method="rtn_w4a16", out="DIR")
 
 `quantize`, `plan`, `export`, `verify`, `validate` and `load` do what the commands do
-(`quantkit/api.py`); their failures are the exceptions of `quantkit.errors`.
+(`quantkit/api/`); their failures are the exceptions of `quantkit.errors`.
 
 Importing this package loads the standard library only, the rest comes with the first use: the
 worker (`quantkit/backends/process/worker.py`) also starts in environments in which quantkit's own

@@ -1,17 +1,20 @@
-"""The Python API: what the commands do, as functions; `import quantkit` offers them lazily.
-
-Paths may be `str` or `Path`. Failures are the exceptions of `quantkit.errors`; Ctrl-C and an
-exception of the callback leave everything as it was. Heavy libraries are imported by the call.
-"""
+"""The functions of the main commands: quantize, plan, export, verify, validate, load."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from quantkit.checkpoint.progress import Progress
+from quantkit.api.given import (
+    Changes,
+    changes_of,
+    check_count,
+    engine_request,
+    listed,
+    serve_changes,
+)
+from quantkit.api.progress import ProgressCallback, Told
 from quantkit.errors import InputError, ReportError
 
 if TYPE_CHECKING:
@@ -19,31 +22,10 @@ if TYPE_CHECKING:
     from quantkit.pipeline.request import Outcome
     from quantkit.runtime.model import Runtime
     from quantkit.validation.reports.report import Report
-    from quantkit.verification import EngineRequest, VerifyReport
+    from quantkit.verification import VerifyReport
 
 SAMPLES = 32
 """Windows of text that `validate` asks about unless told otherwise."""
-
-
-@dataclass(frozen=True)
-class ProgressEvent:
-    """What a progress callback is told: a stage begins, it advances, or there is a note.
-
-    `done` of `total` steps or bytes of the stage are finished (total 0: unknown). `note` is
-    something to know, which quantkit.json keeps too; empty but for the kind "note".
-    """
-
-    kind: Literal["stage", "advance", "note"]
-    stage: str
-    done: int = 0
-    total: int = 0
-    unit: Literal["steps", "bytes"] = "steps"
-    note: str = ""
-
-
-ProgressCallback = Callable[[ProgressEvent], object]
-Changes = Mapping[str, Any] | Iterable[str]
-"""{"group_size": 64, "ignore+": ["re:.*o_proj"]}, or the texts that `--set` takes."""
 
 
 def quantize(
@@ -83,10 +65,10 @@ def quantize(
     from quantkit.pipeline.request import Request, chosen_recipe, executor_named
     from quantkit.recipe.units import parse_bytes
 
-    _count("--jobs", jobs, least=0)
+    check_count("--jobs", jobs, least=0)
     request = Request(
         model=str(model),
-        recipe=chosen_recipe(method, str(recipe), str(calibration), _changes(set)),
+        recipe=chosen_recipe(method, str(recipe), str(calibration), changes_of(set)),
         out=Path(out),
         checkpoint_save=None if checkpoint_save is None else Path(checkpoint_save),
         device=device,
@@ -98,7 +80,7 @@ def quantize(
         jobs=jobs,
         executor=executor_named(executor),
     )
-    return run(request, _Told(progress))
+    return run(request, Told(progress))
 
 
 def plan(
@@ -131,7 +113,7 @@ def plan(
     from quantkit.pipeline.quantize import plan_only, preflight
     from quantkit.pipeline.request import Request, chosen_recipe
 
-    changes = [*_changes(set), *_serve_changes(engine, tp, gpu)]
+    changes = [*changes_of(set), *serve_changes(engine, tp, gpu)]
     request = Request(
         model=str(model),
         recipe=chosen_recipe(method, str(recipe), str(calibration), changes),
@@ -145,7 +127,7 @@ def plan(
     if measure:
         from quantkit.pipeline.trial import measured_seconds
 
-        seconds = measured_seconds(request, source, decided, _Told(progress))
+        seconds = measured_seconds(request, source, decided, Told(progress))
     return report_of(source, decided, seconds)
 
 
@@ -177,7 +159,7 @@ def export(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )
-    return run(request, _Told(progress))
+    return run(request, Told(progress))
 
 
 def verify(
@@ -198,14 +180,14 @@ def verify(
     from quantkit.checkpoint.hub import resolve_model
     from quantkit.verification import verify as run
 
-    told = _Told(progress)
+    told = Told(progress)
     base = resolve_model(str(source)) if str(source) else None
     told.stage("verify")
     return run(
         Path(directory),
         base,
         progress=lambda done, _total: told.advance(done),
-        engines=_engine_request(engine, tp, gpu),
+        engines=engine_request(engine, tp, gpu),
     )
 
 
@@ -247,10 +229,10 @@ def validate(
     from quantkit.validation.run import ValidateRequest
     from quantkit.validation.run import validate as run
 
-    files = [Path(file) for file in _listed(reports)]
+    files = [Path(file) for file in listed(reports)]
     check_reports(files)
-    _count("--samples", samples)
-    _count("--limit", limit)
+    check_count("--samples", samples)
+    check_count("--limit", limit)
     request = ValidateRequest(
         path=Path(directory),
         baseline=str(baseline),
@@ -260,13 +242,13 @@ def validate(
         device=device,
         data=None if data is None else Path(data),
         samples=samples,
-        tasks=tuple(name for entry in _listed(tasks) for name in entry.split(",")),
+        tasks=tuple(name for entry in listed(tasks) for name in entry.split(",")),
         limit=limit,
-        gates=tuple(_listed(gates)),
+        gates=tuple(listed(gates)),
         against=None if against is None else Path(against),
         throughput=throughput,
     )
-    report = run(request, _Told(progress))
+    report = run(request, Told(progress))
     document = report.to_json()
     record(Path(directory), document)
     try:
@@ -295,106 +277,7 @@ def load(
     """
     from quantkit.runtime.load import load as run
 
-    steps = _Told(progress).steps("load")
+    steps = Told(progress).steps("load")
     return run(
         Path(directory), device=device, kernel=kernel, dtype=dtype, as_on=as_on, progress=steps
     )
-
-
-class _Told:
-    """The Reporter of the pipeline that tells one callback."""
-
-    def __init__(self, callback: ProgressCallback | None) -> None:
-        self._tell = callback or (lambda _event: None)
-        self._at = ProgressEvent("stage", "")
-
-    def stage(self, name: str, total: int = 0, unit: Literal["steps", "bytes"] = "steps") -> None:
-        self._at = ProgressEvent("stage", name, 0, total, unit)
-        self._tell(self._at)
-
-    def advance(self, done: int) -> None:
-        self._at = replace(self._at, kind="advance", done=done)
-        self._tell(self._at)
-
-    def note(self, text: str) -> None:
-        self._tell(replace(self._at, kind="note", note=text))
-
-    def steps(self, name: str) -> Progress:
-        """What hears (done, total), and begins the stage when it first does."""
-
-        def advance(done: int, total: int) -> None:
-            if self._at.stage != name:
-                self.stage(name, total)
-            self.advance(done)
-
-        return advance
-
-
-def _changes(given: Changes) -> list[str]:
-    from quantkit.recipe.load import as_changes
-
-    if isinstance(given, Mapping):
-        return as_changes(given)
-    return [given] if isinstance(given, str) else list(given)
-
-
-def _listed(given: Any) -> list[Any]:
-    """One value, or a sequence of them, as a list."""
-    return [given] if isinstance(given, str | Path) else list(given)
-
-
-def _count(what: str, value: int | None, least: int = 1) -> None:
-    if value is not None and value < least:
-        raise InputError(
-            f"{what} {value} is less than {least}.",
-            hint=f"for example {what} 8",
-            code="request.count",
-        )
-
-
-def _serve_changes(
-    engine: str | Sequence[str], tp: int | str | Sequence[int], gpu: str
-) -> list[str]:
-    """Where the result is served, as changes of the recipe; InputError for values that are none."""
-    from quantkit.engines import gpu_named
-
-    names, sizes = _engine_names(engine), _sizes(tp)
-    if gpu:
-        gpu_named(gpu)
-    named = {
-        "engines": f"[{','.join(names)}]" if names else "",
-        "tp": f"[{','.join(map(str, sizes))}]" if sizes else "",
-        "gpu": gpu,
-    }
-    return [f"serve.{key}={value}" for key, value in named.items() if value]
-
-
-def _engine_request(
-    engine: str | Sequence[str], tp: int | str | Sequence[int], gpu: str
-) -> EngineRequest | None:
-    from quantkit.verification import EngineRequest
-
-    names = _engine_names(engine)
-    return EngineRequest(names, _sizes(tp), gpu or None) if names else None
-
-
-def _engine_names(engine: str | Sequence[str]) -> tuple[str, ...]:
-    from quantkit.engines import engine_named
-
-    if isinstance(engine, str):
-        engine = engine.split(",") if engine else ()
-    return tuple(engine_named(name.strip()).engine for name in engine)
-
-
-def _sizes(tp: int | str | Sequence[int]) -> tuple[int, ...]:
-    """Tensor-parallel sizes: a number, numbers, or the text of `--tp` such as "1,2,4"."""
-    if isinstance(tp, str):
-        tp = tp.split(",") if tp else ()  # type: ignore[assignment]
-    sizes = [str(size).strip() for size in ([tp] if isinstance(tp, int) else tp)]
-    if not all(size.isdigit() and int(size) > 0 for size in sizes):
-        raise InputError(
-            f"--tp {','.join(sizes)} is no list of tensor-parallel sizes.",
-            hint="for example --tp 1,2,4,8",
-            code="request.tp",
-        )
-    return tuple(map(int, sizes))

@@ -1,0 +1,13 @@
+"""The Python API: what the commands do, as functions; `import quantkit` offers them lazily.
+
+Paths may be `str` or `Path`. Failures are the exceptions of `quantkit.errors`; Ctrl-C and an
+exception of the callback leave everything as it was. Heavy libraries are imported by the call.
+"""
+
+from quantkit.api.checkpoints import SAMPLES, export, load, plan, quantize, validate, verify
+from quantkit.api.progress import ProgressCallback, ProgressEvent
+
+__all__ = [
+    "SAMPLES", "ProgressCallback", "ProgressEvent", "export", "load", "plan", "quantize",
+    "validate", "verify",
+]  # fmt: skip
