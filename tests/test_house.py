@@ -60,6 +60,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("forecast", "judge"),
         ("reports",),
         ("run",),
+        ("search",),
+        ("sweep",),
     ),
 }  # fmt: skip
 """The same inside the large rooms: a folder (or a file) imports what stands in earlier rows."""
@@ -190,7 +192,7 @@ FLAGS = {
     "quantize": {
         "--out", "--method", "--recipe", "--calibration", "--set", "--checkpoint-save", "--device",
         "--python", "--trust-remote-code", "--overwrite", "--resume", "--memory", "--jobs",
-        "--executor", "--dry-run", "--json",
+        "--executor", "--engine", "--gpu", "--dry-run", "--json",
     },
     "export": {
         "--restore", "--out", "--model", "--device", "--python", "--trust-remote-code",
@@ -201,6 +203,10 @@ FLAGS = {
         "--baseline", "--engine", "--kernel", "--as-on", "--device", "--data", "--samples",
         "--tasks", "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
     },
+    "analyze": {
+        "--schemes", "--data", "--samples", "--engine", "--device", "--report", "--json",
+    },
+    "sweep": {"--out", "--resume", "--against", "--jobs", "--device", "--json"},
     "plan": {
         "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",
         "--trust-remote-code", "--json",

@@ -15,6 +15,7 @@ from quantkit.api.given import (
     serve_changes,
 )
 from quantkit.api.progress import ProgressCallback, Told
+from quantkit.api.search import AUTO
 from quantkit.errors import InputError, ReportError
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def quantize(
     recipe: str | Path = "",
     set: Changes = (),
     calibration: str | Path = "",
+    engine: str | Sequence[str] = (),
+    gpu: str = "",
     device: str = "auto",
     checkpoint_save: str | Path | None = None,
     python: str | Path | None = None,
@@ -50,8 +53,11 @@ def quantize(
     """Quantize a Hugging Face directory or Hub name into a checkpoint that is verified before it
     appears.
 
-    method, recipe: exactly one, a name of `quantkit methods` or a YAML file; `set` changes it.
+    method, recipe: exactly one, a name of `quantkit methods` or a YAML file; `set` changes it. The
+    method "auto" searches a recipe (`set`: target_bits, max_bytes or max_kl) and writes it to
+    OUT.recipe.yaml, what it measured to OUT.search.json.
     calibration: a mixture's name or a data file, instead of the recipe's.
+    engine, gpu: engines ("vllm", "sglang") that must load the result, and the device it is for.
     checkpoint_save: also keep the fake-quantized state in this .pth file, for `export`.
     python: the interpreter that has the backend's library.
     resume: go on with a run of the same request that was stopped.
@@ -66,9 +72,24 @@ def quantize(
     from quantkit.recipe.units import parse_bytes
 
     check_count("--jobs", jobs, least=0)
+    changes = [*changes_of(set), *serve_changes(engine, (), gpu)]
+    if method == AUTO and not str(recipe):
+        from quantkit.validation.search.resolve import searched_recipe
+
+        recipe = searched_recipe(
+            str(model),
+            Path(out),
+            changes,
+            Told(progress),
+            device=device,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            resume=resume,
+        )
+        method, changes = "", []
     request = Request(
         model=str(model),
-        recipe=chosen_recipe(method, str(recipe), str(calibration), changes_of(set)),
+        recipe=chosen_recipe(method, str(recipe), str(calibration), changes),
         out=Path(out),
         checkpoint_save=None if checkpoint_save is None else Path(checkpoint_save),
         device=device,

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from quantkit import __version__
 from quantkit.cli import (
+    analyze,
     calibration,
     demo,
     env,
@@ -21,6 +22,7 @@ from quantkit.cli import (
     platforms,
     quantize,
     recipes,
+    sweep,
     validate,
     verify,
 )
@@ -52,6 +54,8 @@ app.command("export")(export.export_command)
 app.command("verify")(verify.verify_command)
 app.command("validate")(validate.validate_command)
 app.command("plan")(plan.plan_command)
+app.command("analyze")(analyze.analyze_command)
+app.command("sweep")(sweep.sweep_command)
 app.command("launch")(launch.launch_command)
 app.command("methods")(methods.methods_command)
 app.command("platforms")(platforms.platforms_command)

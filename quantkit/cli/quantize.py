@@ -28,6 +28,8 @@ def quantize_command(
         str, typer.Option("--calibration", help="A mixture's name or a data file.")
     ] = "",
     sets: options.Sets = [],  # noqa: B006
+    engine: options.Engines = "",
+    gpu: options.GpuName = "",
     checkpoint_save: Annotated[
         Path | None,
         typer.Option(
@@ -76,6 +78,8 @@ def quantize_command(
                 recipe=recipe,
                 set=sets,
                 calibration=calibration,
+                engine=engine,
+                gpu=gpu,
                 strict=True,
                 device=device,
                 checkpoint_save=checkpoint_save,
@@ -93,6 +97,8 @@ def quantize_command(
             out=out,
             set=sets,
             calibration=calibration,
+            engine=engine,
+            gpu=gpu,
             device=device,
             checkpoint_save=checkpoint_save,
             python=python,

@@ -27,12 +27,14 @@ from quantkit.recipe.documents import parse_yaml
 from quantkit.recipe.load import as_changes
 from quantkit.runtime.model import Runtime
 from quantkit.validation.reports.report import Report
+from quantkit.validation.search.analyze import Sensitivity
+from quantkit.validation.sweep.run import SweepReport
 from quantkit.verification import VerifyReport
 from tests.support.cli import inside
 
 ROOT = Path(__file__).parents[2]
-FUNCTIONS = ("quantize", "plan", "export", "verify", "validate", "load")
-RETURNED = (Outcome, PlanReport, VerifyReport, Report, Runtime)
+FUNCTIONS = ("quantize", "plan", "export", "verify", "validate", "analyze", "sweep", "load")
+RETURNED = (Outcome, PlanReport, VerifyReport, Report, Sensitivity, SweepReport, Runtime)
 SOBER = ["canary_failures<=8", "canary_drift<=100"]
 
 
@@ -317,6 +319,8 @@ def test_commands_hand_everything_to_the_api(
         "export": ["--restore", tmp_path / "s.pth", "--out", tmp_path / "y"],
         "verify": [llama],
         "validate": [llama],
+        "analyze": [llama],
+        "sweep": [tmp_path / "s.yaml", "--out", tmp_path / "y"],
     }
 
     def caught(*args: Any, **kwargs: Any) -> None:

@@ -140,7 +140,21 @@ class LayerMaker:
         biases = self.tensor(bias, (len(whole), shape[0])) if bias else [None] * len(whole)
         weights = [one.T if transposed else one for one in whole[:count]]
         pairs = zip(weights, biases[:count], strict=True)
-        return [PlainLinear(weight.contiguous(), one) for weight, one in pairs]
+        return [
+            self.plain([f"{name}[{number}]"], [shape], weight.contiguous(), one)
+            for number, (weight, one) in enumerate(pairs)
+        ]
+
+    def plain(
+        self,
+        names: Sequence[str],  # noqa: ARG002  who watches layers wants to know which
+        shapes: Sequence[tuple[int, int]],  # noqa: ARG002
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> nn.Module:
+        """The module of 16-bit layers whose weights [out, in] lie one below the other in `weight`,
+        as their biases do; an expert of a 3-D tensor is called NAME[number]."""
+        return PlainLinear(weight, bias)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None) -> torch.Tensor:
         """A 16-bit tensor on the device."""
@@ -171,7 +185,7 @@ class LayerMaker:
 
     def _plain(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: bool
-    ) -> PlainLinear:
+    ) -> nn.Module:
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
         biases: list[torch.Tensor | None] = []
@@ -183,12 +197,12 @@ class LayerMaker:
             biases.append(self.source.bias(name, shape[0], self.dtype, bias))
             start += shape[0]
         if all(one is None for one in biases):
-            return PlainLinear(weight, None)
+            return self.plain(names, shapes, weight, None)
         whole = [
             weight.new_zeros(shape[0]) if one is None else one.to(self.device)
             for one, shape in zip(biases, shapes, strict=True)
         ]
-        return PlainLinear(weight, torch.cat(whole))
+        return self.plain(names, shapes, weight, torch.cat(whole))
 
 
 def _to(weight: QuantWeight, device: torch.device) -> QuantWeight:
