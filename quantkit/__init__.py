@@ -4,8 +4,8 @@
 
     outcome = quantkit.quantize("MODEL", method="rtn_w4a16", out="DIR")
 
-`quantize`, `plan`, `export`, `verify`, `validate`, `analyze`, `sweep` and `load` do what the
-commands do (`quantkit/api/`); their failures are the exceptions of `quantkit.errors`.
+`quantize`, `plan`, `export`, `verify`, `validate`, `analyze`, `sweep`, `push` and `load` do
+what the commands do (`quantkit/api/`); their failures are the exceptions of `quantkit.errors`.
 
 Importing this package loads the standard library only, the rest comes with the first use: the
 worker (`quantkit/backends/process/worker.py`) also starts in environments in which quantkit's own
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         export,
         load,
         plan,
+        push,
         quantize,
         sweep,
         validate,
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ProgressEvent", "analyze", "errors", "export", "load", "plan", "quantize", "sweep",
-    "validate", "verify",
+    "ProgressEvent", "analyze", "errors", "export", "load", "plan", "push", "quantize",
+    "sweep", "validate", "verify",
 ]  # fmt: skip
 
 

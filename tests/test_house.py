@@ -192,7 +192,7 @@ FLAGS = {
     "quantize": {
         "--out", "--method", "--recipe", "--calibration", "--set", "--checkpoint-save", "--device",
         "--python", "--trust-remote-code", "--overwrite", "--resume", "--memory", "--jobs",
-        "--executor", "--engine", "--gpu", "--dry-run", "--json",
+        "--executor", "--engine", "--gpu", "--push", "--dry-run", "--json",
     },
     "export": {
         "--restore", "--out", "--model", "--device", "--python", "--trust-remote-code",
@@ -207,6 +207,7 @@ FLAGS = {
         "--schemes", "--data", "--samples", "--engine", "--device", "--report", "--json",
     },
     "sweep": {"--out", "--resume", "--against", "--jobs", "--device", "--json"},
+    "push": {"--public", "--force", "--json"},
     "plan": {
         "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",
         "--trust-remote-code", "--json",

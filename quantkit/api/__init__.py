@@ -7,9 +7,10 @@ exception of the callback leave everything as it was. Heavy libraries are import
 from quantkit.api.checkpoints import SAMPLES, export, load, plan, quantize, validate, verify
 from quantkit.api.progress import ProgressCallback, ProgressEvent
 from quantkit.api.search import SCHEMES, WINDOWS, analyze
+from quantkit.api.ship import push
 from quantkit.api.sweep import sweep
 
 __all__ = [
     "SAMPLES", "SCHEMES", "WINDOWS", "ProgressCallback", "ProgressEvent", "analyze", "export",
-    "load", "plan", "quantize", "sweep", "validate", "verify",
+    "load", "plan", "push", "quantize", "sweep", "validate", "verify",
 ]  # fmt: skip

@@ -48,6 +48,7 @@ def quantize(
     memory: int | str | None = None,
     jobs: int | None = None,
     executor: str = "local",
+    push: str = "",
     progress: ProgressCallback | None = None,
 ) -> Outcome:
     """Quantize a Hugging Face directory or Hub name into a checkpoint that is verified before it
@@ -61,17 +62,22 @@ def quantize(
     checkpoint_save: also keep the fake-quantized state in this .pth file, for `export`.
     python: the interpreter that has the backend's library.
     resume: go on with a run of the same request that was stopped.
+    push: validate the result, then send it to this private repository of the Hub.
     memory (bytes, or "2GB"), jobs (0: as many fit), executor ("local", "ray"): of rtn_* methods.
 
     Raises InputError for what is wrong with the request or the model (before any work),
     BackendError when the library failed, CheckError when the result did not verify; `out` is then
-    as it was.
+    as it was. With `push` a CheckError may also say that a gate failed: `out` is then there.
     """
     from quantkit.pipeline.quantize import quantize as run
     from quantkit.pipeline.request import Request, chosen_recipe, executor_named
     from quantkit.recipe.units import parse_bytes
 
     check_count("--jobs", jobs, least=0)
+    if push:
+        from quantkit.pipeline.push import check_name
+
+        check_name(push)
     changes = [*changes_of(set), *serve_changes(engine, (), gpu)]
     if method == AUTO and not str(recipe):
         from quantkit.validation.search.resolve import searched_recipe
@@ -101,7 +107,14 @@ def quantize(
         jobs=jobs,
         executor=executor_named(executor),
     )
-    return run(request, Told(progress))
+    if not push:
+        return run(request, Told(progress))
+    from quantkit.pipeline.push import push as send
+
+    outcome = run(request, Told(progress))
+    validate(out, baseline=model, device=device, throughput=False, progress=progress)
+    send(Path(out), push, Told(progress), public=False)
+    return outcome
 
 
 def plan(

@@ -20,6 +20,7 @@ from quantkit.cli import (
     methods,
     plan,
     platforms,
+    push,
     quantize,
     recipes,
     sweep,
@@ -56,6 +57,7 @@ app.command("validate")(validate.validate_command)
 app.command("plan")(plan.plan_command)
 app.command("analyze")(analyze.analyze_command)
 app.command("sweep")(sweep.sweep_command)
+app.command("push")(push.push_command)
 app.command("launch")(launch.launch_command)
 app.command("methods")(methods.methods_command)
 app.command("platforms")(platforms.platforms_command)

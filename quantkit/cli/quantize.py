@@ -56,6 +56,10 @@ def quantize_command(
     executor: Annotated[
         str, typer.Option("--executor", help="Where an rtn_* run works: local or ray.")
     ] = "local",
+    push: Annotated[
+        str,
+        typer.Option("--push", help="Validate the result, then push it to this repository."),
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -108,6 +112,7 @@ def quantize_command(
             memory=memory or None,
             jobs=jobs,
             executor=executor,
+            push=push,
             progress=ui.follow,
         )
     finally:

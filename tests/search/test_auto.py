@@ -10,6 +10,7 @@ import pytest
 
 from quantkit.recipe.load import read_recipe
 from tests.support.cli import inside, said
+from tests.support.tiny import byte_llama
 
 BUDGET = (
     "--set", "schemes=[w4a16:64,fp8_dynamic]", "--set", "samples=2", "--engine", "vllm",
@@ -18,10 +19,15 @@ BUDGET = (
 
 
 @pytest.fixture(scope="module")
-def found(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return byte_llama(tmp_path_factory.mktemp("model") / "llama", hidden=128, wide=256)
+
+
+@pytest.fixture(scope="module")
+def found(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("auto") / "found"
     code, told = said(
-        "quantize", small_model, "--method", "auto", "--set", "target_bits=5.4", *BUDGET,
+        "quantize", llama, "--method", "auto", "--set", "target_bits=5.4", *BUDGET,
         "--out", out,
     )  # fmt: skip
     assert code == 0, told
@@ -39,20 +45,20 @@ def test_it_keeps_the_budget_with_the_best_of_what_was_measured(found: Path) -> 
     assert not found.with_name("found.search").exists()
 
 
-def test_its_recipe_makes_the_same_bytes(found: Path, small_model: Path, tmp_path: Path) -> None:
+def test_its_recipe_makes_the_same_bytes(found: Path, llama: Path, tmp_path: Path) -> None:
     recipe = found.with_name("found.recipe.yaml")
     resolved, _ = read_recipe(str(recipe))
     assert resolved.serve.engines == ["vllm"]
     out = tmp_path / "again"
-    code, told = said("quantize", small_model, "--recipe", recipe, "--out", out)
+    code, told = said("quantize", llama, "--recipe", recipe, "--out", out)
     assert code == 0, told
     for name in ("model.safetensors", "config.json"):
         assert (out / name).read_bytes() == (found / name).read_bytes()
 
 
-def test_what_is_there_is_not_overwritten(found: Path, small_model: Path, tmp_path: Path) -> None:
+def test_what_is_there_is_not_overwritten(found: Path, llama: Path, tmp_path: Path) -> None:
     (tmp_path / "x.recipe.yaml").write_text("mine")
-    words = ("quantize", small_model, "--method", "auto", "--set", "target_bits=5.4", *BUDGET)
+    words = ("quantize", llama, "--method", "auto", "--set", "target_bits=5.4", *BUDGET)
     assert inside(*words, "--out", tmp_path / "x")[1] == "search.exists"
     assert inside(*words, "--out", found)[1] == "output.exists"
     assert (tmp_path / "x.recipe.yaml").read_text() == "mine"
@@ -62,7 +68,8 @@ def test_what_is_there_is_not_overwritten(found: Path, small_model: Path, tmp_pa
     ("sets", "code", "telling"),
     [
         (["target_bits=3"], "search.unreachable", "4.250 bits a weight"),
-        (["max_bytes=1MB"], "search.unreachable", "a checkpoint of"),
+        (["max_bytes=100KB"], "search.unreachable", "a checkpoint of"),
+        (["target_bits=16"], "search.nothing_to_do", "16 bit"),
         (["target_bits=5", "group_size=32"], "search.own_key", "group_size"),
         (["target_bits=5", "schemes=[w3a16]"], "search.unwritten", "w3a16"),
         (["target_bits=5", "schemes=[w4a17]"], "search.unknown_scheme", "w4a17"),
@@ -70,20 +77,20 @@ def test_what_is_there_is_not_overwritten(found: Path, small_model: Path, tmp_pa
     ],
 )
 def test_what_cannot_be_met_is_refused_before_the_work(
-    sets: list[str], code: str, telling: str, small_model: Path, tmp_path: Path
+    sets: list[str], code: str, telling: str, llama: Path, tmp_path: Path
 ) -> None:
     asked = [word for change in sets for word in ("--set", change)]
     before = BUDGET if not any("schemes" in change for change in sets) else BUDGET[2:]
-    end = inside("quantize", small_model, "--method", "auto", *before, *asked, "--out",
+    end = inside("quantize", llama, "--method", "auto", *before, *asked, "--out",
                  tmp_path / "out")  # fmt: skip
     assert end[1] == code, end
     assert telling in end[2]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_schemes_that_the_gpu_does_not_run_are_left_out(small_model: Path, tmp_path: Path) -> None:
+def test_schemes_that_the_gpu_does_not_run_are_left_out(llama: Path, tmp_path: Path) -> None:
     end = inside(
-        "quantize", small_model, "--method", "auto", "--set", "target_bits=8.5", "--engine", "vllm",
+        "quantize", llama, "--method", "auto", "--set", "target_bits=8.5", "--engine", "vllm",
         "--gpu", "mi300x", "--set", "schemes=[nvfp4a16]", "--out", tmp_path / "out",
     )  # fmt: skip
     assert end[1] == "search.nothing_loads", end

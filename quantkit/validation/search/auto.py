@@ -114,7 +114,7 @@ def search(request: SearchRequest, ui: Reporter) -> Found:
     source = open_checkpoint(resolve_model(request.model))
     space = _space(request, source)
     if request.budget.max_kl is None:
-        _refuse_too_small(request.budget, space)
+        _refuse_budget(request.budget, space)
     text = read_text(source, None, request.budget.samples)
     measured = sensitivity(
         source,
@@ -289,20 +289,21 @@ def _under_kl(
 def _measured(
     space: _Space, choices: Sequence[Choice], assignment: Assignment, whole: Whole
 ) -> Candidate:
-    if set(assignment.values()) == {KEPT}:
-        raise InputError(
-            "The target leaves every layer in 16 bit.",
-            hint="a smaller target_bits or max_bytes",
-            code="search.nothing_to_do",
-        )
     recipe = recipe_of("auto", space.base, space.groups, space.fits, assignment)
     sums = totals(choices, assignment)
     kl, size = whole.measure(recipe)
     return Candidate(assignment, recipe, sums.kl, sums.bits / space.weights, size, kl)
 
 
-def _refuse_too_small(budget: Budget, space: _Space) -> None:
-    """InputError with the least that can be reached, where the budget is below it."""
+def _refuse_budget(budget: Budget, space: _Space) -> None:
+    """InputError with the least that can be reached, where the budget is below it, and for one that
+    16 bit keeps."""
+    if 16.0 * space.weights <= _most_bits(budget, space):
+        raise InputError(
+            f"{budget.described} leaves every layer in 16 bit.",
+            hint="a smaller target_bits or max_bytes",
+            code="search.nothing_to_do",
+        )
     bits = sum(
         min((group.bits(scheme) for scheme in space.fits[group.name].values()),
             default=group.bits(None))

@@ -47,6 +47,11 @@ class RecipeChoice(_Strict):
     set: Set = []
 
 
+def _named(value: object) -> object:
+    """A method's name alone as a choice without changes."""
+    return {"method": value} if isinstance(value, str) else value
+
+
 class Setting(_Strict):
     """What is changed in every recipe."""
 
@@ -67,7 +72,7 @@ class SweepFile(_Strict):
     """The keys of the file."""
 
     models: list[str] = Field(min_length=1)
-    recipes: list[str | RecipeChoice] = Field(min_length=1)
+    recipes: list[Annotated[RecipeChoice, BeforeValidator(_named)]] = Field(min_length=1)
     settings: list[Setting] = [Setting()]
     validate_: Validation = Field(Validation(), alias="validate")
 
@@ -124,8 +129,7 @@ def read_sweep(file: Path) -> tuple[SweepFile, list[Cell]]:
     for name in asked.models:
         path = resolve_model(_beside(root, name))
         identity = source_identity(open_checkpoint(path))
-        for entry in asked.recipes:
-            choice = RecipeChoice(method=entry) if isinstance(entry, str) else entry
+        for choice in asked.recipes:
             method = _beside(root, choice.method)
             for setting in asked.settings:
                 sets = (*choice.set, *setting.set)
@@ -164,7 +168,7 @@ def _beside(root: Path, name: str) -> str:
 
 
 def _locate(location: Location) -> tuple[list[str], list[str]]:
-    keys = [str(part) for part in location if part not in ("RecipeChoice", "str")]
+    keys = [str(part) for part in location]
     inside: dict[str, type[BaseModel]] = {
         "recipes": RecipeChoice, "settings": Setting, "validate": Validation,
     }  # fmt: skip
