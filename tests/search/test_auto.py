@@ -91,6 +91,6 @@ def test_what_cannot_be_met_is_refused_before_the_work(
 def test_schemes_that_the_gpu_does_not_run_are_left_out(llama: Path, tmp_path: Path) -> None:
     end = inside(
         "quantize", llama, "--method", "auto", "--set", "target_bits=8.5", "--engine", "vllm",
-        "--gpu", "mi300x", "--set", "schemes=[nvfp4a16]", "--out", tmp_path / "out",
+        "--gpu", "910b", "--set", "schemes=[nvfp4a16]", "--out", tmp_path / "out",
     )  # fmt: skip
     assert end[1] == "search.nothing_loads", end

@@ -20,10 +20,13 @@ from quantkit.backends.registry.rtn import RTN
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import resolve_model
 from quantkit.checkpoint.schemes import Scheme
+from quantkit.engines import NAMES, gpu_named
+from quantkit.engines.capability import runs_on
 from quantkit.errors import InputError
 from quantkit.pipeline.engine_view import verdicts
 from quantkit.pipeline.plan import Plan, make_plan
 from quantkit.recipe.model import Recipe
+from quantkit.validation.ask.data import EvalText
 from quantkit.validation.search.analyze import Sensitivity, fitting, read_text, sensitivity
 from quantkit.validation.search.assign import (
     Assignment,
@@ -112,10 +115,23 @@ def search(request: SearchRequest, ui: Reporter) -> Found:
     can, and for whatever speaks against the model or the schemes."""
     ui.stage("plan")
     source = open_checkpoint(resolve_model(request.model))
-    space = _space(request, source)
+    space = space_of(request, source)
     if request.budget.max_kl is None:
         _refuse_budget(request.budget, space)
     text = read_text(source, None, request.budget.samples)
+    measured, choices = estimates(request, space, source, text, ui)
+    whole = Whole(request.model, source, text.windows, request.work, request.device, ui)
+    try:
+        found = candidates(request, space, choices, whole)
+    finally:
+        shutil.rmtree(request.work, ignore_errors=True)
+    return Found(min(found, key=lambda one: one.kl), tuple(found), request.budget, measured)
+
+
+def estimates(
+    request: SearchRequest, space: Space, source: Checkpoint, text: EvalText, ui: Reporter
+) -> tuple[Sensitivity, list[Choice]]:
+    """What each scheme costs each group; all choices, those to leave it in 16 bit among them."""
     measured = sensitivity(
         source,
         request.model,
@@ -129,17 +145,11 @@ def search(request: SearchRequest, ui: Reporter) -> Found:
         ui,
     )
     cells = [Choice(c.group, c.scheme, c.kl, c.bits) for c in measured.cells]
-    choices = with_kept(cells, {group.name: group.weights for group in space.groups})
-    whole = Whole(request.model, source, text.windows, request.work, request.device, ui)
-    try:
-        found = _candidates(request, space, choices, whole)
-    finally:
-        shutil.rmtree(request.work, ignore_errors=True)
-    return Found(min(found, key=lambda one: one.kl), tuple(found), request.budget, measured)
+    return measured, with_kept(cells, {group.name: group.weights for group in space.groups})
 
 
 @dataclass(frozen=True)
-class _Space:
+class Space:
     """What may be assigned: `fits` is group → title → scheme as it fits and loads; `fixed` the
     bytes of everything else in the checkpoint."""
 
@@ -153,14 +163,17 @@ class _Space:
 
     @property
     def used(self) -> set[str]:
+        """Schemes that some group may get."""
         return {title for found in self.fits.values() for title in found}
 
     @property
     def weights(self) -> int:
+        """How many weights are assigned."""
         return sum(group.weights for group in self.groups)
 
 
-def _space(request: SearchRequest, source: Checkpoint) -> _Space:
+def space_of(request: SearchRequest, source: Checkpoint) -> Space:
+    """The groups and what each may get. Raises InputError, as `search`."""
     schemes = schemes_named(request.budget.schemes)
     if unwritten := [t for t, s in schemes.items() if s.name not in RTN.methods]:
         raise InputError(
@@ -190,7 +203,7 @@ def _space(request: SearchRequest, source: Checkpoint) -> _Space:
     fits = {group.name: fitting(group, schemes) for group in groups}
     own_bits = sum(group.bits(schemes_named(["w8a16"])["w8a16"]) for group in groups)
     fixed = plan.estimate.output - round(own_bits / 8)
-    space = _Space(groups, schemes, fits, base, recipe,
+    space = Space(groups, schemes, fits, base, recipe,
                    next(iter(recipe.serve.engines), "vllm"), fixed)  # fmt: skip
     if recipe.serve.engines:
         _leave_what_loads(space, source, request)
@@ -201,10 +214,20 @@ def _plan(source: Checkpoint, recipe: Recipe, request: SearchRequest) -> Plan:
     return make_plan(source, recipe, trust_remote_code=request.trust_remote_code)
 
 
-def _leave_what_loads(space: _Space, source: Checkpoint, request: SearchRequest) -> None:
-    """Take out of `space.fits` what an engine of the recipe refuses: of a scheme everywhere, else
-    group by group."""
+def _leave_what_loads(space: Space, source: Checkpoint, request: SearchRequest) -> None:
+    """Take out of `space.fits` what an engine of the recipe refuses: a scheme that it has no kernel
+    for on the GPU everywhere, others group by group."""
+    serve = space.base_recipe.serve
     reasons: dict[str, str] = {}
+    for title, scheme in space.schemes.items():
+        method = RTN.methods[scheme.name]
+        for engine in serve.engines if serve.gpu else ():
+            gpu = gpu_named(serve.gpu or "")
+            if runs_on(engine, method.layout, method.algorithm, scheme.name, gpu) == "no":
+                reasons[title] = f"{NAMES[engine]} has no kernel for it on {gpu.name}"
+    for found in space.fits.values():
+        for title in reasons:
+            found.pop(title, None)
 
     def refuses(title: str, groups: Sequence[Group]) -> bool:
         inside = {group.name for group in groups if title in space.fits[group.name]}
@@ -227,13 +250,14 @@ def _leave_what_loads(space: _Space, source: Checkpoint, request: SearchRequest)
         told = "; ".join(f"{title}: {why}" for title, why in reasons.items())
         raise InputError(
             f"No scheme of {', '.join(space.schemes)} loads: {told}.",
-            hint=f"--set schemes=[...] of {', '.join(RTN.methods)}, or another --engine or --gpu",
+            hint="quantkit platforms  # what runs where; --set schemes=[...] of "
+            f"{', '.join(RTN.methods)}",
             code="search.nothing_loads",
         )
 
 
-def _candidates(
-    request: SearchRequest, space: _Space, choices: Sequence[Choice], whole: Whole
+def candidates(
+    request: SearchRequest, space: Space, choices: Sequence[Choice], whole: Whole
 ) -> list[Candidate]:
     """The winner by estimate and its neighbours, each measured."""
     budget = request.budget
@@ -251,7 +275,7 @@ def _candidates(
     return found
 
 
-def _most_bits(budget: Budget, space: _Space) -> float:
+def _most_bits(budget: Budget, space: Space) -> float:
     if budget.max_bytes is not None:
         return (budget.max_bytes - space.fixed) * 8.0
     assert budget.target_bits is not None
@@ -260,7 +284,7 @@ def _most_bits(budget: Budget, space: _Space) -> float:
 
 def _under_kl(
     request: SearchRequest,
-    space: _Space,
+    space: Space,
     choices: Sequence[Choice],
     whole: Whole,
     most: float,
@@ -287,7 +311,7 @@ def _under_kl(
 
 
 def _measured(
-    space: _Space, choices: Sequence[Choice], assignment: Assignment, whole: Whole
+    space: Space, choices: Sequence[Choice], assignment: Assignment, whole: Whole
 ) -> Candidate:
     recipe = recipe_of("auto", space.base, space.groups, space.fits, assignment)
     sums = totals(choices, assignment)
@@ -295,7 +319,7 @@ def _measured(
     return Candidate(assignment, recipe, sums.kl, sums.bits / space.weights, size, kl)
 
 
-def _refuse_budget(budget: Budget, space: _Space) -> None:
+def _refuse_budget(budget: Budget, space: Space) -> None:
     """InputError with the least that can be reached, where the budget is below it, and for one that
     16 bit keeps."""
     if 16.0 * space.weights <= _most_bits(budget, space):
