@@ -58,6 +58,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("preflight", "subjects"),
         ("ask", "memory"),
         ("forecast", "judge"),
+        ("online",),
         ("reports",),
         ("run",),
         ("search",),
@@ -201,7 +202,8 @@ FLAGS = {
     "verify": {"--source", "--engine", "--tp", "--gpu", "--json"},
     "validate": {
         "--baseline", "--engine", "--kernel", "--as-on", "--device", "--data", "--samples",
-        "--tasks", "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
+        "--tasks", "--limit", "--chat", "--fewshot", "--gate", "--report", "--against",
+        "--against-online", "--no-throughput", "--json",
     },
     "analyze": {
         "--schemes", "--data", "--samples", "--engine", "--device", "--report", "--json",
@@ -213,7 +215,7 @@ FLAGS = {
         "--trust-remote-code", "--json",
     },
     "methods": {"--json"},
-    "launch": {"--engine", "--tp", "--exec", "--json"},
+    "launch": {"--engine", "--tp", "--gpu", "--online", "--exec", "--json"},
     "platforms": {"--method", "--gpu", "--json"},
     "kernels": {"--kernel", "--as-on", "--device", "--json"},
     "demo": {"--method", "--out", "--set", "--moe", "--json"},

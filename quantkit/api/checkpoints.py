@@ -10,9 +10,7 @@ from quantkit.api.given import (
     Changes,
     changes_of,
     check_count,
-    engine_request,
     listed,
-    serve_changes,
 )
 from quantkit.api.progress import ProgressCallback, Told
 from quantkit.api.search import AUTO
@@ -71,6 +69,7 @@ def quantize(
     """
     from quantkit.pipeline.quantize import quantize as run
     from quantkit.pipeline.request import Request, chosen_recipe, executor_named
+    from quantkit.pipeline.serve_words import serve_changes
     from quantkit.recipe.units import parse_bytes
 
     check_count("--jobs", jobs, least=0)
@@ -146,6 +145,7 @@ def plan(
     from quantkit.pipeline.plan_report import report_of
     from quantkit.pipeline.quantize import plan_only, preflight
     from quantkit.pipeline.request import Request, chosen_recipe
+    from quantkit.pipeline.serve_words import serve_changes
 
     changes = [*changes_of(set), *serve_changes(engine, tp, gpu)]
     request = Request(
@@ -212,6 +212,7 @@ def verify(
     only a path that cannot be read raises InputError.
     """
     from quantkit.checkpoint.hub import resolve_model
+    from quantkit.pipeline.serve_words import engine_request
     from quantkit.verification import verify as run
 
     told = Told(progress)
@@ -237,9 +238,12 @@ def validate(
     samples: int = SAMPLES,
     tasks: str | Sequence[str] = (),
     limit: int | None = None,
+    chat: bool = False,
+    fewshot: int | None = None,
     gates: str | Sequence[str] = (),
     reports: str | Path | Sequence[str | Path] = (),
     against: str | Path | None = None,
+    against_online: str = "",
     throughput: bool = True,
     progress: ProgressCallback | None = None,
 ) -> Report:
@@ -249,9 +253,11 @@ def validate(
     engine, kernel: what runs both models ("builtin", "vllm", …), and the built-in one's kernel.
     as_on: the GPU (h100, b200, …) as whose engine activations are rounded; "": this.
     data: a text file instead of the held-out text; samples: windows of 512 tokens of it.
-    tasks, limit: lm-eval tasks, and the most samples of each.
+    tasks, limit: lm-eval tasks, and the most samples of each; chat: through the chat template;
+    fewshot: answered examples before each question (None: as the task has it).
     gates: such as "ppl_ratio<=1.02", beside those of the scheme and the recipe.
     reports: files to write (.json, .md, .html, .xml); against: an earlier .json to compare with.
+    against_online: an engine's method ("fp8", "sglang:fp8") for the baseline, as a third column.
 
     A gate that fails is no exception: see `Report.ok` and `.gates`. The result is also written into
     the checkpoint's quantkit.json and model card. Raises InputError before anything is generated,
@@ -278,8 +284,11 @@ def validate(
         samples=samples,
         tasks=tuple(name for entry in listed(tasks) for name in entry.split(",")),
         limit=limit,
+        chat=chat,
+        fewshot=fewshot,
         gates=tuple(listed(gates)),
         against=None if against is None else Path(against),
+        against_online=against_online,
         throughput=throughput,
     )
     report = run(request, Told(progress))

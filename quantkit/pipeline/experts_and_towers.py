@@ -31,9 +31,7 @@ def refuse_beyond_dense(checkpoint: Checkpoint, plan: Plan, model: str) -> None:
 def _refusal(checkpoint: Checkpoint, plan: Plan, model: str, what: str) -> InputError:
     streamed = f"rtn_{plan.recipe.scheme}"
     method = streamed if streamed in recipe_files() else "rtn_fp8_dynamic"
-    biased = any(name.endswith("_proj_bias") for name in checkpoint.tensors)
-    without = ["--set", "ignore+=re:.*mlp.experts.*"] if biased else []  # rtn_* takes no biases
-    instead = command("plan", model, "--method", method, *without)
+    instead = command("plan", model, "--method", method)
     return InputError(
         f"{checkpoint.path} has {what}.",
         hint=f"{instead}  # rtn_* methods need no model class",

@@ -20,6 +20,7 @@ def _left_in_16_bit(checkpoint: Checkpoint, layers: Collection[str]) -> Iterator
     if 2 * left > checkpoint.weight_bytes:
         yield f"{100 * left // checkpoint.weight_bytes} % of the model's bytes stay in 16 bit"
     experts = [m.name for m in modules if m.kind == "experts" or ".experts." in m.name]
+    experts = experts or [name for name in checkpoint.tensors if ".experts." in name]
     count = expert_count(checkpoint.config)
     if count and not experts:
         yield f"config.json states {count} experts a layer, and no tensor is one by name"

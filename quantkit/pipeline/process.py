@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,8 +259,8 @@ def _job(
 def run_logged(
     job: Job, partial: Path, python: Path, out: Path, ui: Reporter, work: Path | None = None
 ) -> Result:
-    """Run the worker; its log ends up in the output, or as `DIR.log` when it failed."""
-    log = out.with_name(out.name + ".log")
+    """Run the worker; its log ends up in the output, or beside it when it failed (`_new_log`)."""
+    log = _new_log(out)
     placed = replace(job, out=str(partial.resolve()))
     try:
         result = run_worker(placed, python=python, log=log, report=ui, work=work)
@@ -268,6 +269,18 @@ def run_logged(
         raise
     shutil.move(log, partial / LOG)
     return result
+
+
+def _new_log(out: Path) -> Path:
+    """An empty file `DIR.log`, or `DIR.2.log` and so on where there is a file of that name."""
+    for number in count(1):
+        log = out.with_name(f"{out.name}.log" if number == 1 else f"{out.name}.{number}.log")
+        try:
+            log.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return log
+    raise AssertionError
 
 
 def _check_tokens(result: Result, tokens: TokenFile | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from quantkit.errors import InputError
+from quantkit.runtime.linear.grouped.select import Grouped
 from quantkit.runtime.linear.kernels.select import packed_tensors
 from quantkit.runtime.linear.modules import PlainLinear, QuantLinear
 from quantkit.runtime.loading.hosted import HostedNetwork
@@ -81,7 +82,11 @@ class Runtime(nn.Module):
         for module in self.modules():
             if isinstance(module, PlainLinear | QuantLinear):
                 outside += module.outside_bytes
-            packed = packed_tensors(module.packed) if isinstance(module, QuantLinear) else ()
+            packed: Iterable[torch.Tensor] = ()
+            if isinstance(module, QuantLinear):
+                packed = packed_tensors(module.packed)
+            elif isinstance(module, Grouped):
+                packed = module.tensors()
             for tensor in (*module.parameters(False), *module.buffers(False), *packed):
                 place = tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)
                 held[place] = tensor.numel() * tensor.element_size()

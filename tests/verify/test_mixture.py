@@ -46,11 +46,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         without_expert_everywhere, "complete.missing_expert", "has no expert 2 of 4",
     ),
     "two experts of different shapes": (
-        narrower, "complete.expert_shape", "experts.3.w1 is [64, 64]",
+        narrower, "complete.expert_shape", "experts.3.w1 is [224, 128]",
     ),
     "a router for another number of experts": (
-        replacing(f"{BLOCK}.gate.weight", lambda tensors: torch.ones(8, 64).bfloat16()),
-        "complete.router_shape", "gate is [8, 64]",
+        replacing(f"{BLOCK}.gate.weight", lambda tensors: torch.ones(8, 128).bfloat16()),
+        "complete.router_shape", "gate is [8, 128]",
     ),
     "more experts a token than there are": (
         lambda path: edit_json(path / "config.json", lambda c: c.update(num_experts_per_tok=6)),

@@ -107,7 +107,10 @@ def expert_blocks(found: Mapping[str, Place]) -> dict[str, str]:
     for layer, place in found.items():
         if place.parameter:
             head, inside, _ = layer.partition(".experts.")
-            blocks[place.module] = f"{head}.experts" if inside else layer.rpartition(".")[0]
+            held = f"{head}.experts" if inside else layer.rpartition(".")[0]
+            # Granite's files have the layers of all experts beside the router.
+            beside = place.module.endswith(".experts") and not held.endswith(".experts")
+            blocks[place.module] = f"{held}.experts" if beside else held
     return blocks
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from quantkit.checkpoint.network.fused_experts import expert_block
 from quantkit.checkpoint.network.language import text_config
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ def mixture_refusal(
         return f"{library} does not write {family}: {reason}"
     if reason := known.schemes.get(family, {}).get(recipe.scheme):
         return f"{library} does not write {recipe.scheme} of {family}: {reason}"
-    if not any(".experts." in f"{name}." for name in layers) or family in known.calibrates:
+    if not any(map(expert_block, layers)) or family in known.calibrates:
         return None
     if reason := known.cannot.get(family):
-        without = "keep them in 16 bit with --set 'ignore+=re:.*experts.*'"
+        without = "keep them in 16 bit with --set ignore+=@experts"
         return f"{library} does not quantize the experts of {family}: {reason} ({without})"
     reason = known.routed.get(family)
     if reason is None:

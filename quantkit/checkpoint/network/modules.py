@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from quantkit.checkpoint.network.config import expert_count, text_size
 from quantkit.checkpoint.network.families import tower_names
+from quantkit.checkpoint.network.fused_experts import FUSED_EXPERTS, FUSED_LEAVES, expert_block
 from quantkit.checkpoint.network.patterns import matches
 
 Kind = Literal[
@@ -39,9 +40,6 @@ _ROUTING = {"routing", "gating"}
 _SMALL_GATES = {"in_proj_a", "in_proj_b", "in_proj_ba"}
 CONTROLS = {"x_proj", "dt_proj"}
 """What steers a state-space layer (Jamba, Mamba): small, and as fragile as a router."""
-FUSED_EXPERTS = ("gate_up_proj", "down_proj", "gate_proj", "up_proj")
-"""Leaves of fused 3-D expert tensors that are written as a layer an expert."""
-_OTHER_EXPERTS = ("input_linear", "output_linear")
 _TOWERS = {
     "visual", "vision_tower", "vision_model", "vision_encoder", "vision_embed_tokens", "vit",
     "multi_modal_projector", "mm_projector", "embed_vision", "image_newline", "resampler",
@@ -144,9 +142,8 @@ def expert_groups(names: Collection[str]) -> list[tuple[str, ...]]:
     """The experts of each mixture, as tuples of full names: engines give them one scheme."""
     groups = defaultdict(list)
     for name in names:
-        parent, found, _ = name.partition(".experts.")
-        if found:
-            groups[parent].append(name)
+        if block := expert_block(name):
+            groups[block].append(name)
     return [tuple(members) for members in groups.values()]
 
 
@@ -184,8 +181,7 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
     if "mtp" in parts or "nextn" in parts or beyond:
         return "mtp" if len(shape) >= 2 else "norm"
     if len(shape) == 3:
-        expert_like = ".experts" in name or leaf in (*FUSED_EXPERTS, *_OTHER_EXPERTS)
-        return "experts" if expert_like else "other"
+        return "experts" if ".experts" in name or leaf in FUSED_LEAVES else "other"
     if len(shape) == 1:
         return "norm" if "norm" in leaf or leaf.startswith("ln") else "other"
     if len(shape) != 2:

@@ -64,8 +64,8 @@ def build_hosted(config: Any, maker: LayerMaker, progress: Progress | None = Non
     model = empty_model(config, maker.source.checkpoint.path, maker.dtype)
     names = FileNames(model, maker.source)
     _compute_buffers(model, maker.device)
-    _replace_layers(model, maker, names, progress)
-    _fill_parameters(model, maker, names)
+    replace_layers(model, maker, names, progress=progress)
+    fill_parameters(model, maker, names)
     return HostedNetwork(model.eval())
 
 
@@ -115,11 +115,18 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
             )
 
 
-def _replace_layers(
-    model: Any, maker: LayerMaker, names: FileNames, progress: Progress | None
+def replace_layers(
+    model: Any,
+    maker: LayerMaker,
+    names: FileNames,
+    part: str = "",
+    progress: Progress | None = None,
 ) -> None:
-    experts = find_experts(model)
-    linears = _linears(model, maker, names, router_widths(experts))
+    """Put our layers in the place of the linear layers and experts that begin with `part`."""
+    every = find_experts(model)
+    experts = {name: module for name, module in every.items() if name.startswith(part)}
+    found = _linears(model, maker, names, router_widths(every))
+    linears = {name: module for name, module in found.items() if name.startswith(part)}
     groups = {members[0]: members for members in fused_groups(linears)}
     grouped = {name for members in groups.values() for name in members[1:]}
     heads = [name for name in linears if name not in grouped]
@@ -154,14 +161,16 @@ def _linears(
     return found
 
 
-def _fill_parameters(model: Any, maker: LayerMaker, names: FileNames) -> None:
-    """Embeddings, norms and whatever else is still on the meta device; then the output head."""
+def fill_parameters(model: Any, maker: LayerMaker, names: FileNames, part: str = "") -> None:
+    """What is still on the meta device of what begins with `part` (everything: embeddings, norms,
+    routers); then the output head, where it does."""
     source = maker.source
     head = model.get_output_embeddings()
     head_name = next((n for n, module in model.named_modules() if module is head), None)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in state.items():
-        if not value.is_meta or name.rpartition(".")[0] == head_name:
+        wanted = value.is_meta and name.startswith(part)
+        if not wanted or name.rpartition(".")[0] == head_name:
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
         stored = names.tensor(name)
@@ -169,7 +178,7 @@ def _fill_parameters(model: Any, maker: LayerMaker, names: FileNames) -> None:
         if isinstance(value, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(owner, name.rpartition(".")[2], tensor)
-    if head_name is None:
+    if head_name is None or not head_name.startswith(part):
         return
     embedding = model.get_input_embeddings().weight
     stored = names.module(head_name)

@@ -1,0 +1,51 @@
+"""Quantization libraries in this process: a job takes a second, not the twenty of a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantkit.backends.process.job import Job, JobInputError, Result, Unit
+from quantkit.errors import InputError
+from quantkit.pipeline import process
+
+CALIBRATION = "sources:\n  - {type: stdlib, part: topics}\n"
+"""A mixture of texts that needs no package."""
+
+
+class Quiet:
+    """A reporter that tells nobody."""
+
+    def stage(self, name: str, total: int = 0, unit: Unit = "steps") -> None:
+        """Nothing."""
+
+    def advance(self, done: int) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+def in_this_process(job: Job, *, log: Path, **_: Any) -> Result:
+    """What `run_worker` does, without the twenty seconds that a library takes to start."""
+    result = Result()
+    log.write_text("")
+    module, run = job.adapter.split(":")
+    try:
+        getattr(import_module(module), run)(job, Quiet(), result)
+    except JobInputError as error:
+        raise InputError(error.message, hint=error.hint, code=error.code) from error
+    return result
+
+
+@contextmanager
+def without_workers() -> Iterator[None]:
+    """Every library's job runs in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "run_worker", in_this_process)
+        yield
