@@ -9,6 +9,7 @@ import yaml
 
 from quantkit.errors import InputError
 from quantkit.validation.sweep.file import read_sweep
+from tests.support.helpers import copy_checkpoint, edit_json
 
 
 def write(folder: Path, **keys: object) -> Path:
@@ -53,6 +54,19 @@ def test_a_digest_follows_what_decides_the_result(small_model: Path, tmp_path: P
     first = digest(validate={"data": "text.txt"})
     text.write_text("two")
     assert len({plain, first, digest(validate={"data": "text.txt"})}) == 3
+
+
+def test_a_copy_of_a_model_is_that_model_and_a_changed_one_is_not(
+    small_model: Path, tmp_path: Path
+) -> None:
+    copy = copy_checkpoint(small_model, tmp_path / small_model.name)
+
+    def digest(model: Path) -> str:
+        return read_sweep(write(tmp_path, models=[str(model)], recipes=["rtn_w8a16"]))[1][0].digest
+
+    assert digest(copy) == digest(small_model)
+    edit_json(copy / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
+    assert digest(copy) != digest(small_model)
 
 
 def test_a_cell_that_is_asked_for_twice_is_one(small_model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from quantkit import __version__
 from quantkit.backends.registry import load_recipe
-from quantkit.backends.streaming.resume import source_identity
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.hub import resolve_model
 from quantkit.checkpoint.whole_files import sha256_of
@@ -23,6 +22,7 @@ from quantkit.recipe.gates import parse_gate
 from quantkit.recipe.load import as_changes
 from quantkit.recipe.model import Positive
 from quantkit.validation.search.budget import split_changes
+from quantkit.validation.sweep.identity import identity_of
 
 HINT = "models: [DIR], recipes: [rtn_w4a16, {method: rtn_w8a16, set: {seed: 1}}]"
 AUTO = "auto"
@@ -128,7 +128,7 @@ def read_sweep(file: Path) -> tuple[SweepFile, list[Cell]]:
         validation["data"] = sha256_of(Path(held))
     for name in asked.models:
         path = resolve_model(_beside(root, name))
-        identity = source_identity(open_checkpoint(path))
+        identity = identity_of(open_checkpoint(path))
         for choice in asked.recipes:
             method = _beside(root, choice.method)
             for setting in asked.settings:
