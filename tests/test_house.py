@@ -61,6 +61,8 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("online",),
         ("reports",),
         ("run",),
+        ("search",),
+        ("sweep",),
     ),
 }  # fmt: skip
 """The same inside the large rooms: a folder (or a file) imports what stands in earlier rows."""
@@ -193,7 +195,7 @@ FLAGS = {
     "quantize": {
         "--out", "--method", "--recipe", "--calibration", "--set", "--checkpoint-save", "--device",
         "--python", "--trust-remote-code", "--overwrite", "--resume", "--memory", "--jobs",
-        "--executor", "--dry-run", "--json",
+        "--executor", "--engine", "--gpu", "--push", "--dry-run", "--json",
     },
     "export": {
         "--restore", "--out", "--model", "--device", "--python", "--trust-remote-code",
@@ -205,6 +207,11 @@ FLAGS = {
         "--tasks", "--limit", "--chat", "--fewshot", "--gate", "--report", "--against",
         "--against-online", "--no-throughput", "--broken-baseline", "--json",
     },
+    "analyze": {
+        "--schemes", "--data", "--samples", "--engine", "--device", "--report", "--json",
+    },
+    "sweep": {"--out", "--resume", "--against", "--jobs", "--device", "--json"},
+    "push": {"--public", "--force", "--json"},
     "plan": {
         "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",
         "--trust-remote-code", "--json",
