@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "llmcompressor_w4a16": (),
     "llmcompressor_nvfp4": (),
     "gptqmodel_w4a16": (),
-    "autoround_w4a16": ("options.iters=1",),
+    "autoround_w4a16": ("options.iters=1", "experts=all"),
 }
 """Method → the settings that make it quick."""
 SETTINGS = ("calibration.samples=4", "calibration.sequence_length=64", "on_misfit=keep16")

@@ -30,7 +30,8 @@ class SeparateLayers:
 
     planned: linear layer of the model → its scheme; kept: its linear layers that stay in 16 bit, by
     name; names: each of these → its name in the checkpoint that is written; blocks: module that
-    holds the experts of a layer → its name in the checkpoint.
+    holds planned experts of a layer → its name in the checkpoint; mixture: whether there are
+    experts, planned or not.
 
     Raises JobInputError for layers of the plan that the model has not.
     """
@@ -39,6 +40,7 @@ class SeparateLayers:
         found, kept = locate(model, job), kept_layers(model, job)
         apart = separated(model, {**kept, **found})
         self.blocks = expert_blocks(found)
+        self.mixture = bool(expert_blocks({**kept, **found}))
         self.planned = {name: job.layers[layer] for layer in found for name in apart[layer]}
         self.kept = [name for layer in kept for name in apart[layer] if name not in self.planned]
         self.names = {name: layer for each in apart.values() for name, layer in each.items()}

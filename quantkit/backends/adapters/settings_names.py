@@ -24,7 +24,7 @@ _BLOCK = re.compile(r"^.*?\.\d+\.")
 
 def name_settings(out: Path, layers: SeparateLayers) -> None:
     """Rewrite the settings of the mixture in `out`; those of a dense model stay as they are."""
-    if not layers.blocks:
+    if not layers.mixture:
         return
     kept = [n for n in (layers.names[name] for name in layers.kept) if layer_index(n) is not None]
     for file in (out / name for name in _FILES):
