@@ -263,7 +263,7 @@ def expert_number(module: Any) -> int:
     fused = getattr(module, "down_proj", None)
     if isinstance(fused, torch.Tensor):
         return int(fused.shape[0])
-    return len(module) if isinstance(module, torch.nn.ModuleList) else int(module.num_experts)
+    return int(module.num_experts) if hasattr(module, "num_experts") else len(module)
 
 
 def _own_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
