@@ -28,6 +28,8 @@ def quantize_command(
         str, typer.Option("--calibration", help="A mixture's name or a data file.")
     ] = "",
     sets: options.Sets = [],  # noqa: B006
+    engine: options.Engines = "",
+    gpu: options.GpuName = "",
     checkpoint_save: Annotated[
         Path | None,
         typer.Option(
@@ -54,6 +56,10 @@ def quantize_command(
     executor: Annotated[
         str, typer.Option("--executor", help="Where an rtn_* run works: local or ray.")
     ] = "local",
+    push: Annotated[
+        str,
+        typer.Option("--push", help="Validate the result, then push it to this repository."),
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -76,6 +82,8 @@ def quantize_command(
                 recipe=recipe,
                 set=sets,
                 calibration=calibration,
+                engine=engine,
+                gpu=gpu,
                 strict=True,
                 device=device,
                 checkpoint_save=checkpoint_save,
@@ -93,6 +101,8 @@ def quantize_command(
             out=out,
             set=sets,
             calibration=calibration,
+            engine=engine,
+            gpu=gpu,
             device=device,
             checkpoint_save=checkpoint_save,
             python=python,
@@ -102,6 +112,7 @@ def quantize_command(
             memory=memory or None,
             jobs=jobs,
             executor=executor,
+            push=push,
             progress=ui.follow,
         )
     finally:

@@ -140,7 +140,7 @@ def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: lis
         )
     _refuse_unused_entries(recipe, modules)
     _refuse_split_groups(recipe, modules, layers)
-    notes += notes_of(checkpoint, layers)
+    notes += notes_of(checkpoint, backend_named(recipe.backend), layers)
     notes += checkpoint.notes
     return plan_of_layers(checkpoint, recipe, layers, kept, tuple(notes))
 
@@ -210,6 +210,15 @@ def _misfit(module: Module, scheme: Scheme) -> str | None:
         f"{module.name} {list(module.shape)}: group size {group} does not divide {columns} "
         f"(would fit: {', '.join(fitting) or 'none'})"
     )
+
+
+def fitted(module: Module, scheme: Scheme) -> Scheme | None:
+    """The scheme as `on_misfit=fit` gives it to the module: in smaller groups where its own do not
+    divide the columns; None where no group size does."""
+    if _misfit(module, scheme) is None:
+        return scheme
+    size = _fitting(module, scheme)
+    return scheme.with_weight(group_size=size) if size else None
 
 
 def _fitting(module: Module, scheme: Scheme) -> int | None:

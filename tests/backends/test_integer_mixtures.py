@@ -20,7 +20,8 @@ from tests.support.cli import inside
 from tests.support.damage import dropping, patching, swapping
 from tests.support.helpers import copy_checkpoint, edit_json, edit_tensors, merge_shards
 from tests.support.in_process import CALIBRATION, Quiet, without_workers
-from tests.support.mixtures import VOCABULARY, mixture
+from tests.support.mixtures import mixture
+from tests.support.tokenizer import VOCABULARY
 
 pytestmark = [
     pytest.mark.library,

@@ -40,10 +40,12 @@ class ExpertsSeen:
         *,
         once: bool = False,
     ) -> None:
-        self.modules = {
-            block: _Watched(model, name, tokens, batch_size, once=once)
-            for name, block in (blocks.items() if tokens else ())
-        }
+        self.modules: dict[str, _Watched] = {}
+        if tokens is not None:
+            self.modules = {
+                block: _Watched(model, name, tokens, batch_size, once=once)
+                for name, block in blocks.items()
+            }
 
     @contextmanager
     def watch(self, *, feed: bool) -> Iterator[None]:

@@ -88,7 +88,9 @@ def _skeleton(job: Job) -> Any:
         job.model, local_files_only=True, trust_remote_code=job.trust_remote_code
     )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=job.trust_remote_code)
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=job.trust_remote_code
+        )
 
 
 def _checkpoint(job: Job, model: Any) -> CheckpointConfig | None:

@@ -103,7 +103,7 @@ class LayerMaker:
             plain, offset = self._plain(names, shapes, bias)
             if self.online is not None and self.online.cover(names):
                 return self._rounded(names, plain, offset)
-            return PlainLinear(plain, offset)
+            return self.plain(names, shapes, plain, offset)
         if not all(declared):
             pairs = zip(names, shapes, strict=True)
             return JoinedLinear([self.linear(name, shape, bias) for name, shape in pairs])
@@ -166,7 +166,21 @@ class LayerMaker:
                 self._rounded([f"{name}[{number}]"], weight.contiguous(), one)
                 for number, (weight, one) in enumerate(pairs)
             ]
-        return [PlainLinear(weight.contiguous(), one) for weight, one in pairs]
+        return [
+            self.plain([f"{name}[{number}]"], [shape], weight.contiguous(), one)
+            for number, (weight, one) in enumerate(pairs)
+        ]
+
+    def plain(
+        self,
+        names: Sequence[str],  # noqa: ARG002  who watches layers wants to know which
+        shapes: Sequence[tuple[int, int]],  # noqa: ARG002
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> nn.Module:
+        """The module of 16-bit layers whose weights [out, in] lie one below the other in `weight`,
+        as their biases do; an expert of a 3-D tensor is called NAME[number]."""
+        return PlainLinear(weight, bias)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None) -> torch.Tensor:
         """A 16-bit tensor on the device."""
