@@ -72,7 +72,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         if not mixture:
             repack_moe(model)
         model.save_pretrained(job.out, save_compressed=True, max_shard_size=job.shard_size)
-        complete_lists(Path(job.out), kept, checkpoint_names(model, {**found, **kept}))
+        complete_lists(Path(job.out), kept, checkpoint_names({**found, **kept}))
 
 
 def _calibrate(
