@@ -54,7 +54,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "llmcompressor_w4a16": (),
     "llmcompressor_nvfp4": (),
     "gptqmodel_w4a16": (),
-    "autoround_w4a16": ("options.iters=1",),
+    "autoround_w4a16": ("options.iters=1", "experts=all"),
 }
 """Method → the settings that make it quick."""
 SETTINGS = ("calibration.samples=4", "calibration.sequence_length=64", "on_misfit=keep16")
@@ -239,12 +239,12 @@ def read(file: Path) -> dict[str, dict[str, Cell]]:
 def run(kind: str, families: Iterable[str], method: str, work: Path, file: Path) -> None:
     """Do the cells of one method that are not done in the JSON file, which grows with each."""
     for family in families:
-        cells = read(file)
-        before = cells.get(family, {}).get(method)
+        before = read(file).get(family, {}).get(method)
         if before is not None and before.done:
             continue
         with without_workers():
             cell = try_family(kind, family, method, work)
+        cells = read(file)  # others may have written meanwhile
         cells.setdefault(family, {})[method] = cell
         document = {f: {m: asdict(c) for m, c in row.items()} for f, row in cells.items()}
         file.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")

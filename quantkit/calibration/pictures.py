@@ -47,8 +47,9 @@ def draw(seed: int, index: int) -> Picture:
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set_axis_off()
     question, answer = choices.choice(_KINDS)(axes, choices)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    canvas.draw()  # type: ignore[no-untyped-call]
+    drawn = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    pixels = drawn[..., :3].copy()
     return Picture(pixels, question, answer)
 
 

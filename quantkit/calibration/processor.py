@@ -33,7 +33,9 @@ def load_processor(model: Path) -> Any:
     if not any((model / name).is_file() for name in _FILES):
         raise _none(model, "it has no preprocessor_config.json")
     try:
-        return AutoProcessor.from_pretrained(model, local_files_only=True)
+        return AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            model, local_files_only=True
+        )
     except (ImportError, ValueError, OSError) as error:
         try:
             return _with_pillow(model)
@@ -47,16 +49,17 @@ def _with_pillow(model: Path) -> Any:
     Transformers 5.17 takes some of these for such that need it, by a word in their files.
     """
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto import image_processing_auto
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     family = config.model_type.replace("-", "_")
-    name = IMAGE_PROCESSOR_MAPPING_NAMES[config.model_type]["pil"]
+    known_names: Any = image_processing_auto
+    name = known_names.IMAGE_PROCESSOR_MAPPING_NAMES[config.model_type]["pil"]
     module = importlib.import_module(f"transformers.models.{family}.image_processing_pil_{family}")
     pictures = getattr(module, name).from_pretrained(model, local_files_only=True)
-    kind = PROCESSOR_MAPPING[type(config)]
-    known = inspect.signature(kind.__init__).parameters
+    kind: Any = PROCESSOR_MAPPING[type(config)]
+    known = inspect.signature(kind).parameters
     stored = model / "processor_config.json"
     stated = read_json(stored) if stored.is_file() else {}
     settings = {key: value for key, value in stated.items() if key in known}

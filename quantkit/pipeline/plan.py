@@ -212,6 +212,15 @@ def _misfit(module: Module, scheme: Scheme) -> str | None:
     )
 
 
+def fitted(module: Module, scheme: Scheme) -> Scheme | None:
+    """The scheme as `on_misfit=fit` gives it to the module: in smaller groups where its own do not
+    divide the columns; None where no group size does."""
+    if _misfit(module, scheme) is None:
+        return scheme
+    size = _fitting(module, scheme)
+    return scheme.with_weight(group_size=size) if size else None
+
+
 def _fitting(module: Module, scheme: Scheme) -> int | None:
     group = scheme.weight.group_size or 0
     fixed = scheme.weight.scale != "float"

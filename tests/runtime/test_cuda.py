@@ -31,6 +31,7 @@ GPU_KERNELS = [kernel for kernel in KERNELS if kernel.unavailable(CPU) == GPU_ON
 
 W4A16 = SCHEMES["w4a16"]
 W8A16 = SCHEMES["w8a16"]
+BLOCKS = SCHEMES["fp8_block"]
 IN_GROUPS = {"granularity": "group", "group_size": 128}
 SCHEMES_HERE: dict[str, Scheme] = {
     "fp8": SCHEMES["fp8"],
@@ -39,6 +40,10 @@ SCHEMES_HERE: dict[str, Scheme] = {
     ),
     "fp8_dynamic": SCHEMES["fp8_dynamic"],
     "fp8_block": SCHEMES["fp8_block"],
+    "fp8_block_rounded": replace(
+        BLOCKS,
+        input=replace(BLOCKS.input, scale="e8m0"),  # type: ignore[type-var]
+    ),
     "fp8_block_weight_only": SCHEMES["fp8_block_weight_only"],
     "w8a8": SCHEMES["w8a8"],
     "w8a8_dynamic": SCHEMES["w8a8_dynamic"],
@@ -97,7 +102,7 @@ def quantized_input(x: torch.Tensor, scheme: Scheme, scale: torch.Tensor | None)
     number = scheme.input
     if number is None:
         return x.double()
-    if number.element == "fp4_e2m1":
+    if number.scale != "float":
         outer = 1.0 if scale is None else scale.double()
         return round_groups(x, number, scale).double() * outer
     codes = quantize_codes(x, number, scale)

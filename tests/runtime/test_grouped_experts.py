@@ -29,7 +29,6 @@ SERVED = {
     "fp8_dynamic": "fp8_scaled_grouped_mm",
     "w4a16": "marlin_moe_vllm",
     "nvfp4a16": "marlin_moe_vllm",
-    "w8a16": "marlin_moe_vllm",
 }
 
 

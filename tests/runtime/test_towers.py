@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForMultimodalLM
 
 from quantkit.runtime.load import load
-from tests.support.tokenized_towers import FAMILIES, VOCABULARY, multimodal
+from tests.support.tokenized_towers import FAMILIES, multimodal
+from tests.support.tokenizer import VOCABULARY
 
 NO_STOP: list[int] = []
 QUICK = {"gemma3", "idefics3", "llava", "qwen2_5_vl"}

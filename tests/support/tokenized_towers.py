@@ -47,7 +47,7 @@ _DEEPSEEK = {
 }  # fmt: skip
 
 
-def _text(family: str = "", **more: Any) -> dict[str, Any]:
+def _text(family: object = "", **more: Any) -> dict[str, Any]:
     return {**_TEXT, **({"model_type": family} if family else {}), **more}
 
 

@@ -20,7 +20,6 @@ from quantkit.checkpoint.network.modules import CONTROLS, fused_groups
 from quantkit.checkpoint.network.multimodal import language_model
 from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
-from quantkit.runtime.linear.modules import PlainLinear
 from quantkit.runtime.loading.experts import find_experts, replace_experts, router_widths
 from quantkit.runtime.loading.make_layers import LayerMaker
 from quantkit.runtime.loading.memory import release
@@ -200,5 +199,6 @@ def fill_parameters(model: Any, maker: LayerMaker, names: FileNames, part: str =
         made: nn.Module = maker.linear(stored, shape, head.bias is not None)
     else:
         source.used.add(f"{stored}.weight")
-        made = PlainLinear(embedding, None)
+        whole = (head.out_features, head.in_features)
+        made = maker.plain([stored], [whole], embedding.detach(), None)
     model.set_submodule(head_name, made)

@@ -1,4 +1,4 @@
-"""vLLM's compiled CUDA operators (CUTLASS, Marlin), without importing vLLM.
+"""vLLM's compiled CUDA operators (CUTLASS, Machete, Marlin), without importing vLLM.
 
 They come from the managed environment `vllm-cuda`, from a vLLM beside this quantkit, or from the
 library that a variable names. The library keeps to torch's stable ABI; its operators' arguments
@@ -54,6 +54,15 @@ _ARGUMENTS_FOR_EXPERTS = {
 }  # fmt: skip
 """The same of those for mixtures of experts."""
 
+_ARGUMENTS_OF_MACHETE = {
+    "machete_prepack_B": {"B", "a_type", "b_type", "group_scales_type"},
+    "machete_mm": {
+        "A", "B", "b_type", "out_type", "group_scales", "group_zeros", "group_size",
+        "channel_scales", "token_scales", "schedule",
+    },
+}  # fmt: skip
+"""The same of Machete's, which only builds for Hopper have."""
+
 
 @cache
 def missing() -> str | None:
@@ -79,6 +88,11 @@ def missing_for_experts() -> str | None:
     if beside is None:
         return f"there is no {FOR_EXPERTS[0]} beside {library}"
     return vllm_library.load_more(beside) or _unlike(torch.ops._moe_C, _ARGUMENTS_FOR_EXPERTS)
+
+
+def missing_machete() -> str | None:
+    """The same of Machete's operators."""
+    return missing() or _unlike(torch.ops._C, _ARGUMENTS_OF_MACHETE)
 
 
 def unlike() -> str | None:

@@ -1,4 +1,4 @@
-"""Experts in 4 or 8 bits with 16-bit activations by Marlin, as vLLM compiles it for mixtures.
+"""Experts in 4 bits with 16-bit activations by Marlin, as vLLM compiles it for mixtures.
 
 `moe_wna16_marlin_gemm` (vLLM, csrc/moe/marlin_moe_wna16) reads for every block of rows the weight
 of their expert, in the arrangement that `marlin_gemm` has for one.
@@ -55,7 +55,10 @@ def rejects(layers: Sequence[nn.Module]) -> str | None:
     reason = alike(layers, marlin_vllm.NAME)
     if reason is not None:
         return reason
-    packed = [layer.packed for layer in layers if isinstance(layer, QuantLinear)]
+    quantized = [layer for layer in layers if isinstance(layer, QuantLinear)]
+    if any(layer.layer.scheme.weight.element == "int8" for layer in quantized):
+        return "computes 4 bits: with 8 the operator of vLLM 0.26 did not return"
+    packed = [layer.packed for layer in quantized]
     kinds = {(one.kind, one.words.shape, one.scale.shape, one.zero is None) for one in packed}
     return None if len(kinds) == 1 else "needs experts of one scheme and shape"
 
