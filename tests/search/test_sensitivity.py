@@ -23,6 +23,7 @@ from quantkit.validation.search.sensitivity import Measured, measure, share_of_w
 from quantkit.validation.subjects.base import Opening
 from quantkit.validation.subjects.builtin import open_builtin
 from tests.support.cli import inside, said
+from tests.support.mixtures import mixture
 from tests.support.rtn import rtn
 
 TITLES = ["fp8_dynamic", "w4a16:64"]
@@ -118,6 +119,21 @@ def test_a_scheme_takes_the_largest_group_that_fits(source: Checkpoint) -> None:
     assert size(groups["model.layers.0.self_attn.qkv_proj"], "w4a16") == 64
     assert size(groups["model.layers.0.mlp.down_proj"], "w4a16") == 128
     assert size(groups["model.layers.0.self_attn.qkv_proj"], "nvfp4") == 16
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "granitemoe", "deepseek_v3"])
+def test_the_experts_of_a_layer_are_one_group(kind: str, tmp_path: Path) -> None:
+    source = open_checkpoint(mixture(kind, tmp_path / kind))
+    groups, schemes = fusable_groups(source, "vllm"), schemes_named(TITLES)
+    fits = {group.name: fitting(group, schemes) for group in groups}
+    ids = np.random.default_rng(0).integers(0, 250, (4, 64))
+    found = measure(source, groups, fits, ids, device="cpu", seed=0, ui=Quiet())
+    experts = [group for group in groups if group.experts]
+    assert experts
+    assert len({group.layer for group in experts}) == len(experts)
+    kl = {(cell.group, cell.scheme): cell.kl for cell in found.cells}
+    for group in groups:
+        assert 0 < kl[group.name, "fp8_dynamic"] < kl[group.name, "w4a16:64"]
 
 
 def test_the_command_writes_its_reports(small_model: Path, tmp_path: Path) -> None:

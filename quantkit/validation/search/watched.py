@@ -72,6 +72,11 @@ class Notes:
         self._open.clear()
 
 
+def module_of(name: str) -> str:
+    """The module of the checkpoint: an expert's name less its number, a tensor's its suffix."""
+    return name.partition("[")[0].removesuffix(".weight")
+
+
 class Watched(nn.Module):
     """A 16-bit linear layer (or several of one input, one below the other)."""
 
@@ -105,7 +110,7 @@ class Watched(nn.Module):
         for index, (name, (rows, _)) in enumerate(zip(self.names, self.shapes, strict=True)):
             part = slice(start, start + rows)
             start += rows
-            group, schemes = self.notes.asked.get(name.partition("[")[0], ("", {}))
+            group, schemes = self.notes.asked.get(module_of(name), ("", {}))
             if schemes:
                 self._note(index, name, group, schemes, x, gradient[:, part], part)
 
@@ -189,7 +194,7 @@ def find_largest(model: nn.Module, notes: Notes) -> None:
         if isinstance(module, Watched):
             start = 0
             for name, (rows, _) in zip(module.names, module.shapes, strict=True):
-                if name.partition("[")[0] in notes.asked:
+                if module_of(name) in notes.asked:
                     own[name] = absolute_maximum(module.weight[start : start + rows].contiguous())
                 start += rows
     notes.largest = dict(own)
