@@ -25,6 +25,7 @@ from quantkit.validation.subjects.builtin import open_builtin
 from tests.support.cli import inside, said
 from tests.support.mixtures import mixture
 from tests.support.rtn import rtn
+from tests.support.tiny import byte_llama
 
 TITLES = ["fp8_dynamic", "w4a16:64"]
 
@@ -100,6 +101,19 @@ def test_fewer_bits_cost_more(measured: Measured) -> None:
         assert 0 < eight.error < four.error
         assert 0 < eight.kl < four.kl
         assert eight.bits > 1.8 * four.bits
+
+
+def test_layers_that_are_read_one_by_one_give_the_same(tmp_path: Path) -> None:
+    source = open_checkpoint(byte_llama(tmp_path / "llama", hidden=128, wide=256))
+    groups, schemes = fusable_groups(source, "vllm"), schemes_named(["nvfp4", "w4a16:64"])
+    fits = {group.name: fitting(group, schemes) for group in groups}
+    ids = np.random.default_rng(0).integers(3, 250, (4, 64))
+    whole, streamed = (
+        measure(source, groups, fits, ids, device="cpu", seed=0, ui=Quiet(), streamed=one)
+        for one in (False, True)
+    )
+    assert len(whole.cells) == 16
+    assert streamed.cells == whole.cells
 
 
 @pytest.mark.parametrize("schemes", [1, 2, 3, 8])
