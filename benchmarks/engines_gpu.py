@@ -120,8 +120,9 @@ class Bench:
 
     def __init__(self, chosen: argparse.Namespace) -> None:
         self.site, self.python, self.device = chosen.site, chosen.python, chosen.device
-        self.gpu, self.work = chosen.gpu, chosen.work
-        work = self.work
+        self.gpu: str = chosen.gpu
+        self.work: Path = chosen.work
+        work: Path = self.work
         demo = demo_model()
         self.models = {"demo": demo, "wide": work / "wide", "mixture": work / "mixture"}
         if not self.models["mixture"].is_dir():
@@ -133,7 +134,8 @@ class Bench:
             environment: self.interpreter(number, environment)
             for number, environment in enumerate({case.environment for case in CASES})
         }
-        self.question, self.prompts = (part[:1] for part in canary_prompts(demo, self.tokenizer))
+        texts, prompts = canary_prompts(demo, self.tokenizer)
+        self.question, self.prompts = texts[:1], prompts[:1]
 
     def path(self, case: Case) -> Path:
         """Where the checkpoint of a case lies."""

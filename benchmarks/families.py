@@ -1,11 +1,16 @@
-"""Families × methods: tiny random mixtures of experts from plan to validation, as a table.
+"""Families × methods: tiny random models from plan to validation, as a table.
 
     python benchmarks/families.py WORKDIR [--families mixtral,olmoe] [--methods rtn_w4a16]
     python benchmarks/families.py WORKDIR --table docs/families.md
+    python benchmarks/families.py WORKDIR --kind towers [--table docs/towers.md]
 
-Each cell plans, quantizes, verifies, loads in the builtin runtime and validates. The libraries work
-in this process, one process a library. Cells are kept in WORKDIR/families.json, and those that are
-there already are not done again, unless they failed; so a run may be stopped and go on.
+The models are mixtures of experts, or with `--kind towers` multi-modal ones, calibrated with text.
+
+Each cell plans, quantizes, verifies, loads in the builtin runtime and validates (multi-modal models
+are compared with their baseline on a few tokens instead). The libraries work
+in this process, one process a library. Cells are kept in WORKDIR/families.json (towers.json), and
+those that are there already are not done again, unless they failed; so a run may be stopped and go
+on.
 
 With --table nothing is run: all that is below the line `<!-- families.py -->` of the page is
 replaced by the table of the cells.
@@ -19,13 +24,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.network.config import expert_count
 from quantkit.errors import QuantkitError
 from quantkit.runtime.load import load
 from quantkit.validation.reports.markdown import table
@@ -33,7 +40,9 @@ from quantkit.validation.run import ValidateRequest, validate
 from quantkit.verification import verify
 from tests.support.cli import inside
 from tests.support.in_process import CALIBRATION, Quiet, without_workers
-from tests.support.mixtures import MIXTURES, VOCABULARY, mixture
+from tests.support.mixtures import MIXTURES, mixture
+from tests.support.tokenized_towers import FAMILIES, multimodal
+from tests.support.tokenizer import VOCABULARY
 
 METHODS: dict[str, tuple[str, ...]] = {
     "rtn_fp8_dynamic": (),
@@ -44,12 +53,19 @@ METHODS: dict[str, tuple[str, ...]] = {
     "llmcompressor_w4a16": (),
     "llmcompressor_nvfp4": (),
     "gptqmodel_w4a16": (),
-    "autoround_w4a16": ("options.iters=1",),
+    "autoround_w4a16": ("options.iters=1", "experts=all"),
 }
 """Method → the settings that make it quick."""
 SETTINGS = ("calibration.samples=4", "calibration.sequence_length=64", "on_misfit=keep16")
 GATES = ("canary_failures<=8",)
 """Models of random weights babble whatever they are asked."""
+KINDS: dict[str, tuple[Iterable[str], Callable[[str, Path], Path]]] = {
+    "experts": (MIXTURES, mixture),
+    "towers": (FAMILIES, multimodal),
+}
+"""Kind of model → its families, and what makes one."""
+KL_LIMIT = 0.5
+"""Above it a multi-modal model of random weights does not compute what it did."""
 MARK = "<!-- families.py -->\n"
 
 Outcome = Literal["yes", "routed", "16 bit", "refused", "failed"]
@@ -81,21 +97,21 @@ class Cell:
         return self.outcome != "failed"
 
 
-def try_family(family: str, method: str, work: Path) -> Cell:
+def try_family(kind: str, family: str, method: str, work: Path) -> Cell:
     """All steps of one family and method; the random model is made in `work` and kept there."""
     start = time.monotonic()
     source, out = work / family, work / f"{family}-{method}"
     if not (source / "config.json").is_file():
-        mixture(family, source)
+        KINDS[kind][1](family, source)
     try:
-        cell = _steps(method, source, out)
+        cell = _steps(kind, method, source, out)
     finally:
         shutil.rmtree(out, ignore_errors=True)
         out.with_name(f"{out.name}.log").unlink(missing_ok=True)
     return Cell(**{**asdict(cell), "seconds": round(time.monotonic() - start, 1)})
 
 
-def _steps(method: str, source: Path, out: Path) -> Cell:
+def _steps(kind: str, method: str, source: Path, out: Path) -> Cell:
     calibration = source.parent / "quick.yaml"
     calibration.write_text(CALIBRATION)
     own = list(METHODS[method])
@@ -132,12 +148,19 @@ def _steps(method: str, source: Path, out: Path) -> Cell:
         report = verify(out, source)
         if not report.ok:
             return Cell("failed", step, _short(report.errors[0].message, source))
-        if not any(_is_expert(layer.module) for layer in report.layers):
+        experts = expert_count(open_checkpoint(source).config)
+        if experts and not any(_is_expert(layer.module) for layer in report.layers):
             success = "16 bit"
         step = "load"
         ids = torch.arange(3, VOCABULARY, 9)[None]
-        if not load(out)(ids).logits.isfinite().all():
+        logits = load(out)(ids).logits
+        if not logits.isfinite().all():
             return Cell("failed", step, "logits are not finite")
+        if kind == "towers":
+            kl = round(divergence(load(source)(ids).logits, logits), 4)
+            if kl > KL_LIMIT:
+                return Cell("failed", step, f"KL {kl}")
+            return Cell(success, words=reason, kl=kl)
         step = "validate"
         request = ValidateRequest(
             out, str(source), device="cpu", samples=2, gates=GATES, throughput=False
@@ -152,6 +175,12 @@ def _steps(method: str, source: Path, out: Path) -> Cell:
         return Cell("failed", step, _short(error.message, source))
     except Exception as error:  # a cell of the table says so
         return Cell("failed", step, _short(f"{type(error).__name__}: {error}", source))
+
+
+def divergence(baseline: torch.Tensor, quantized: torch.Tensor) -> float:
+    """The mean KL divergence of two sets of logits [batch, tokens, vocabulary], in nats."""
+    before, after = baseline.float().log_softmax(-1), quantized.float().log_softmax(-1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
 
 
 def _calibrates(method: str) -> bool:
@@ -191,7 +220,7 @@ def as_markdown(cells: dict[str, dict[str, Cell]]) -> str:
         sum(row[m].outcome in ("yes", "routed") for row in cells.values() if m in row)
         for m in methods
     ]
-    rows.append(("experts quantized", *map(str, counts)))
+    rows.append(("quantized", *map(str, counts)))
     lines = [*table(["family", *(f"`{name}`" for name in methods)], rows), ""]
     lines += [f"{number}. {why}" for why, number in reasons.items()]
     return "\n".join([*lines, ""])
@@ -205,15 +234,15 @@ def read(file: Path) -> dict[str, dict[str, Cell]]:
     return {family: {m: Cell(**cell) for m, cell in row.items()} for family, row in held.items()}
 
 
-def run(families: Iterable[str], method: str, work: Path, file: Path) -> None:
+def run(kind: str, families: Iterable[str], method: str, work: Path, file: Path) -> None:
     """Do the cells of one method that are not done in the JSON file, which grows with each."""
     for family in families:
-        cells = read(file)
-        before = cells.get(family, {}).get(method)
+        before = read(file).get(family, {}).get(method)
         if before is not None and before.done:
             continue
         with without_workers():
-            cell = try_family(family, method, work)
+            cell = try_family(kind, family, method, work)
+        cells = read(file)  # others may have written meanwhile
         cells.setdefault(family, {})[method] = cell
         document = {f: {m: asdict(c) for m, c in row.items()} for f, row in cells.items()}
         file.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
@@ -231,12 +260,14 @@ def main() -> None:
     """Run the cells, one process a library, or write the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
-    parser.add_argument("--families", default=",".join(MIXTURES))
+    parser.add_argument("--kind", choices=KINDS, default="experts")
+    parser.add_argument("--families")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--table", type=Path)
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
-    file = asked.work / "families.json"
+    file = asked.work / ("towers.json" if asked.kind == "towers" else "families.json")
+    families = asked.families.split(",") if asked.families else list(KINDS[asked.kind][0])
     if asked.table is not None:
         write_table(asked.table, read(file))
         return
@@ -245,11 +276,11 @@ def main() -> None:
         libraries.setdefault(method.partition("_")[0], []).append(method)
     if len(libraries) == 1:
         for method in asked.methods.split(","):
-            run(asked.families.split(","), method, asked.work, file)
+            run(asked.kind, families, method, asked.work, file)
         return
     for each in libraries.values():
-        command = [sys.executable, __file__, str(asked.work),
-                   "--families", asked.families, "--methods", ",".join(each)]  # fmt: skip
+        command = [sys.executable, __file__, str(asked.work), "--kind", asked.kind,
+                   "--families", ",".join(families), "--methods", ",".join(each)]  # fmt: skip
         subprocess.run(command, check=True)
 
 

@@ -8,7 +8,7 @@ from quantkit.api.checkpoints import SAMPLES, export, load, plan, quantize, vali
 from quantkit.api.progress import ProgressCallback, ProgressEvent
 from quantkit.api.search import SCHEMES, WINDOWS, analyze
 from quantkit.api.ship import push
-from quantkit.api.sweep import sweep
+from quantkit.api.sweeps import sweep
 
 __all__ = [
     "SAMPLES", "SCHEMES", "WINDOWS", "ProgressCallback", "ProgressEvent", "analyze", "export",

@@ -161,14 +161,14 @@ def _show_experts(ui: Output, outcome: Outcome) -> None:
         return
     from statistics import median
 
-    blocks = sorted(experts.seen, key=lambda block: (min(experts.seen[block]),
-                                                     min(experts.routed[block])))  # fmt: skip
+    routes = {block: experts.routed.get(block, []) for block in experts.seen}
+    blocks = sorted(routes, key=lambda block: (min(experts.seen[block]), min(routes[block] or [0])))
     rows = []
     for block in blocks[:EXPERT_ROWS]:
-        seen, routed = experts.seen[block], experts.routed[block]
+        seen, routed = experts.seen[block], routes[block]
         under = sum(count < experts.floor for count in seen)
         rows.append((block, len(seen), f"{min(seen)} / {median(seen):g}",
-                     f"{min(routed)} / {median(routed):g}", under))  # fmt: skip
+                     f"{min(routed)} / {median(routed):g}" if routed else "–", under))  # fmt: skip
     left = len(blocks) - len(rows)
     more = f"; {left} more layers saw no less" if left else ""
     ui.table(

@@ -140,7 +140,7 @@ def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: lis
         )
     _refuse_unused_entries(recipe, modules)
     _refuse_split_groups(recipe, modules, layers)
-    notes += notes_of(checkpoint, layers)
+    notes += notes_of(checkpoint, backend_named(recipe.backend), layers)
     notes += checkpoint.notes
     return plan_of_layers(checkpoint, recipe, layers, kept, tuple(notes))
 

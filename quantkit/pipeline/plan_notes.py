@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from quantkit.backends.registry import Backend
+from quantkit.backends.registry.towers import untried_towers
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import expert_count, missing_head
+from quantkit.checkpoint.network.multimodal import is_multimodal
 
 
-def notes_of(checkpoint: Checkpoint, layers: Collection[str]) -> list[str]:
-    """In words: most of the model left in 16 bit, experts that stay, a head that is nowhere."""
-    return [*_left_in_16_bit(checkpoint, layers), *_head_notes(checkpoint)]
+def notes_of(checkpoint: Checkpoint, backend: Backend, layers: Collection[str]) -> list[str]:
+    """In words: most of the model left in 16 bit, experts that stay, a head that is nowhere, towers
+    of a family that the library was not tried with."""
+    return [
+        *_left_in_16_bit(checkpoint, layers),
+        *_head_notes(checkpoint),
+        *_tower_notes(checkpoint, backend),
+    ]
 
 
 def _left_in_16_bit(checkpoint: Checkpoint, layers: Collection[str]) -> Iterator[str]:
@@ -32,3 +40,9 @@ def _head_notes(checkpoint: Checkpoint) -> Iterator[str]:
     has_head = any(module.kind == "head" for module in checkpoint.modules)
     if note := missing_head(checkpoint.config, has_head):
         yield note
+
+
+def _tower_notes(checkpoint: Checkpoint, backend: Backend) -> Iterator[str]:
+    untried = is_multimodal(checkpoint.config) and untried_towers(backend, checkpoint.config)
+    if untried:
+        yield untried

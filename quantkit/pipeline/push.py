@@ -107,7 +107,7 @@ _HINT = "set HF_TOKEN to a token that may write (or run: hf auth login), then pu
 def check_name(repo: str) -> None:
     """InputError for what is no name of a repository."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(repo)
@@ -171,7 +171,7 @@ def _send(
     directory: Path,
     ui: Reporter,
 ) -> str:
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,

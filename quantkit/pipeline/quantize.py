@@ -7,10 +7,13 @@ output's name unverified.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import Reporter
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
+from quantkit.pipeline.calibration_data import text_only_note
 from quantkit.pipeline.engine_view import check_engines
 from quantkit.pipeline.experts_and_towers import refuse_beyond_dense
 from quantkit.pipeline.plan import Plan, make_plan
@@ -46,7 +49,8 @@ def _decide(request: Request, source: Checkpoint) -> Plan:
     refuse_incomplete(source)
     refuse_beyond_dense(source, plan, request.model)
     way_of(plan.backend).check(source, plan)
-    return plan
+    note = text_only_note(source, plan)
+    return replace(plan, notes=(*plan.notes, note)) if note else plan
 
 
 def quantize(request: Request, ui: Reporter) -> Outcome:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from quantkit.backends.adapters.hf_config import stated_value
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in
 from quantkit.checkpoint.network.config import stop_tokens
@@ -71,7 +72,9 @@ def load(
     if maker.device.type == "cpu":
         keep()
     records = maker.records + expanded_records(source)
-    stop = stop_tokens(source.checkpoint.path, {"eos_token_id": config.eos_token_id})
+    stop = stop_tokens(
+        source.checkpoint.path, {"eos_token_id": stated_value(config, "eos_token_id")}
+    )
     return Runtime(config, network, records, source.layout, stop)
 
 
@@ -123,11 +126,11 @@ def read_config(source: CheckpointReader) -> Any:
     """
     from transformers import AutoConfig
 
-    stated = _with_floats(source.checkpoint.config)
-    kind = stated.pop("model_type", None)
-    stated.pop("quantization_config", None)
+    values = _with_floats(source.checkpoint.config)
+    kind = values.pop("model_type", None)
+    values.pop("quantization_config", None)
     try:
-        config = AutoConfig.for_model(kind, **stated)
+        config = AutoConfig.for_model(kind, **values)
     except Exception as error:  # each family checks its values in its own way
         raise _unreadable(source, " ".join(str(error).split()) or type(error).__name__) from error
     heads = getattr(config, "num_attention_heads", 1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from quantkit.backends.adapters.hf_config import stated_value
 from quantkit.errors import InputError
 from quantkit.runtime.linear.grouped.select import Grouped
 from quantkit.runtime.linear.kernels.select import packed_tensors
@@ -164,7 +165,9 @@ class Runtime(nn.Module):
                 code="runtime.right_padding",
             )
         capacity = input_ids.shape[1] + max_new_tokens
-        padding = self.config.pad_token_id if pad_token_id is None else pad_token_id
+        padding = (
+            stated_value(self.config, "pad_token_id") if pad_token_id is None else pad_token_id
+        )
         if padding is None:
             padding = stops[0] if stops else 0
         return generate(

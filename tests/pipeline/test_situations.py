@@ -125,8 +125,10 @@ def interleaved(out: Path) -> None:
 
 
 def dbrx(out: Path) -> None:
-    parts: dict[str, tuple[int, ...]] = {"router.layer.weight": (EXPERTS, HIDDEN)} | {
-        f"experts.mlp.{leaf}": (EXPERTS * 256, HIDDEN) for leaf in ("w1", "v1", "w2")}  # fmt: skip
+    parts: dict[str, tuple[int, ...]] = {
+        "router.layer.weight": (EXPERTS, HIDDEN),
+        **{f"experts.mlp.{leaf}": (EXPERTS * 256, HIDDEN) for leaf in ("w1", "v1", "w2")},
+    }
     config = {**LLAMA, "model_type": "dbrx", "ffn_config": {"moe_num_experts": EXPERTS}}
     write(out, mixture("ffn.", parts), config)
 

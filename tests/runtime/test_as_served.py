@@ -64,6 +64,7 @@ def test_blocks_are_computed_with_the_scales_that_deepgemm_rounds(
     spec = LayerSpec(declared, "", (192, 256))
     rounded = served("compressed-tensors", spec, "h100")
     assert (rounded.weight, rounded.name) == (declared.weight, declared.name)
+    assert declared.input is not None
     assert rounded.input == replace(declared.input, scale="e8m0")
     others = (
         served("compressed-tensors", replace(spec, shape=(96, 256)), "h100"),

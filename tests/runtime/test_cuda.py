@@ -40,7 +40,10 @@ SCHEMES_HERE: dict[str, Scheme] = {
     ),
     "fp8_dynamic": SCHEMES["fp8_dynamic"],
     "fp8_block": SCHEMES["fp8_block"],
-    "fp8_block_rounded": replace(BLOCKS, input=replace(BLOCKS.input, scale="e8m0")),
+    "fp8_block_rounded": replace(
+        BLOCKS,
+        input=replace(BLOCKS.input, scale="e8m0"),  # type: ignore[type-var]
+    ),
     "fp8_block_weight_only": SCHEMES["fp8_block_weight_only"],
     "w8a8": SCHEMES["w8a8"],
     "w8a8_dynamic": SCHEMES["w8a8_dynamic"],

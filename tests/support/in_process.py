@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, conversion_mapping, modeling_utils
 
 from quantkit.backends.process.job import Job, JobInputError, Result, Unit
 from quantkit.errors import InputError
@@ -37,10 +38,24 @@ def in_this_process(job: Job, *, log: Path, **_: Any) -> Result:
     log.write_text("")
     module, run = job.adapter.split(":")
     try:
-        getattr(import_module(module), run)(job, Quiet(), result)
+        with as_it_was(job.model):
+            getattr(import_module(module), run)(job, Quiet(), result)
     except JobInputError as error:
         raise InputError(error.message, hint=error.hint, code=error.code) from error
     return result
+
+
+@contextmanager
+def as_it_was(model: str) -> Iterator[None]:
+    """GPTQModel puts classes of its own into Transformers: the others find what was there."""
+    family = type(AutoConfig.from_pretrained(model)).__module__
+    modeling = import_module(family.replace("configuration_", "modeling_"))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (modeling, conversion_mapping, modeling_utils):
+            for name, value in list(vars(module).items()):
+                if isinstance(value, type) or name == "get_checkpoint_conversion_mapping":
+                    patch.setattr(module, name, value)
+        yield
 
 
 @contextmanager

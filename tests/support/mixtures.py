@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.network.families import family
@@ -19,8 +18,8 @@ from quantkit.formats.inventory import expert
 from quantkit.formats.quantized import examine
 from quantkit.formats.registry import detect
 from tests.support.helpers import edit_json, edit_tensors
+from tests.support.tokenizer import VOCABULARY, byte_tokenizer
 
-VOCABULARY = 260
 EXPERTS = 4
 
 BASE: dict[str, Any] = {
@@ -127,25 +126,8 @@ def mixture(kind: str, out: Path) -> Path:
         if weight.dim() > 1 and "conv" not in name:
             weight.data.normal_(std=(2 if weight is head else 0.5) / weight.shape[-1] ** 0.5)
     model.save_pretrained(out)
-    _tokenizer().save_pretrained(out)
+    byte_tokenizer().save_pretrained(out)
     return out
-
-
-def _tokenizer() -> Any:
-    """One token a byte."""
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    vocabulary = {
-        word: number
-        for number, word in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])
-    }
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    make: Any = PreTrainedTokenizerFast
-    return make(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        unk_token="<unk>", model_max_length=256,
-    )  # fmt: skip
 
 
 def mxfp4(source: Path, out: Path) -> Path:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
+from quantkit.backends.adapters.hf_config import auto_class
 from quantkit.backends.process.job import Job, JobError, Reporter
 from quantkit.checkpoint.schemes import NumberFormat, Scheme
 
@@ -61,13 +62,12 @@ def bits_and_group(number: NumberFormat) -> dict[str, Any]:
 def load_model(job: Job) -> Any:
     """The model in the dtype of its checkpoint, on the job's device."""
     placement = {} if job.device == "cpu" else {"device_map": {"": job.device}}
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        job.model,
-        dtype="auto",
-        local_files_only=True,
-        trust_remote_code=job.trust_remote_code,
-        **placement,
-    )
+    here: dict[str, Any] = {
+        "local_files_only": True,
+        "trust_remote_code": job.trust_remote_code,
+    }
+    kind = auto_class(AutoConfig.from_pretrained(job.model, **here))
+    model: torch.nn.Module = kind.from_pretrained(job.model, dtype="auto", **here, **placement)
     return model.eval()
 
 

@@ -88,5 +88,6 @@ LLMCOMPRESSOR = Backend(
     options=LLMCompressorOptions,
     kv_caches=("none", "fp8"),
     dense_only=True,
+    pictures=True,
     unsupported=_unsupported,
 )

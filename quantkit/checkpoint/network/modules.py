@@ -15,6 +15,7 @@ from typing import Any, Literal
 from quantkit.checkpoint.network.config import expert_count, text_size
 from quantkit.checkpoint.network.families import tower_names
 from quantkit.checkpoint.network.fused_experts import FUSED_EXPERTS, FUSED_LEAVES, expert_block
+from quantkit.checkpoint.network.multimodal import LanguageModel, language_model
 from quantkit.checkpoint.network.patterns import matches
 
 Kind = Literal[
@@ -93,6 +94,7 @@ def classify(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -
         layers=text_size(config, "num_hidden_layers"),
         expert_parents=parents_of_experts,
         towers=tower_names(config),
+        language=language_model(shapes, config),
     )
     found = []
     for tensor, shape in shapes.items():
@@ -160,6 +162,7 @@ class _Context:
     layers: int
     expert_parents: set[str]
     towers: frozenset[str]
+    language: LanguageModel | None
 
 
 def _module_of(tensor: str, shape: tuple[int, ...]) -> str | None:
@@ -180,6 +183,8 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
     beyond = index is not None and 0 < context.layers <= index
     if "mtp" in parts or "nextn" in parts or beyond:
         return "mtp" if len(shape) >= 2 else "norm"
+    if _outside(name, shape, context):
+        return "tower"
     if len(shape) == 3:
         return "experts" if ".experts" in name or leaf in FUSED_LEAVES else "other"
     if len(shape) == 1:
@@ -188,7 +193,7 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
         return "other"
     if leaf in _HEADS and (index is None):
         return "head"
-    if "embed" in name.lower() or leaf in ("wte", "wpe", "tok_embeddings"):
+    if _embeds(name, leaf):
         return "embedding"
     if index is None and context.vocabulary and shape[0] == context.vocabulary:
         return "embedding"
@@ -197,6 +202,22 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
     if routes or leaf in _SMALL_GATES | CONTROLS or leaf.endswith("_coefs") or _routes(parts):
         return "router"
     return "linear"
+
+
+def _outside(name: str, shape: tuple[int, ...], context: _Context) -> bool:
+    """Whether a module of a multi-modal model is neither in the blocks of its language model nor
+    its head, nor an embedding or norm beside the blocks."""
+    language, parts = context.language, name.split(".")
+    if language is None or name.startswith(language.blocks):
+        return False
+    if parts[-1] in _HEADS and layer_index(name) is None:
+        return context.vocabulary not in (0, shape[0])
+    within = len(shape) == 1 or _embeds(name, parts[-1])
+    return not (within and language.beside(name))
+
+
+def _embeds(name: str, leaf: str) -> bool:
+    return "embed" in name.lower() or leaf in ("wte", "wpe", "tok_embeddings")
 
 
 def _routes(parts: list[str]) -> bool:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.backends.adapters.hf_config import auto_class
 from quantkit.checkpoint.network.config import is_tied
 from quantkit.checkpoint.network.modules import CONTROLS, fused_groups
+from quantkit.checkpoint.network.multimodal import language_model
 from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 from quantkit.runtime.loading.experts import find_experts, replace_experts, router_widths
@@ -25,7 +27,7 @@ from quantkit.runtime.loading.names import FileNames
 
 
 class HostedNetwork(nn.Module):
-    """A Transformers causal language model behind the lean decoder's interface."""
+    """A Transformers model that continues text behind the lean decoder's interface."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -72,11 +74,9 @@ def build_hosted(config: Any, maker: LayerMaker, progress: Progress | None = Non
 def empty_model(config: Any, path: Path, dtype: torch.dtype) -> Any:
     """Transformers' model of a config on the meta device; InputError for a network that cannot be
     computed: none that continues text, or experts kept in no known way."""
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            model: Any = auto_class(config).from_config(config, dtype=dtype)
     except ValueError as error:
         raise InputError(
             f"Transformers has no causal language model for {path}: {str(error).splitlines()[0]}",
@@ -103,8 +103,8 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
             leaf, torch.full(buffer.shape, unset, dtype=buffer.dtype, device=device), False
         )
         owners[name] = owner
-    for owner in dict.fromkeys(owners.values()):
-        model._init_weights(owner)
+    for owner, holder in {owner: _holder(model, name) for name, owner in owners.items()}.items():
+        holder._init_weights(owner)
     for name, owner in owners.items():
         value = owner.get_buffer(name.rpartition(".")[2])
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -113,6 +113,15 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
                 hint="upgrade transformers",
                 code="runtime.architecture",
             )
+
+
+def _holder(model: Any, name: str) -> Any:
+    """The innermost model around a buffer: a tower has an initialisation of its own."""
+    from transformers import PreTrainedModel
+
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:length])) for length in range(len(parts))]
+    return [module for module in around if isinstance(module, PreTrainedModel)][-1]
 
 
 def replace_layers(
@@ -149,14 +158,17 @@ def replace_layers(
 def _linears(
     model: Any, maker: LayerMaker, names: FileNames, widths: set[int]
 ) -> dict[str, nn.Linear]:
-    """The linear layers to replace. Routers and the like stay as they are where they are in 16 bit:
-    what holds them may use their weight itself."""
+    """The linear layers to replace. Routers and the like, and towers and projectors, stay as they
+    are where they are in 16 bit: what holds them may use their weight itself."""
     head = model.get_output_embeddings()
+    language = language_model(maker.source.checkpoint.shapes, maker.source.checkpoint.config)
     found = {}
     for name, module in model.named_modules():
         if type(module) is nn.Linear and module is not head:
+            stored = names.module(name)
             small = module.out_features in widths or name.rpartition(".")[2] in CONTROLS
-            if not small or names.module(name) in maker.source.layers:
+            outside = language is not None and not stored.startswith(language.blocks)
+            if not (small or outside) or stored in maker.source.layers:
                 found[name] = module
     return found
 

@@ -96,7 +96,7 @@ class SourceModel:
         number = module.rpartition(".experts.")[2].partition(".")[0]
         for holder, half, halves in fused_holders(module):
             fused = self._fused(holder)
-            if fused is not None:
+            if fused is not None and int(number) < fused.shape[0]:
                 part = self._slice(fused, int(number))
                 if halves == 1:
                     return [part]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import version
 from math import ceil
 from typing import Any
@@ -25,7 +26,12 @@ class _Harness:
         pin(order.device)
         sys.path.append(order.packages)
         self._order = order
-        self.version = f"lm-eval {version('lm_eval')} with {self.name} {version(self.name)}"
+        self.prepare()
+        engine = import_module(self.name).__version__
+        self.version = f"lm-eval {version('lm_eval')} with {self.name} {engine}"
+
+    def prepare(self) -> None:
+        """What must be said before the engine is imported."""
 
     def settings(self) -> dict[str, Any]:
         """What the backend's class takes."""
@@ -79,13 +85,16 @@ class VllmHarness(_Harness):
 
     name = "vllm"
 
-    def settings(self) -> dict[str, Any]:
-        order = self._order
+    def prepare(self) -> None:
+        space = str(ceil(self._order.cache_bytes / 2**30))
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(ceil(order.cache_bytes / 2**30)))
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", space)
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+    def settings(self) -> dict[str, Any]:
         from vllm.platforms import current_platform
 
+        order = self._order
         eager = {"enforce_eager": current_platform.is_cpu()}
         return {
             "pretrained": order.model,
