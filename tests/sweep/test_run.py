@@ -20,6 +20,8 @@ import yaml
 from tests.support.cli import command, inside, quantkit, refused
 from tests.support.tiny import byte_llama
 
+pytestmark = pytest.mark.engine
+
 SETTLED = ["canary_failures<=8", "canary_drift<=100", "routing_agreement>=0"]
 
 
