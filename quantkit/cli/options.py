@@ -15,7 +15,7 @@ Sets = Annotated[
     list[str],
     typer.Option("--set", help="KEY.PATH=VALUE in the recipe, or KEY+=VALUE; repeatable."),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, npu:N.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:0,1, npu:N.")]
 Python = Annotated[str | None, typer.Option("--python", help="The backend's interpreter.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")

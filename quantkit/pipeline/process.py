@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.backends.environments import find_interpreter
-from quantkit.backends.environments.device import resolve_device
+from quantkit.backends.environments.device import resolve_devices
 from quantkit.backends.process.job import NO_DATA, Job, Reporter, Result
 from quantkit.backends.process.parent import run_worker
 from quantkit.checkpoint.directory import Checkpoint
@@ -175,7 +175,7 @@ def _job(
     tokens: TokenFile | None,
     note: dict[str, Any],
 ) -> Job:
-    recipe = plan.recipe
+    recipe, devices = plan.recipe, resolve_devices(request.device)
     return Job(
         task="quantize",
         backend=plan.backend.name,
@@ -193,7 +193,9 @@ def _job(
         experts=recipe.experts,
         expert_floor=recipe.expert_floor,
         on_unseen=recipe.on_unseen,
-        device=resolve_device(request.device),
+        device=devices[0],
+        devices=list(devices),
+        placement=plan.placed.placement if plan.placed else "resident",
         seed=recipe.seed,
         shard_size=recipe.shard_bytes(),
         checkpoint_save=str(request.checkpoint_save.resolve()) if request.checkpoint_save else None,

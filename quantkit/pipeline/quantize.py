@@ -7,12 +7,15 @@ output's name unverified.
 
 from __future__ import annotations
 
-from quantkit.backends.environments.device import resolve_device
+from dataclasses import replace
+
+from quantkit.backends.environments.device import resolve_devices
 from quantkit.backends.process.job import Reporter
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
 from quantkit.pipeline.engine_view import check_engines
 from quantkit.pipeline.experts_and_towers import refuse_beyond_dense
+from quantkit.pipeline.placement import place, refuse_too_large
 from quantkit.pipeline.plan import Plan, make_plan
 from quantkit.pipeline.publish import check_apart, check_target
 from quantkit.pipeline.request import Outcome, Request
@@ -24,7 +27,9 @@ def preflight(request: Request) -> tuple[Checkpoint, Plan]:
     """Open the model and plan the job; every refusal that needs no weights happens here."""
     path = resolve_model(request.model, trust_remote_code=request.trust_remote_code)
     source = open_checkpoint(path)
-    return source, check_engines(source, _decide(request, source))
+    plan = check_engines(source, _decide(request, source))
+    refuse_too_large(plan.placed, plan.recipe, resolve_devices(request.device))
+    return source, plan
 
 
 def plan_only(request: Request) -> tuple[Checkpoint, Plan]:
@@ -36,13 +41,16 @@ def plan_only(request: Request) -> tuple[Checkpoint, Plan]:
 
 def _decide(request: Request, source: Checkpoint) -> Plan:
     """The plan, or the refusal that `plan` and `quantize` share: all that no weights tell."""
+    devices = resolve_devices(request.device)
+    state = request.checkpoint_save is not None
     plan = make_plan(
         source,
         request.recipe,
-        device=resolve_device(request.device),
+        device=devices[0],
         trust_remote_code=request.trust_remote_code,
-        state=request.checkpoint_save is not None,
+        state=state,
     )
+    plan = replace(plan, placed=place(source, plan.recipe, plan.backend, devices, state=state))
     refuse_incomplete(source)
     refuse_beyond_dense(source, plan, request.model)
     way_of(plan.backend).check(source, plan)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from quantkit.backends.adapters.autoround_gguf import keep_byte_level
 from quantkit.backends.adapters.common import (
     bits_and_group,
     check_followed,
-    load_model,
     logs_as_notes,
     packed_modules,
     seed_everything,
@@ -22,6 +23,7 @@ from quantkit.backends.adapters.common import (
     usual_scheme,
     warnings_as_notes,
 )
+from quantkit.backends.adapters.placed import empty_model, load_placed
 from quantkit.backends.adapters.places import locate
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.process.job import Job, JobError, Reporter, Result
@@ -39,12 +41,19 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     _keep_bfloat16()
     with warnings_as_notes(report), logs_as_notes("autoround", report):
         report.stage("load")
-        model = load_model(job)
+        layerwise = job.placement == "layerwise"
+        model = empty_model(job) if layerwise else load_placed(replace(job, placement="resident"))
         locate(model, job)
         tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
         tokens = Tokens(job) if job.tokens else None
         witness = SeenTokens(tokens, report)
-        tuner = AutoRound(model, tokenizer, **_arguments(job, model, tokens))
+        arguments = _arguments(job, model, tokens)
+        if layerwise:  # the library then builds the model itself, and reads a block at a time
+            os.environ["AR_DISK_STREAM_MODEL"] = "1"
+            tuner = AutoRound(job.model, tokenizer, **arguments)
+            model = tuner.model_context.model
+        else:
+            tuner = AutoRound(model, tokenizer, **arguments)
         layout = _format(job)
         if layout == "gguf":
             keep_byte_level(job, report)
@@ -89,7 +98,8 @@ def _arguments(job: Job, model: Any, tokens: Tokens | None) -> dict[str, Any]:
         "iters": _BEST_ITERS if iters == "best" else iters,
         "layer_config": _layer_config(job, model) or None,
         "batch_size": job.batch_size,
-        "device_map": job.device,
+        "device_map": ",".join(job.devices) if job.placement == "spread" else job.device,
+        "low_gpu_mem_usage": job.placement == "layerwise",
         "enable_torch_compile": False,
         "seed": job.seed,
     }

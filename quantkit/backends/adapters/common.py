@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from quantkit.backends.process.job import Job, JobError, Reporter
 from quantkit.checkpoint.schemes import NumberFormat, Scheme
@@ -56,19 +55,6 @@ def bits_and_group(number: NumberFormat) -> dict[str, Any]:
         "group_size": number.group_size or -1,
         "sym": number.symmetric,
     }
-
-
-def load_model(job: Job) -> Any:
-    """The model in the dtype of its checkpoint, on the job's device."""
-    placement = {} if job.device == "cpu" else {"device_map": {"": job.device}}
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        job.model,
-        dtype="auto",
-        local_files_only=True,
-        trust_remote_code=job.trust_remote_code,
-        **placement,
-    )
-    return model.eval()
 
 
 def unplanned(model: torch.nn.Module, job: Job) -> list[str]:

@@ -61,6 +61,7 @@ def _config(job: Job) -> Any:
         **bits_and_group(usual_scheme(job).weight),
         "device": job.device,
         "dynamic": _dynamic(job),
+        "offload_to_disk": job.placement == "layerwise",
     }
     if job.options.get("method") == "awq":
         return AWQConfig(**common)

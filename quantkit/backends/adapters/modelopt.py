@@ -17,7 +17,6 @@ from modelopt.torch.export import export_hf_checkpoint
 from quantkit.backends.adapters.common import (
     check_followed,
     folded,
-    load_model,
     norms,
     seed_everything,
     warnings_as_notes,
@@ -33,6 +32,7 @@ from quantkit.backends.adapters.modelopt_config import (
     quantized_layers,
 )
 from quantkit.backends.adapters.modelopt_state import restore_state, save_state
+from quantkit.backends.adapters.placed import load_placed, offload_removed
 from quantkit.backends.adapters.places import (
     Place,
     expert_blocks,
@@ -48,9 +48,9 @@ from quantkit.backends.process.job import Job, Reporter, Result
 def run(job: Job, report: Reporter, result: Result) -> None:
     """Quantize `job.model`, or restore `job.restore` on it, and export it into `job.out`."""
     seed_everything(job)
-    with warnings_as_notes(report, frozenset(job.keep)):
+    with warnings_as_notes(report, frozenset(job.keep)), offload_removed(job):
         report.stage("load")
-        model = load_model(job)
+        model = load_placed(job)
         if job.task == "export":
             report.stage("restore")
             found = places(model, job.layers)
@@ -102,12 +102,12 @@ class Calibration:
         self.device = job.device
         self.needs_logits = any(name.rpartition(".")[2] == "lm_head" for name in job.layers)
         self.passes = 0
+        known = inspect.signature(model.forward).parameters
+        options = {"use_cache": False, "logits_to_keep": 0 if self.needs_logits else 1}
+        self.options = {name: value for name, value in options.items() if name in known}
 
     def run(self, model: Any) -> None:
         """One pass over all samples; some algorithms ask for several."""
-        known = inspect.signature(model.forward).parameters
-        options = {"use_cache": False, "logits_to_keep": 0 if self.needs_logits else 1}
-        options = {name: value for name, value in options.items() if name in known}
         batches = self.tokens.batches(self.batch_size)
         self.passes += 1
         name = "calibrate" if self.passes == 1 else f"calibrate, pass {self.passes}"
@@ -117,7 +117,7 @@ class Calibration:
             with torch.no_grad(), self.experts.watch(feed=self.feed):
                 for done, batch in enumerate(batches, 1):
                     moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
-                    model(**moved, **options)
+                    model(**moved, **self.options)
                     self.report.advance(done)
         finally:
             hook.remove()

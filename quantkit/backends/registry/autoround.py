@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from quantkit.backends.registry.backend import Backend, Method, Options
+from quantkit.backends.registry.backend import Backend, Footprint, Method, Options
 
 if TYPE_CHECKING:
     from quantkit.recipe.model import Recipe
@@ -103,5 +103,10 @@ AUTOROUND = Backend(
     chosen=_chosen,
     options=AutoRoundOptions,
     dense_only=True,
+    placements={
+        "resident": Footprint(1_100_000_000, 1.0, 6, 2),
+        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2),
+        "spread": Footprint(1_100_000_000, 1.0, 6, 2),
+    },
     unsupported=_unsupported,
 )

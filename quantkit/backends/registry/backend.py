@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+from quantkit.checkpoint.schemes import Placement
 
 if TYPE_CHECKING:
     from quantkit.recipe.model import Recipe
@@ -45,6 +47,23 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """Peak host memory of a job on a CPU, fitted to measured runs (`benchmarks/placement.py`).
+
+    library: bytes of the worker with its libraries, before a model.
+    weights: how often what stays in memory is held (all weights, or those outside of the decoder
+        blocks), as a multiple of its bytes in 16 bit.
+    block: what work on a decoder block takes, as a multiple of the largest one's bytes in 16 bit.
+    activations: copies of a hidden state a calibration token, in 16 bit.
+    """
+
+    library: int
+    weights: float
+    block: float
+    activations: float
+
+
+@dataclass(frozen=True)
 class Backend:
     """One quantization library, described.
 
@@ -59,6 +78,7 @@ class Backend:
     dense_only: whether models with towers are beyond it, and with experts, but for those families
         that `mixtures.yaml` names.
     reads_fp8_blocks: whether a source in FP8 blocks (DeepSeek) is dequantized on the way.
+    placements: where the library can keep the weights, the first choice first, and what it takes.
     unsupported: a reason why this recipe cannot run in this backend, or None.
     """
 
@@ -77,6 +97,9 @@ class Backend:
     dense_only: bool = False
     reads_fp8_blocks: bool = False
     saves_state: bool = False
+    placements: Mapping[Placement, Footprint] = field(
+        default_factory=lambda: {"resident": Footprint(1_000_000_000, 1.33, 1, 1)}
+    )
     unsupported: Callable[[Recipe], str | None] | None = None
 
     def method(self, recipe: Recipe) -> Method:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.backends.registry.backend import Backend, Folding, Method, Options
+from quantkit.backends.registry.backend import Backend, Folding, Footprint, Method, Options
 
 if TYPE_CHECKING:
     from quantkit.recipe.model import Recipe
@@ -60,5 +60,10 @@ MODELOPT = Backend(
     overrides=False,
     dense_only=True,
     saves_state=True,
+    placements={
+        "resident": Footprint(1_100_000_000, 1.0, 6, 2),
+        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2),
+        "spread": Footprint(1_100_000_000, 1.0, 6, 2),
+    },
     unsupported=_unsupported,
 )
