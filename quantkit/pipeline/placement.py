@@ -74,7 +74,7 @@ def place(
     device or of the "host"; None is this machine's.
     Raises InputError for a placement that the library, or these devices, do not have.
     """
-    plain = not state and expert_count(source.config) is None
+    plain = not state and not expert_count(source.config)
     possible = _possible(backend, devices, plain=plain)
     if reason := _refusal(backend, recipe, devices, possible):
         raise InputError(
