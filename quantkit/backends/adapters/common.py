@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 from safetensors import safe_open
 
 from quantkit.backends.process.job import Job, JobError, Reporter
@@ -68,11 +69,12 @@ def unplanned(model: torch.nn.Module, job: Job) -> list[str]:
 
 def norms(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the weights that are vectors (norms), by module name."""
-    return {
-        name: module.weight.detach().clone()
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 1
-    }
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 1:
+            with align_module_device(module):  # brings an offloaded weight in
+                found[name] = module.weight.detach().clone()
+    return found
 
 
 def folded(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, list[str]]:
