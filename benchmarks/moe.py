@@ -1,8 +1,17 @@
-"""Decode of a mixture of experts in the runtime against a dense model of the same active size.
+"""A mixture of experts: the libraries through quantkit, and decode in the runtime.
 
     python benchmarks/moe.py WORKDIR [--source DIR]
+    python benchmarks/moe.py WORKDIR --libraries [NAME …] [--rounds 3] [--samples 16] [--length 256]
+                                     [--layers N]
 
-The mixture is the source (the demo model unless named) upcycled to 4 experts, 2 of which compute a
+With --libraries: the library stage of `quantkit quantize` on the demo mixture of 4 experts (cut to
+N layers), from loading to saving, beside the library's own script (plain_methods.py) with the same
+samples, in turn: medians of time and peak memory, whose ratios should be at most 1.05. The tensors
+of both must be equal. ModelOpt by itself brings tokens to the experts that they are routed to, and
+is compared with `experts=routed`; LLM Compressor brings every token to every expert on both sides.
+
+Without: decode of a mixture in the runtime against a dense model of the same active size. The
+mixture is the source (the demo model unless named) upcycled to 4 experts, 2 of which compute a
 token; the dense model has the source's MLP twice, side by side, each giving half. Both are read and
 run in one process, in turns; prints tokens/s at batch 1 (the median of the rounds) and the ratio.
 """
@@ -12,18 +21,33 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from methods import Measured, compared, plain, quantize
 from safetensors.torch import load_file, save_file
 
+from quantkit.calibration import build_tokens, load_calibration
 from quantkit.checkpoint.demo import demo_model
-from quantkit.checkpoint.upcycle import ACTIVE, upcycle
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.upcycle import ACTIVE, demo_mixture, upcycle
 from quantkit.runtime.load import load
 from quantkit.runtime.model import Runtime
+from tests.support.helpers import cut_layers
 
 PROMPT, NEW, ROUNDS = 32, 64, 5
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "llmcompressor_fp8_dynamic": (),
+    "llmcompressor_w4a16": ("group_size=64",),
+    "modelopt_fp8": ("experts=routed", "on_unseen=rtn"),
+    "modelopt_nvfp4": ("experts=routed", "on_unseen=rtn"),
+}
+"""Methods whose library stage is compared with a plain script, and their settings."""
+MIXTRAL = {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".down_proj.": ".w2.",
+           ".up_proj.": ".w3."}  # fmt: skip
+"""What the libraries call parts of a Mixtral → its names on disk, as engines read them."""
 
 
 def widened(source: Path, target: Path) -> Path:
@@ -52,12 +76,55 @@ def rate(runtime: Runtime, ids: torch.Tensor) -> float:
     return (NEW - 1) / (spent[1] - spent[0])
 
 
-def main() -> None:
+def digests(path: Path) -> dict[str, str]:
+    """Digest of every tensor by the name that engines read."""
+    found = {}
+    for name, digest in open_checkpoint(path).digests().items():
+        for theirs, ours in MIXTRAL.items():
+            name = name.replace(theirs, ours)
+        found[name] = digest
+    return found
+
+
+def libraries(asked: argparse.Namespace) -> None:
+    """Each method by its library alone and through quantkit, in turn."""
+    model = asked.source or demo_mixture()
+    if asked.layers:
+        model = asked.work / f"mixture_{asked.layers}_layers"
+        if not model.is_dir():
+            cut = cut_layers(demo_model(), asked.work / f"demo_{asked.layers}_layers", asked.layers)
+            upcycle(cut, model, 2 * ACTIVE)
+    overrides: dict[str, object] = {"samples": asked.samples, "sequence_length": asked.length}
+    tokens = build_tokens(load_calibration("default", overrides), model)
+    calibration = [f"calibration.{key}={value}" for key, value in overrides.items()]
+    print(
+        f"{asked.layers or 'all'} layers, {asked.samples} × {asked.length} tokens, median of "
+        f"{asked.rounds}\n\n| method | script s | quantkit s | ratio | script cpu s "
+        "| quantkit cpu s | ratio | script MiB | quantkit MiB | ratio | tensors |\n"
+        + "|---" * 11
+        + "|"
+    )
+    for name in asked.libraries or LIBRARIES:
+        sets = [*(() if name.endswith("_dynamic") else calibration), *LIBRARIES[name]]
+        runs: dict[str, list[Measured]] = {"plain": [], "ours": []}
+        for number in range(asked.rounds):
+            with tempfile.TemporaryDirectory(dir=asked.work) as folder:
+                places = {side: Path(folder, side) for side in runs}
+                for side in list(runs) if number % 2 == 0 else list(runs)[::-1]:
+                    runs[side].append(
+                        plain(name, model, tokens.path, places[side])
+                        if side == "plain"
+                        else quantize(model, name, places[side], sets)
+                    )
+                theirs, ours = (digests(place) for place in places.values())
+        cells = [cell for key in ("library", "processors", "peak") for cell in compared(runs, key)]
+        other = sum(theirs.get(tensor) != digest for tensor, digest in ours.items())
+        same = f"{other} of {len(ours)} differ" if other else "equal"
+        print(" | ".join([f"| `{name}`", *cells, f"{same} |"]), flush=True)
+
+
+def decode(asked: argparse.Namespace) -> None:
     """Make both models where they are missing, and measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--source", type=Path)
-    asked = parser.parse_args()
     source = asked.source or demo_model()
     models = {"mixture": asked.work / "mixture", "dense": asked.work / "dense"}
     if not models["mixture"].is_dir():
@@ -74,6 +141,23 @@ def main() -> None:
     for name, value in rates.items():
         print(f"{name}: {value:.1f} tokens/s, {runtimes[name].memory_bytes / 1e6:.0f} MB")
     print(f"time of the mixture / the dense model: {rates['dense'] / rates['mixture']:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--source", type=Path)
+    parser.add_argument("--libraries", nargs="*", choices=LIBRARIES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--layers", type=int)
+    asked = parser.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    if asked.libraries is not None:
+        libraries(asked)
+    else:
+        decode(asked)
 
 
 if __name__ == "__main__":

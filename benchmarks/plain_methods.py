@@ -1,4 +1,4 @@
-"""The 4-bit methods as a plain script of each library would do them; quantkit is not imported.
+"""Methods as a plain script of each library would do them; quantkit is not imported.
 
     python benchmarks/plain_methods.py METHOD MODEL TOKENS OUT SETTINGS
 
@@ -205,6 +205,7 @@ def msmodelslim() -> Script:
 
 
 METHODS: dict[str, Callable[[], Script]] = {
+    "llmcompressor_fp8_dynamic": partial(llmcompressor_preset, "FP8_DYNAMIC", False),
     "llmcompressor_w4a16": llmcompressor_gptq,
     "llmcompressor_w4a16_autoround": llmcompressor_autoround,
     "llmcompressor_nvfp4": partial(llmcompressor_preset, "NVFP4", True),
@@ -215,6 +216,7 @@ METHODS: dict[str, Callable[[], Script]] = {
     "autoround_nvfp4": partial(autoround, "NVFP4", "llm_compressor"),
     "autoround_mxfp4": partial(autoround, "MXFP4", "llm_compressor"),
     "autoround_gguf_q4_k_m": partial(autoround, "GGUF:Q4_K_M", "gguf:q4_k_m"),
+    "modelopt_fp8": partial(modelopt, "FP8_DEFAULT_CFG"),
     "modelopt_nvfp4": partial(modelopt, "NVFP4_DEFAULT_CFG"),
     "modelopt_nvfp4_mlp_only": partial(modelopt, "NVFP4_MLP_ONLY_CFG"),
     "modelopt_int4_awq": partial(modelopt, "INT4_AWQ_CFG"),

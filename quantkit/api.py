@@ -72,8 +72,8 @@ def quantize(
     calibration: a mixture's name or a data file, instead of the recipe's.
     checkpoint_save: also keep the fake-quantized state in this .pth file, for `export`.
     python: the interpreter that has the backend's library.
-    resume, memory (bytes, or "2GB"), jobs (0: as many as fit), executor ("local", "ray"): of the
-        rtn_* methods.
+    resume: go on with a run of the same request that was stopped.
+    memory (bytes, or "2GB"), jobs (0: as many fit), executor ("local", "ray"): of rtn_* methods.
 
     Raises InputError for what is wrong with the request or the model (before any work),
     BackendError when the library failed, CheckError when the result did not verify; `out` is then
@@ -215,6 +215,7 @@ def validate(
     baseline: str | Path = "",
     engine: str = "builtin",
     kernel: str = "auto",
+    as_on: str = "",
     device: str = "auto",
     data: str | Path | None = None,
     samples: int = SAMPLES,
@@ -230,6 +231,7 @@ def validate(
 
     baseline: a directory or Hub name; "": what quantkit.json remembers.
     engine, kernel: what runs both models ("builtin", "vllm", …), and the built-in one's kernel.
+    as_on: the GPU (h100, b200, …) as whose engine activations are rounded; "": this.
     data: a text file instead of the held-out text; samples: windows of 512 tokens of it.
     tasks, limit: lm-eval tasks, and the most samples of each.
     gates: such as "ppl_ratio<=1.02", beside those of the scheme and the recipe.
@@ -254,6 +256,7 @@ def validate(
         baseline=str(baseline),
         engine=engine,
         kernel=kernel,
+        as_on=as_on,
         device=device,
         data=None if data is None else Path(data),
         samples=samples,
@@ -278,12 +281,14 @@ def load(
     *,
     device: str = "auto",
     kernel: str = "auto",
+    as_on: str = "",
     dtype: str = "auto",
     progress: ProgressCallback | None = None,
 ) -> Runtime:
     """Load a checkpoint of any known layout (or a 16-bit one) as a model with the `forward` and
     `generate` of Transformers, computed with the kernels that serve it.
 
+    `as_on` names the GPU as whose engine activations are rounded (h100, b200, …; "": this one).
     `kernel` is "auto" or the one that every quantized layer must get; `dtype` that of the config
     unless named (bfloat16, float16, float32). Raises InputError for a checkpoint that is not
     consistent in itself, and for a kernel or device that is not there.
@@ -291,7 +296,9 @@ def load(
     from quantkit.runtime.load import load as run
 
     steps = _Told(progress).steps("load")
-    return run(Path(directory), device=device, kernel=kernel, dtype=dtype, progress=steps)
+    return run(
+        Path(directory), device=device, kernel=kernel, dtype=dtype, as_on=as_on, progress=steps
+    )
 
 
 class _Told:

@@ -198,8 +198,8 @@ FLAGS = {
     },
     "verify": {"--source", "--engine", "--tp", "--gpu", "--json"},
     "validate": {
-        "--baseline", "--engine", "--kernel", "--device", "--data", "--samples", "--tasks",
-        "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
+        "--baseline", "--engine", "--kernel", "--as-on", "--device", "--data", "--samples",
+        "--tasks", "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
     },
     "plan": {
         "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",
@@ -208,7 +208,7 @@ FLAGS = {
     "methods": {"--json"},
     "launch": {"--engine", "--tp", "--exec", "--json"},
     "platforms": {"--method", "--gpu", "--json"},
-    "kernels": {"--kernel", "--device", "--json"},
+    "kernels": {"--kernel", "--as-on", "--device", "--json"},
     "demo": {"--method", "--out", "--set", "--moe", "--json"},
 }  # fmt: skip
 """Scripts depend on these: a flag is added here on purpose or not at all."""

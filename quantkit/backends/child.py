@@ -82,6 +82,7 @@ class Child:
     ) -> None:
         self._mark = secrets.token_hex(16)
         self._kills, self._last_kill = oom_kills(), -math.inf
+        self._looked = -math.inf
         try:
             self._process = subprocess.Popen(
                 arguments,
@@ -129,14 +130,19 @@ class Child:
                 for line in lines:
                     yield json.loads(line)
 
-    def look(self) -> None:
-        """Notice whether the kernel has killed for want of memory since the last look."""
+    def look(self, every: float = POLL_SECONDS) -> None:
+        """Notice whether the kernel has killed for want of memory since the last look, unless that
+        was less than so many seconds ago."""
+        now = time.monotonic()
+        if now - self._looked < every:
+            return
+        self._looked = now
         if self._kills != (kills := oom_kills()):
-            self._kills, self._last_kill = kills, time.monotonic()
+            self._kills, self._last_kill = kills, now
 
     def memory_ran_out(self) -> bool:
         """Whether the kernel has just killed a process, of this tree or another, for memory."""
-        self.look()
+        self.look(every=0)
         return time.monotonic() - self._last_kill < OOM_WINDOW_SECONDS
 
     def ending(self) -> Ending:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +25,8 @@ def cache_dir() -> Path:
 
 def write_whole(file: Path, content: bytes) -> None:
     """Readers see whole files; a cache that cannot be written is no reason to fail."""
+    import secrets
+
     staged = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +54,8 @@ def new_log(kind: str) -> Path:
 
     Raises OSError when neither can.
     """
+    import tempfile
+
     logs = cache_dir() / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,6 @@ from quantkit.cli import (
     validate,
     verify,
 )
-from quantkit.cli.failures import explained
 
 
 class Commands(TyperGroup):
@@ -34,6 +33,8 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
+            from quantkit.cli.failures import explained
+
             raise explained(error) from error
 
 

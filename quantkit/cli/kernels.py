@@ -19,6 +19,7 @@ def kernels_command(
     kernel: Annotated[
         str, typer.Option("--kernel", help="Only this kernel, or SGLang's name of a GEMM backend.")
     ] = "auto",
+    as_on: options.AsOn = "",
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -64,7 +65,7 @@ def kernels_command(
         for option, name in autos.items():
             out.text(f"--{option} auto here: {name or 'none'}")
     else:
-        records = preview(directory, found, kernel)
+        records = preview(directory, found, kernel, as_on)
         document["layers"] = [vars(record) for record in records]
         alike = Counter(
             (r.scheme, r.kernel, "\n".join(f"{n}: {why}" for n, why in r.refused.items()))
@@ -77,6 +78,8 @@ def kernels_command(
         )
         if any(record.weights_only for record in records):
             out.text("weights only: activations that the scheme quantizes are computed in 16 bit")
+        if kept := sorted({r.scheme for r in records if not r.activations_as_declared}):
+            out.text(f"activations of {', '.join(kept)} are in 16 bit, as vLLM leaves them")
         if not records:
             out.text("no layer is quantized")
     out.document(document)

@@ -16,7 +16,7 @@ def methods_command(
     rows = method_rows()
     out.table(
         "",
-        ["method", "writes", "bits", "needs", "loads in", "runs here"],
+        ["method", "writes", "bits", "needs", "loads in", "resumes after", "runs here"],
         [
             (
                 "\n".join([row["method"], *(f"({alias})" for alias in row["aliases"])]),
@@ -24,6 +24,7 @@ def methods_command(
                 f"{row['bits_per_weight']:.1f}",
                 ", ".join(row["needs"]) or "-",
                 row["loads_in"],
+                f"a {row['resumes']}",
                 "yes" if row["available"] else row["reason"],
             )
             for row in rows
@@ -70,6 +71,7 @@ def method_rows() -> list[dict[str, Any]]:
                 "engines": list(loads.engines),
                 "export_only": loads.export_only,
                 "loads_in": loads.describe().partition(":")[0],
+                "resumes": backend.resumes,
                 "available": reason is None,
                 "reason": reason,
             }

@@ -16,6 +16,14 @@ Sets = Annotated[
     typer.Option("--set", help="KEY.PATH=VALUE in the recipe, or KEY+=VALUE; repeatable."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:0,1, npu:N.")]
+AsOn = Annotated[
+    str,
+    typer.Option(
+        "--as-on",
+        help="Round activations where the engine does on this GPU (h100, b200, …); default: as it "
+        "does on the one here, on a CPU as the checkpoint says.",
+    ),
+]
 Python = Annotated[str | None, typer.Option("--python", help="The backend's interpreter.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")

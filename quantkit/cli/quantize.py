@@ -40,7 +40,8 @@ def quantize_command(
     trust_remote_code: options.TrustRemoteCode = False,
     overwrite: options.Overwrite = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a stopped rtn_* run left off.")
+        bool,
+        typer.Option("--resume", help="Go on where a stopped run of the same command left off."),
     ] = False,
     memory: Annotated[
         str,

@@ -33,6 +33,7 @@ def validate_command(
     kernel: Annotated[
         str, typer.Option("--kernel", help="The kernel of every quantized layer, or auto.")
     ] = "auto",
+    as_on: options.AsOn = "",
     device: options.Device = "auto",
     data: Annotated[
         Path | None,
@@ -72,6 +73,7 @@ def validate_command(
             baseline=baseline,
             engine=engine,
             kernel=kernel,
+            as_on=as_on,
             device=device,
             data=data,
             samples=samples,

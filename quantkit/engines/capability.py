@@ -38,6 +38,13 @@ def capabilities(
     ]
 
 
+def runs_on(engine: str, layout: str, algorithm: str, scheme: str, gpu: Gpu) -> Runs:
+    """How one engine runs a layout's format on one GPU."""
+    rules = engines()[engine]
+    key = algorithm if layout in BY_ALGORITHM else scheme
+    return _runs(rules.formats.get(layout), _rule(rules, layout, key), gpu)
+
+
 def gemm_order(gpu: Gpu) -> dict[str, list[str]]:
     """SGLang's flag → the backends that its `auto` tries on this device, in order."""
     here: Any = gpu.capability if gpu.vendor == "nvidia" else gpu.vendor

@@ -47,10 +47,10 @@ def generations() -> dict[str, tuple[Gpu, ...]]:
     }
 
 
-def gpu_named(name: str) -> Gpu:
+def gpu_named(name: str, option: str = "--gpu") -> Gpu:
     """The device of that name (h100, mi300x, …), or the first of that generation (hopper, …).
 
-    Raises InputError with the known names.
+    Raises InputError with the known names; `option` is what the name was given to.
     """
     wanted = name.lower().replace(" ", "").replace("_", "-")
     for generation, devices in generations().items():
@@ -61,7 +61,7 @@ def gpu_named(name: str) -> Gpu:
                 return gpu
     known = ", ".join(gpu.key for devices in generations().values() for gpu in devices)
     raise InputError(
-        f"--gpu {name} is not known.",
+        f"{option} {name} is not known.",
         hint=f"one of {known}; or a generation: {', '.join(generations())}",
         code="request.gpu",
     )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,23 +17,25 @@ from quantkit.checkpoint.directory import Checkpoint
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+_HEAD = re.compile(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", re.MULTILINE | re.DOTALL)
+"""A card's head as the Hub's library finds it; to import that for reading alone takes longer than
+to plan."""
+
 DATASETS = "quantkit-"
 """How the `dataset_type` of every result of ours begins: what a later validation replaces."""
 
 
 def front_matter(source: Checkpoint) -> dict[str, Any]:
     """The YAML head of the source model's README, empty when there is none that can be read."""
-    from huggingface_hub import RepoCard
-
     card = source.path / "README.md"
     if not card.is_file():
         return {}
-    text = card.read_text(encoding="utf-8-sig", errors="replace").lstrip()
-    if not text.startswith("---"):
+    block = _HEAD.match(card.read_text(encoding="utf-8-sig", errors="replace").lstrip())
+    try:
+        head = yaml.safe_load(block[1]) if block else None
+    except (yaml.YAMLError, ValueError):
         return {}
-    try:  # a key that is no string is a TypeError there
-        head = dict(vars(RepoCard(text).data))
-    except (yaml.YAMLError, ValueError, TypeError):
+    if not isinstance(head, dict) or not all(isinstance(key, str) for key in head):
         return {}
     return head | {"language": _language(head["language"])} if "language" in head else head
 

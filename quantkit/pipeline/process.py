@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.backends.environments import find_interpreter
+from quantkit import __version__
+from quantkit.backends.environments import find_interpreter, library_versions
 from quantkit.backends.environments.device import resolve_devices
 from quantkit.backends.process.job import NO_DATA, Job, Reporter, Result
 from quantkit.backends.process.parent import run_worker
+from quantkit.backends.process.worker import LIBRARIES
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.provenance import LOG, Calibration
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
-from quantkit.errors import BackendError, InputError
+from quantkit.errors import BackendError, CheckError, InputError
 from quantkit.pipeline.finish import finish
 from quantkit.pipeline.followed import as_written, without
 from quantkit.pipeline.plan import Plan, kept_layers
 from quantkit.pipeline.publish import check_space, check_target, staged
 from quantkit.pipeline.request import Outcome, Request
+from quantkit.pipeline.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from quantkit.calibration import CalibrationConfig, TokenFile
@@ -33,15 +38,18 @@ def check(source: Checkpoint, plan: Plan) -> None:  # noqa: ARG001 - see `Way`
 def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outcome:
     """Calibrate and quantize in the worker, then seal, verify and publish.
 
-    Raises InputError for what is wrong with the request or the weights, BackendError when the
-    library or its process failed, CheckError when the result did not verify.
+    What the worker finished stays in `DIR.partial` when the run stops before the output is
+    complete; `request.resume` goes on from it (`unfinished`).
+    Raises InputError for what is wrong with the request, the weights or the run to go on with,
+    BackendError when the library or its process failed, CheckError when the result did not verify.
     """
     _refuse_stream_flags(request, plan)
-    check_space(request.out, plan.estimate.disk, "the checkpoint")
-    if request.checkpoint_save:
-        _check_state_file(request.checkpoint_save, request.overwrite, source, plan)
+    if not request.resume:
+        check_space(request.out, plan.estimate.disk, "the checkpoint")
     python = find_interpreter(plan.backend, request.python or request.recipe.python)
-    with staged(request.out, overwrite=request.overwrite) as partial:
+    with staged(
+        request.out, overwrite=request.overwrite, resumable=True, resume=request.resume
+    ) as partial:
         ui.stage("scan source", source.weight_bytes, "bytes")
         found = scan(source, ui.advance)
         refuse_bad_weights(found, source)
@@ -49,26 +57,72 @@ def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outco
         mixture = _mixture(plan, tokens)
         note = _state_note(request, plan, source, found, mixture)
         job = _job(request, plan, source, tokens, note)
-        result = run_logged(job, partial, python, request.out, ui)
-        result.notes += tokens.summary["notes"] if tokens else []
-        plan = as_written(without(plan, source, result.kept), partial)
-        used = result.calibration != NO_DATA
-        if used:
-            _check_tokens(result, tokens)
-        seen = {**result.calibration, **mixture} if mixture and used else {}
-        calibration = Calibration.of(seen)
-        return finish(
-            partial,
-            request.out,
-            request.model,
-            plan,
-            source,
-            found.fingerprint,
-            calibration,
-            result,
-            ui,
-            trust_remote_code=request.trust_remote_code,
-        )
+        state = Unfinished(partial)
+        goes_on = state.open(_key(job, plan, found, tokens, python), resume=request.resume)
+        with _kept_if_worth(state):
+            if request.checkpoint_save:
+                _check_state_file(
+                    request.checkpoint_save, request.overwrite or goes_on, source, plan
+                )
+            result = _library_stage(state, job, python, request.out, ui)
+            state.place()
+            result.notes += tokens.summary["notes"] if tokens else []
+            plan = as_written(without(plan, source, result.kept), partial)
+            used = result.calibration != NO_DATA
+            if used:
+                _check_tokens(result, tokens)
+            seen = {**result.calibration, **mixture} if mixture and used else {}
+            outcome = finish(
+                partial,
+                request.out,
+                request.model,
+                plan,
+                source,
+                found.fingerprint,
+                Calibration.of(seen),
+                result,
+                ui,
+                trust_remote_code=request.trust_remote_code,
+            )
+            state.clear()
+            return outcome
+
+
+def _key(
+    job: Job, plan: Plan, found: Scan, tokens: TokenFile | None, python: Path
+) -> dict[str, Any]:
+    """What decides the library's output, by the user's words for it."""
+    return {
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "source": {"fingerprint": found.fingerprint},
+        "calibration": {"digest": tokens.digest if tokens else None},
+        "versions": {"quantkit": __version__, **library_versions(python, LIBRARIES)},
+        "device": job.device,
+        "checkpoint-save": job.checkpoint_save,
+    }
+
+
+@contextmanager
+def _kept_if_worth(state: Unfinished) -> Iterator[None]:
+    """Keep for a later `--resume` what saves it work; bytes that do not verify never will."""
+    try:
+        yield
+    except BaseException as error:
+        state.leave(keep=state.worth_keeping() and not isinstance(error, CheckError))
+        raise
+
+
+def _library_stage(state: Unfinished, job: Job, python: Path, out: Path, ui: Reporter) -> Result:
+    """The worker's output in `state.library`: from the run before where it is whole, else now."""
+    result = state.finished()
+    if result is not None and (not job.checkpoint_save or Path(job.checkpoint_save).is_file()):
+        ui.note("resumed after the library's finished stage")
+        return result
+    state.begin()
+    job = replace(job, resume_folder=str(state.layers.resolve()))
+    result = run_logged(job, state.library, python, out, ui, state.folder.resolve())
+    state.finish(result)
+    return result
 
 
 def _mixture_asked(plan: Plan) -> CalibrationConfig | None:
@@ -89,7 +143,6 @@ def _mixture_asked(plan: Plan) -> CalibrationConfig | None:
 
 def _refuse_stream_flags(request: Request, plan: Plan) -> None:
     asked = {
-        "--resume": request.resume,
         "--memory": request.memory is not None,
         "--jobs": request.jobs is not None,
         "--executor": request.executor != "local",
@@ -98,7 +151,7 @@ def _refuse_stream_flags(request: Request, plan: Plan) -> None:
     if flags:
         raise InputError(
             f"{', '.join(flags)} is for the built-in rtn_* methods: {plan.backend.distribution} "
-            "holds the whole model in one process and cannot stop and go on.",
+            "does its work in one process of its own.",
             hint=f"leave out {' '.join(flags)}",
             code="request.stream_only",
         )
@@ -204,12 +257,14 @@ def _job(
     )
 
 
-def run_logged(job: Job, partial: Path, python: Path, out: Path, ui: Reporter) -> Result:
+def run_logged(
+    job: Job, partial: Path, python: Path, out: Path, ui: Reporter, work: Path | None = None
+) -> Result:
     """Run the worker; its log ends up in the output, or as `DIR.log` when it failed."""
     log = out.with_name(out.name + ".log")
     placed = replace(job, out=str(partial.resolve()))
     try:
-        result = run_worker(placed, python=python, log=log, report=ui)
+        result = run_worker(placed, python=python, log=log, report=ui, work=work)
     except KeyboardInterrupt:
         log.unlink(missing_ok=True)
         raise

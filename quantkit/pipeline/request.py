@@ -22,8 +22,8 @@ Executor = Literal["local", "ray"]
 class Request:
     """One `quantkit quantize`: `model` is a directory or a Hub name; paths are the user's.
 
-    `resume`, `memory` (bytes), `jobs` (worker processes) and `executor` are for the streaming
-    backend.
+    `resume` goes on with a run that was stopped; `memory` (bytes), `jobs` (worker processes) and
+    `executor` are for the streaming backend.
     """
 
     model: str

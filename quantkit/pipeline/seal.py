@@ -74,6 +74,8 @@ def _seal_gguf(out: Path) -> list[str]:
     """One GGUF file has everything inside; only the log may stay beside it."""
     notes = []
     for path in sorted(out.iterdir()):
+        if path.name == RESUME_FOLDER:
+            continue
         if path.suffix == ".gguf" or path.name == LOG:
             path.chmod(0o644)
         else:

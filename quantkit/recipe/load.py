@@ -93,6 +93,9 @@ def as_changes(values: Mapping[str, Any]) -> list[str]:
 
 
 def _find(name_or_path: str) -> Path:
+    bundled = data_dir("recipes") / f"{name_or_path}.yaml"
+    if bundled.name == f"{name_or_path}.yaml" and bundled.is_file():
+        return bundled
     files = recipe_files()
     if name_or_path in files:
         return files[name_or_path]

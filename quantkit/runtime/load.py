@@ -13,6 +13,7 @@ from quantkit.checkpoint.network.config import stop_tokens
 from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 from quantkit.runtime.linear.kernels import dequantized
+from quantkit.runtime.loading.as_served import gpu_to_serve
 from quantkit.runtime.loading.build import build_decoder
 from quantkit.runtime.loading.fuse import Fuse
 from quantkit.runtime.loading.gguf import open_gguf_source
@@ -34,24 +35,29 @@ def load(
     kernel: str = "auto",
     fuse: Fuse = "engine",
     dtype: str = "auto",
+    as_on: str = "",
     progress: Progress | None = None,
 ) -> Runtime:
     """Load a checkpoint of any known layout, a GGUF file's directory, or a 16-bit one.
 
     `kernel` is "auto" or the one kernel that every quantized layer must get; `fuse="none"` leaves
     the scales of fused groups as the file has them; `dtype` is that of the config unless named;
-    `progress` gets (decoder layers done, in all). Weights are read one tensor at a time. Raises
-    InputError for a checkpoint that is not consistent in itself, and for a kernel that cannot run.
+    `as_on` is the GPU (h100, b200, …) as whose engine activations are rounded, or left in 16 bit
+    (default: this one; on a CPU as declared); `progress` gets (decoder layers done, in all).
+    Weights are read one tensor at a time. Raises InputError for a checkpoint that is not consistent
+    in itself, and for a kernel that cannot run.
     """
     source = open_path(Path(path))
     check_kernel(source, kernel)
     config = read_config(source)
+    place = pick_device(device)
     maker = LayerMaker(
         source,
-        pick_device(device),
+        place,
         pick_dtype(config, dtype),
         [] if kernel == "auto" else [kernel],
         fuse,
+        gpu_to_serve(as_on, place),
     )
     build = build_hosted if unsupported(config) else build_decoder
     network = build(config, maker, progress)

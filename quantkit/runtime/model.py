@@ -69,6 +69,11 @@ class Runtime(nn.Module):
         return any(layer.weights_only for layer in self.layers)
 
     @property
+    def schemes_with_16_bit_inputs(self) -> list[str]:
+        """Schemes whose activations stay in 16 bit here because the engine leaves them so."""
+        return sorted({one.scheme for one in self.layers if not one.activations_as_declared})
+
+    @property
     def memory_bytes(self) -> int:
         """What all weights take in memory, each counted once."""
         held: dict[int, int] = {}

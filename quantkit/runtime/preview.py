@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from quantkit.formats.base import LayerSpec
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.runtime.linear.description import LayerDescription
 from quantkit.runtime.linear.kernels.select import KERNELS, choose
 from quantkit.runtime.load import check_kernel, expanded_records, open_path, pick_dtype, read_config
+from quantkit.runtime.loading.as_served import as_served, gpu_to_serve
 from quantkit.runtime.loading.hosted import empty_model
 from quantkit.runtime.loading.make_layers import LayerRecord
 from quantkit.runtime.loading.source import CheckpointReader
@@ -22,28 +23,34 @@ def available(device: torch.device) -> dict[str, str | None]:
     return {kernel.NAME: kernel.unavailable(device) for kernel in KERNELS}
 
 
-def preview(path: Path, device: torch.device, kernel: str = "auto") -> list[LayerRecord]:
+def preview(
+    path: Path, device: torch.device, kernel: str = "auto", as_on: str = ""
+) -> list[LayerRecord]:
     """The records that `load` would make. Raises what `load` raises before it reads weights.
 
     An asymmetric weight counts as one with zero points, which loading may find to be all alike.
     """
     source, _, dtype, allowed = _opened(path, kernel)
     records = []
+    gpu = gpu_to_serve(as_on, device)
     for name, spec in source.layers.items():
-        choice = choose(_layer(name, spec, dtype), device, allowed)
+        scheme = as_served(source.layout, spec, gpu)
+        choice = choose(_layer(name, scheme, spec.shape, dtype), device, allowed)
         names = [f"{name}[{number}]" for number in range(spec.experts)] or [name]
-        records += [LayerRecord.of(one, spec.scheme, choice) for one in names]
+        records += [LayerRecord.of(one, spec.scheme, scheme, choice) for one in names]
     return records + expanded_records(source)
 
 
-def refuse(path: Path, device: torch.device, kernel: str = "auto") -> None:
+def refuse(path: Path, device: torch.device, kernel: str = "auto", as_on: str = "") -> None:
     """Raise what `load` would raise for the declaration, the config or the kernel: no weight is
     read. A weight that is declared asymmetric may still turn out to need no zero points."""
     source, config, dtype, allowed = _opened(path, kernel)
     if unsupported(config):
         empty_model(config, path, dtype)
+    gpu = gpu_to_serve(as_on, device)
     for name, spec in source.layers.items():
-        choose(LayerDescription(name, spec.scheme, spec.shape, dtype), device, allowed)
+        scheme = as_served(source.layout, spec, gpu)
+        choose(LayerDescription(name, scheme, spec.shape, dtype), device, allowed)
 
 
 def _opened(path: Path, kernel: str) -> tuple[CheckpointReader, Any, torch.dtype, list[str]]:
@@ -54,8 +61,8 @@ def _opened(path: Path, kernel: str) -> tuple[CheckpointReader, Any, torch.dtype
     return source, config, pick_dtype(config, "auto"), [] if kernel == "auto" else [kernel]
 
 
-def _layer(name: str, spec: LayerSpec, dtype: torch.dtype) -> LayerDescription:
-    number = spec.scheme.weight
-    return LayerDescription(
-        name, spec.scheme, spec.shape, dtype, number.is_int and not number.symmetric
-    )
+def _layer(
+    name: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
+) -> LayerDescription:
+    number = scheme.weight
+    return LayerDescription(name, scheme, shape, dtype, number.is_int and not number.symmetric)

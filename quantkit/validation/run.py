@@ -81,13 +81,14 @@ class ValidateRequest:
 
     baseline: a directory or Hub name; "": what quantkit.json remembers. data: a text file instead
     of the held-out text. samples: windows of text, with twelve facts each. limit: most samples of
-    an lm-eval task.
+    an lm-eval task. as_on: the GPU whose engine decides which activations are rounded ("": this).
     """
 
     path: Path
     baseline: str = ""
     engine: str = "builtin"
     kernel: str = "auto"
+    as_on: str = ""
     device: str = "auto"
     data: Path | None = None
     samples: int = 32
@@ -114,7 +115,9 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     candidate = open_candidate(request.path, str(here[0]) if here else request.baseline)
     device = resolve_device(request.device)
     refuse_unopenable(request.engine, candidate.baseline.path, Opening(device))
-    refuse_unopenable(request.engine, candidate.path, Opening(device, request.kernel))
+    refuse_unopenable(
+        request.engine, candidate.path, Opening(device, request.kernel, request.as_on)
+    )
     integrity = check_integrity(candidate, staged(ui, "verify"))
     gates, loosened = _gates(candidate, integrity, asked)
     gates, unasked = _askable(gates, request.engine)
@@ -160,9 +163,9 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
 
     told = False
 
-    def opened(path: Path, name: str, kernel: str) -> Subject:
+    def opened(path: Path, name: str, kernel: str, as_on: str = "") -> Subject:
         nonlocal told
-        subject = opens(path, Opening(device, kernel, staged(ui, f"load {name}")))
+        subject = opens(path, Opening(device, kernel, as_on, staged(ui, f"load {name}")))
         if not told:
             told = True
             cached = cache.holds("text", text.digest)
@@ -184,13 +187,14 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
         finally:
             baseline.close()
     with explained(str(candidate.path), our_need):
-        subject = opened(candidate.path, "quantized", request.kernel)
+        subject = opened(candidate.path, "quantized", request.kernel, request.as_on)
         try:
             report.engine |= {
                 "version": subject.version,
                 "kernels": subject.kernels(),
                 "weights_only": subject.weights_only,
             }
+            report.notes += subject.notes
             ours = ask_quantized(subject, questions, theirs, ui)
         finally:
             subject.close()

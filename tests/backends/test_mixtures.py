@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantkit import plan
 from quantkit.backends.process.job import Job, JobError, JobInputError, Result
 from quantkit.backends.registry import load_recipe
 from quantkit.backends.registry.mixtures import mixtures
@@ -122,6 +123,26 @@ def test_experts_only_leaves_attention_in_16_bit(mixtral: Path, tmp_path: Path) 
     tensors = load_file(outcome.out / "model.safetensors")
     assert tensors["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
     assert tensors[f"{FIRST}.w1.weight"].dtype == torch.uint8
+
+
+@pytest.mark.library
+@pytest.mark.usefixtures("quick")
+def test_experts_in_nvfp4_and_attention_in_fp8(mixtral: Path, tmp_path: Path) -> None:
+    mix = 'overrides=[{"match": "@attention", "scheme": "fp8"}]'
+    outcome = made(mixtral, tmp_path / "out", "llmcompressor_nvfp4", mix)
+    check_coverage(outcome)
+    tensors = load_file(outcome.out / "model.safetensors")
+    assert tensors["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
+    assert tensors[f"{FIRST}.w1.weight_packed"].dtype == torch.uint8
+    groups = json.loads((outcome.out / "config.json").read_text())["quantization_config"]
+    targets = [name for group in groups["config_groups"].values() for name in group["targets"]]
+    assert set(targets) >= set(outcome.plan.layers)
+    asked = plan(mixtral, method="llmcompressor_nvfp4", set=[*FEW, mix], engine="vllm,sglang")
+    vllm, sglang = asked.verdicts
+    assert vllm.loads
+    assert "to the targets of its config group" in sglang.reasons[0].fix
+    with pytest.raises(InputError, match="modelopt recipes have one scheme"):
+        made(mixtral, tmp_path / "none", "modelopt_nvfp4", mix)
 
 
 def starve(model: Path) -> None:

@@ -317,3 +317,16 @@ def test_a_run_without_quantized_activations_says_so(artifact: Artifact) -> None
     model = load(artifact("llmcompressor/w8a8"), kernel="dequantized")
     assert model.weights_only
     assert model.kernels() == {"dequantized": len(CASES["llmcompressor/w8a8"][1])}
+
+
+def test_another_gpus_engine_decides_which_activations_are_rounded(artifact: Artifact) -> None:
+    path = artifact("llmcompressor/nvfp4")
+    hopper = load(path, as_on="h100")
+    assert hopper.schemes_with_16_bit_inputs == ["nvfp4"]
+    assert not hopper.weights_only
+    expanded = load(path, kernel="dequantized")
+    assert divergence(expanded(IDS).logits, hopper(IDS).logits) < 0.01
+    rounded = load(path, as_on="b200")
+    assert rounded.schemes_with_16_bit_inputs == []
+    assert torch.equal(rounded(IDS).logits, load(path)(IDS).logits)
+    assert not torch.equal(rounded(IDS).logits, hopper(IDS).logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -59,6 +60,13 @@ def perplexity(subject: Subject, windows: NDArray[np.int64]) -> float:
     return float(np.exp(-subject.logprobs(windows).mean(dtype=np.float64)))
 
 
+def runs_engine(child: psutil.Process) -> bool:
+    try:
+        return "serving/worker.py" in " ".join(child.cmdline())
+    except psutil.ZombieProcess:  # another test's, ended and not yet asked for
+        return False
+
+
 CASES: dict[str, Scheme] = {
     "w8a8_dynamic": SCHEMES["w8a8_dynamic"],
     "w4a16": SCHEMES["w4a16"].with_weight(group_size=64),
@@ -90,6 +98,8 @@ def test_vllm_loads_and_agrees_with_the_builtin_runtime(
     as much (`vllm_ops/cpu.py`). With AMX tiles vLLM's own product of 4-bit weights is off by 0.05 a
     token on average and 0.4 each; with the tiles hidden from it, it is as near as the others.
     """
+    if "ONEDNN_MAX_CPU_ISA" in os.environ:
+        pytest.skip("vLLM takes the instructions that the CPU has, oneDNN only those it is allowed")
     if case == "fp8_dynamic" and emulates_fp8():
         pytest.skip("torch emulates FP8 products on this CPU: vLLM would take hours")
     made = rtn(demo_model, tmp_path / "made", CASES[case])
@@ -180,7 +190,7 @@ def test_transformers_agrees_and_a_killed_engine_says_so(
     transformers.logprobs(windows, lambda done, total: heard.append((done, total)))
     assert heard == [(2, 2)]
     children = psutil.Process().children()
-    engine = next(child for child in children if "serving/worker.py" in " ".join(child.cmdline()))
+    engine = next(child for child in children if runs_engine(child))
     engine.kill()
     with pytest.raises(BackendError, match=r"was killed by SIGKILL") as caught:
         transformers.generate([[1, 2, 3]], 2)

@@ -15,7 +15,7 @@ import yaml
 
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.validation.reports.html import as_html
-from quantkit.validation.reports.plots import scatter_figure, svg
+from quantkit.validation.reports.plots import experts_figure, scatter_figure, svg
 from tests.support.rtn import rtn
 from tests.support.validating import measured
 from tests.test_house import FLAGS, ROOT
@@ -73,6 +73,20 @@ def test_the_experts_of_a_mixture_are_drawn(document: dict[str, Any]) -> None:
     assert "Calibration of the experts" in page
     assert page.count("<svg") == as_html(document).count("<svg") + 1
     assert "Calibration of the experts" not in as_html(document)
+
+
+def test_experts_are_drawn_by_depth_and_those_under_the_floor_crossed() -> None:
+    names = sorted(f"model.layers.{layer}.mlp.experts" for layer in range(1, 12))  # 1, 10, 11, 2 …
+    routed = {name: [int(name.split(".")[2]), 20] for name in names}
+    experts = {"floor": 2, "routed": routed, "seen": routed}
+    figure = experts_figure({"checkpoint": {"experts": experts}})
+    assert figure is not None
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [str(n) for n in range(1, 12)]
+    drawn = axes.images[0].get_array()
+    assert drawn is not None
+    assert drawn.tolist() == [list(range(1, 12)), [20] * 11]
+    assert axes.collections[0].get_offsets().tolist() == [[0, 0]]  # type: ignore[union-attr]
 
 
 def test_what_models_say_is_escaped(document: dict[str, Any]) -> None:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from auto_round import AutoRound
 from auto_round.utils.device_manager import get_ar_device
 from transformers import AutoTokenizer
 
 from quantkit.backends.adapters.autoround_gguf import keep_byte_level
+from quantkit.backends.adapters.autoround_resume import go_on
 from quantkit.backends.adapters.common import (
     bits_and_group,
     check_followed,
@@ -57,6 +59,8 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         layout = _format(job)
         if layout == "gguf":
             keep_byte_level(job, report)
+        elif job.resume_folder and _saves_block_by_block(job, model):
+            go_on(job, model)
         with witness.watch(model, "quantize"):
             tuner.quantize_and_save(job.out, format=_FORMATS.get(layout, layout))
     _flatten(Path(job.out))
@@ -66,6 +70,18 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         check_followed(job, quantized)
     if tokens is not None:
         result.calibration = witness.summary(len(quantized))
+
+
+def _saves_block_by_block(job: Job, model: torch.nn.Module) -> bool:
+    """Whether the library writes each block as soon as it is tuned, so that it can go on.
+
+    True of integers in its own packed layouts when no layer outside of the blocks is quantized
+    (`is_immediate_saving`); elsewhere a resumed run would miss the blocks that were finished.
+    """
+    blocks = all(".layers." in name for name in job.layers)
+    tuned = job.options.get("iters", 200) != 0
+    packed = _format(job) in ("auto_round", "auto_gptq", "auto_awq")
+    return blocks and tuned and packed and type(model).__name__.endswith("ForCausalLM")
 
 
 def _keep_bfloat16() -> None:

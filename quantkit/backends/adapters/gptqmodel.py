@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pools ask for two, whatever the machine
 
-from gptqmodel import GPTQModel
+from gptqmodel import CheckpointConfig, GPTQModel
+from gptqmodel.looper.checkpoint_store import CheckpointError
+from gptqmodel.looper.gptq_checkpoint import validate_checkpoint_support
 from gptqmodel.quantization.config import AWQConfig, GPTQConfig
 
 from quantkit.backends.adapters.common import (
@@ -21,7 +25,7 @@ from quantkit.backends.adapters.common import (
     warnings_as_notes,
 )
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
-from quantkit.backends.process.job import Job, Reporter, Result
+from quantkit.backends.process.job import Job, JobInputError, Reporter, Result
 
 _GPTQ_OPTIONS = ("desc_act", "act_group_aware", "damp_percent", "mse", "format")
 _IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.")
@@ -40,12 +44,13 @@ def run(job: Job, report: Reporter, result: Result) -> None:
             {"input_ids": ids.tolist(), "attention_mask": mask.tolist()}
             for ids, mask in zip(tokens.ids, tokens.masks, strict=True)
         ]
-        with witness.watch(model.model, "quantize"):
+        with witness.watch(model.model, "quantize"), _damage_told():
             model.quantize(
                 rows,
                 batch_size=job.batch_size,
                 calibration_sort=None,
                 calibration_data_min_length=0,
+                checkpoint=_checkpoint(job, model),
             )
         _note_fallbacks(model.quant_log, config, report)
         report.stage("save")
@@ -54,6 +59,29 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     quantized = packed_modules(job.out, "qweight")
     check_followed(job, quantized)
     result.calibration = witness.summary(len(quantized))
+
+
+def _checkpoint(job: Job, model: Any) -> CheckpointConfig | None:
+    """The library's own checkpoints of finished layers; None for what it cannot go on with."""
+    if job.resume_folder is None:
+        return None
+    try:
+        validate_checkpoint_support(model)
+    except (NotImplementedError, ValueError):
+        return None
+    return CheckpointConfig(path=job.resume_folder)
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise JobInputError(
+            f"GPTQModel cannot go on from its checkpoint of finished layers: {error}.",
+            hint="start anew without --resume",
+            code="resume.damaged",
+        ) from error
 
 
 def _config(job: Job) -> Any:

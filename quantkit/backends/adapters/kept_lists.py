@@ -20,7 +20,8 @@ _LISTS = ("ignore", "exclude_modules")
 
 def complete_lists(out: Path, kept: Iterable[str], renamed: Mapping[str, str]) -> None:
     """In every list of `out`: module names of the model become the checkpoint's (`renamed`), and
-    each of `kept`, the checkpoint's names, is covered; names of nothing are taken out."""
+    each of `kept`, the checkpoint's names, is covered; names of nothing are taken out. The targets
+    of groups of layers are renamed alike."""
     names = list(kept)
     present = {*names, *_prefixes(out)}
     for file in (out / name for name in _FILES):
@@ -46,6 +47,10 @@ def _complete(
     settings: dict[str, Any], kept: list[str], renamed: Mapping[str, str], present: Collection[str]
 ) -> bool:
     changed = False
+    for group in (settings.get("config_groups") or {}).values():
+        targets = group.get("targets") or []
+        group["targets"] = [renamed.get(target, target) for target in targets]
+        changed |= group["targets"] != targets
     for key in _LISTS:
         entries = settings.get(key)
         if isinstance(entries, list):

@@ -39,6 +39,8 @@ class Job:
     `tokens` is a safetensors file with `input_ids` [samples, length] int64 and
     `attention_mask` of the same shape, or None for a method that needs no calibration.
     `devices` are those that `spread` fills, in order; `device` is the first of them.
+    `resume_folder` is where a library that has checkpoints of finished layers keeps them: empty,
+    or as a run of the same job left it that was stopped.
     """
 
     task: Literal["quantize", "export"]
@@ -65,6 +67,7 @@ class Job:
     checkpoint_save: str | None = None
     checkpoint_note: dict[str, Any] = field(default_factory=dict)
     restore: str | None = None
+    resume_folder: str | None = None
     trust_remote_code: bool = False
     version: int = JOB_VERSION
 

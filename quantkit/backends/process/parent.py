@@ -19,20 +19,23 @@ LOG_LINES = 5
 LOG_WIDTH = 300
 
 
-def run_worker(job: Job, *, python: Path, log: Path, report: Reporter) -> Result:
+def run_worker(
+    job: Job, *, python: Path, log: Path, report: Reporter, work: Path | None = None
+) -> Result:
     """Run `job` in a child process of the interpreter `python` and return what it did.
 
     The child and all that it starts are ended when this call ends for any reason, Ctrl-C included
     (`Child`); the kernel kills the child when this process dies. Its stdout and
     stderr go to the file `log` as they come, its progress to `report`. A half-written
-    `job.checkpoint_save` is removed.
+    `job.checkpoint_save` is removed. Its temporary files lie in the folder `work`, where a kill of
+    this process leaves them to whoever removes that.
 
     Raises InputError when the adapter blames the job, BackendError otherwise, with the code
     `worker.no_interpreter`, `.import_failed`, `.killed`, `.out_of_memory`, `.no_space`,
     `.bad_result`, `.failed` or the adapter's own.
     """
-    with tempfile.TemporaryDirectory(prefix="quantkit-") as work:
-        job_file, result_file = Path(work, "job.json"), Path(work, "result.json")
+    with tempfile.TemporaryDirectory(prefix="quantkit-", dir=work) as folder:
+        job_file, result_file = Path(folder, "job.json"), Path(folder, "result.json")
         job.write(job_file)
         try:
             ending, told = _run(job_file, result_file, python, log, report)
@@ -123,7 +126,8 @@ def _killed(ending: Ending, told: _Told, job: Job, log: Path) -> BackendError:
         )
     return BackendError(
         f"The worker of {job.method} was killed by {ending.killer}{where}.{_tail(log)}",
-        hint=f"read {log}, then run the command again",
+        hint=f"read {log}, then run the command again"
+        + (" with --resume" if job.resume_folder else ""),
         code="worker.killed",
     )
 

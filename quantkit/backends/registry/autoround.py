@@ -88,6 +88,7 @@ AUTOROUND = Backend(
     library="auto_round",
     distribution="auto-round",
     extra="autoround",
+    resumes="layer",
     methods={
         scheme: Method(name, LAYOUTS[_FORMATS[scheme][0]])
         for scheme, name in (

@@ -17,6 +17,10 @@ Way = Literal["process", "streaming"]
 """How a backend runs: its adapter in a child process, or the built-in shard by shard
 (`quantkit/pipeline/ways.py` has what each does)."""
 
+Resumes = Literal["stage", "layer", "shard"]
+"""After what a stopped run goes on with `--resume`: the library's finished work, or each finished
+layer or shard of it."""
+
 Folding = Literal["none", "multiplier", "norms"]
 """Whether a method rewrites weights that it keeps: not, only through an input multiplier that is
 stored beside the codes, or also by folding scales into norms and neighbouring layers."""
@@ -79,6 +83,8 @@ class Backend:
         that `mixtures.yaml` names.
     reads_fp8_blocks: whether a source in FP8 blocks (DeepSeek) is dequantized on the way.
     placements: where the library can keep the weights, the first choice first, and what it takes.
+    resumes: after what `--resume` goes on; a job that the library's layer checkpoints do not cover
+        goes on after its stage.
     unsupported: a reason why this recipe cannot run in this backend, or None.
     """
 
@@ -100,6 +106,7 @@ class Backend:
     placements: Mapping[Placement, Footprint] = field(
         default_factory=lambda: {"resident": Footprint(1_000_000_000, 1.33, 1, 1)}
     )
+    resumes: Resumes = "stage"
     unsupported: Callable[[Recipe], str | None] | None = None
 
     def method(self, recipe: Recipe) -> Method:

@@ -51,6 +51,7 @@ GPTQMODEL = Backend(
     library="gptqmodel",
     distribution="GPTQModel",
     extra="gptqmodel",
+    resumes="layer",
     methods={scheme: Method("GPTQ", "gptq") for scheme in ("w8a16", "w4a16", "w3a16", "w2a16")},
     chosen=_chosen,
     options=GPTQModelOptions,

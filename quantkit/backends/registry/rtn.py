@@ -52,6 +52,7 @@ RTN = Backend(
     library="torch",
     distribution="quantkit",
     extra="",
+    resumes="shard",
     methods={
         scheme: Method(name, "compressed-tensors", calibrated=False)
         for scheme, name in _ALGORITHMS.items()

@@ -112,6 +112,12 @@ def finished_shards(
     before = state.found()
     if before is None:
         return {}
+    if "settings" not in before:
+        raise InputError(
+            f"{state.out} was begun by a method of another backend.",
+            hint="give the same method as before, or start anew without --resume",
+            code="resume.other_settings",
+        )
     changed = [name for name, old in before["source"].items() if job["source"].get(name) != old]
     if changed or len(before["source"]) != len(job["source"]):
         raise _source_changed(checkpoint, changed[0] if changed else "the list of shards")

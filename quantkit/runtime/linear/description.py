@@ -16,7 +16,8 @@ class LayerDescription:
     """What a kernel must compute: y[m, out] = quantize(x[m, in]) @ W.T, both in `dtype`.
 
     `shape` is [out, in]. `has_zero_point` says that integer codes are not centred on zero, and
-    `whole_zero_points` that what they are relative to is one of them.
+    `whole_zero_points` that what they are relative to is one of them; `negative_scales` that some
+    FP4 group has one.
     """
 
     name: str
@@ -25,6 +26,7 @@ class LayerDescription:
     dtype: torch.dtype
     has_zero_point: bool = False
     whole_zero_points: bool = True
+    negative_scales: bool = False
 
     @property
     def quantizes_input(self) -> bool:
@@ -39,7 +41,9 @@ def describe(
     own = Scheme(scheme.name, weight.format, scheme.input)
     zero = weight.zero_point
     whole = zero is None or bool((zero == zero.round()).all())
-    return LayerDescription(name, own, (rows, columns), dtype, zero is not None, whole)
+    four = weight.format.element == "fp4_e2m1"
+    negative = four and bool((weight.scale.float() < 0).any())
+    return LayerDescription(name, own, (rows, columns), dtype, zero is not None, whole, negative)
 
 
 def centred(weight: QuantWeight) -> QuantWeight:

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from quantkit.checkpoint.schemes import Scheme
-from quantkit.formats.base import QuantWeight
+from quantkit.engines import Gpu
+from quantkit.formats.base import LayerSpec, QuantWeight
 from quantkit.runtime.linear.description import centred, contiguous_groups, describe
 from quantkit.runtime.linear.kernels.select import Choice, choose
 from quantkit.runtime.linear.modules import JoinedLinear, PlainLinear, QuantLinear
+from quantkit.runtime.loading.as_served import as_served
 from quantkit.runtime.loading.fuse import Fuse, harmonize, join
 from quantkit.runtime.loading.memory import release
 from quantkit.runtime.loading.source import CheckpointReader, wrong_shape
@@ -21,25 +23,34 @@ from quantkit.runtime.loading.source import CheckpointReader, wrong_shape
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """How one module of the checkpoint is computed; `refused` is why not by an earlier kernel."""
+    """How one module of the checkpoint is computed; `refused` is why not by an earlier kernel.
+
+    weights_only: the kernel leaves out the rounding of activations. activations_as_declared: False
+    where the engine leaves it out on this GPU, and so does every kernel here.
+    """
 
     module: str
     scheme: str
     kernel: str
     refused: dict[str, str]
     weights_only: bool
+    activations_as_declared: bool = True
 
     @classmethod
-    def of(cls, module: str, scheme: Scheme, choice: Choice) -> LayerRecord:
+    def of(cls, module: str, declared: Scheme, computed: Scheme, choice: Choice) -> LayerRecord:
         refused = dict(choice.refused)
-        return cls(module, scheme.name, choice.kernel.NAME, refused, choice.weights_only)
+        return cls(
+            module, declared.name, choice.kernel.NAME, refused, choice.weights_only,
+            declared.input == computed.input,
+        )  # fmt: skip
 
 
 @dataclass
 class LayerMaker:
     """Makes layers of one checkpoint on one device; `records` grows with each quantized one.
 
-    `kernels` are the names that may be chosen, in order (empty: all).
+    `kernels` are the names that may be chosen, in order (empty: all). `gpu` is the one whose engine
+    decides which activations are rounded (None: as declared).
     """
 
     source: CheckpointReader
@@ -47,6 +58,7 @@ class LayerMaker:
     dtype: torch.dtype
     kernels: Sequence[str]
     fuse: Fuse
+    gpu: Gpu | None = None
     records: list[LayerRecord] = field(default_factory=list)
 
     def linear(self, name: str, shape: tuple[int, int], bias: bool = False) -> nn.Module:
@@ -68,10 +80,10 @@ class LayerMaker:
         whole = join(weights) if len({spec.scheme for spec in specs}) == 1 else None
         if whole is not None:
             weights.clear()
-            return self._quantized(names, specs[0].scheme, whole)
+            return self._quantized(names, specs[0], whole)
         return JoinedLinear(
             [
-                self._quantized([name], spec.scheme, weight)
+                self._quantized([name], spec, weight)
                 for name, spec, weight in zip(names, specs, weights, strict=True)
             ]
         )
@@ -85,7 +97,7 @@ class LayerMaker:
             return [self.linear(name, shape, bias) for name, shape in pairs]
         weights = self._read(names, shapes, bias)
         return [
-            self._quantized([name], self.source.layers[name].scheme, weight)
+            self._quantized([name], self.source.layers[name], weight)
             for name, weight in zip(names, weights, strict=True)
         ]
 
@@ -108,7 +120,7 @@ class LayerMaker:
             made: list[nn.Module] = []
             for number, weight in enumerate(self.source.stacked(name, count, shape, bool(bias))):
                 moved = _to(centred(weight), self.device)
-                made.append(self._quantized([f"{name}[{number}]"], spec.scheme, moved))
+                made.append(self._quantized([f"{name}[{number}]"], spec, moved))
             return made
         whole = self.tensor(name, None)
         wanted = (shape[1], shape[0]) if transposed else shape
@@ -136,11 +148,12 @@ class LayerMaker:
             return harmonize(names, weights, schemes.pop())
         return weights
 
-    def _quantized(self, names: Sequence[str], scheme: Scheme, weight: QuantWeight) -> QuantLinear:
+    def _quantized(self, names: Sequence[str], spec: LayerSpec, weight: QuantWeight) -> QuantLinear:
+        scheme = as_served(self.source.layout, spec, self.gpu)
         weight, order = contiguous_groups(names[0], weight)
         layer = describe(names[0], scheme, weight, self.dtype)
         choice = choose(layer, self.device, self.kernels)
-        self.records += [LayerRecord.of(name, scheme, choice) for name in names]
+        self.records += [LayerRecord.of(name, spec.scheme, scheme, choice) for name in names]
         made = QuantLinear(layer, choice, weight, order)
         release()
         return made

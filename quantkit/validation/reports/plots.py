@@ -81,23 +81,28 @@ def experts_figure(document: Document) -> Figure | None:
     coverage = document["checkpoint"].get("experts")
     if not coverage:
         return None
-    blocks = list(coverage["routed"])
-    widest = max(len(coverage["routed"][block]) for block in blocks)
-    grid = [[*counts, *[float("nan")] * (widest - len(counts))]
-            for counts in coverage["routed"].values()]  # fmt: skip
-    figure, axes = _figure(9, min(9.0, 1.6 + 0.16 * len(blocks)))
+    seen = coverage["seen"]
+    routed = dict(sorted(coverage["routed"].items(), key=lambda item: layer_index(item[0]) or 0))
+    widest = max(map(len, routed.values()))
+    columns = [[*counts, *[float("nan")] * (widest - len(counts))] for counts in routed.values()]
+    figure, axes = _figure(9, min(9.0, 1.6 + 0.2 * widest))
     axes.grid(visible=False)
-    picture = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    grid = list(zip(*columns, strict=True))
+    picture = axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     under = [
-        (index, row)
-        for row, block in enumerate(blocks)
-        for index, count in enumerate(coverage["seen"][block])
+        (column, index)
+        for column, block in enumerate(routed)
+        for index, count in enumerate(seen[block])
         if count < coverage["floor"]
     ]
     if under:
-        axes.scatter(*zip(*under, strict=True), marker="x", color="#dc2626", s=20)
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer with experts")
+        axes.scatter(*zip(*under, strict=True), marker="x", color=BAD, s=20)
+    step = len(routed) // 16 + 1
+    layers = [layer_index(block) for block in routed]
+    axes.set_xticks(range(0, len(layers), step), layers[::step])
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("expert")
     figure.colorbar(picture, ax=axes, label="tokens routed")
     return figure
 

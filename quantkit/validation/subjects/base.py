@@ -51,6 +51,7 @@ class Subject(Protocol):
 
     name: the engine ("builtin", "vllm", …). version: the engine's, as reports state it.
     weights_only: whether activations that the scheme quantizes are computed in 16 bit.
+    notes: sentences for the report on how it computes.
     """
 
     @property
@@ -59,6 +60,8 @@ class Subject(Protocol):
     def version(self) -> str: ...
     @property
     def weights_only(self) -> bool: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
 
     def logprobs(
         self, windows: NDArray[np.int64], progress: Progress | None = None
@@ -85,10 +88,11 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class Opening:
-    """How a subject is to be opened; `kernel` and `device` are as on the command line."""
+    """How a subject is to be opened; all but `progress` are as on the command line."""
 
     device: str = "auto"
     kernel: str = "auto"
+    as_on: str = ""
     progress: Progress | None = field(default=None, compare=False)
 
 

@@ -43,6 +43,11 @@ class Builtin:
     def weights_only(self) -> bool:
         return self.runtime.weights_only
 
+    @property
+    def notes(self) -> list[str]:
+        schemes = ", ".join(self.runtime.schemes_with_16_bit_inputs)
+        return [f"activations of {schemes} are in 16 bit, as vLLM leaves them"] if schemes else []
+
     def logits(
         self, windows: NDArray[np.int64], last: int = 0
     ) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -105,7 +110,13 @@ def open_builtin(path: Path, opening: Opening) -> Builtin:
     from quantkit.runtime.load import load
 
     start = time.monotonic()
-    runtime = load(path, device=opening.device, kernel=opening.kernel, progress=opening.progress)
+    runtime = load(
+        path,
+        device=opening.device,
+        kernel=opening.kernel,
+        as_on=opening.as_on,
+        progress=opening.progress,
+    )
     return Builtin(runtime, time.monotonic() - start)
 
 
@@ -114,7 +125,7 @@ def refuse_builtin(path: Path, opening: Opening) -> None:
     from quantkit.runtime.load import pick_device
     from quantkit.runtime.preview import refuse
 
-    refuse(path, pick_device(opening.device), opening.kernel)
+    refuse(path, pick_device(opening.device), opening.kernel, opening.as_on)
 
 
 def has_vllm_operators() -> bool:

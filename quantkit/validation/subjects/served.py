@@ -46,6 +46,8 @@ class Served:
             part in kernel for kernel in process.kernels for part in _WEIGHT_ONLY
         )
 
+    notes: Sequence[str] = ()
+
     def logprobs(
         self, windows: NDArray[np.int64], progress: Progress | None = None
     ) -> NDArray[np.float32]:
@@ -114,6 +116,13 @@ def refuse_served(engine: EngineProcessSpec, path: Path, opening: Opening) -> No
             f"--kernel {opening.kernel} is of the builtin runtime; {engine.title} chooses its own.",
             hint="leave --kernel out, or validate with --engine builtin",
             code="validate.kernel",
+        )
+    if opening.as_on:
+        raise InputError(
+            f"--as-on {opening.as_on} is of the builtin runtime; {engine.title} computes as it "
+            "does on the GPU that is here.",
+            hint="leave --as-on out, or validate with --engine builtin",
+            code="validate.as_on",
         )
     _refuse_garbage(checkpoint, engine)
     find_interpreter(engine)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from quantkit.errors import InputError
 from quantkit.formats.base import QuantWeight
 from quantkit.runtime.linear.description import LayerDescription
 from quantkit.runtime.linear.kernels.base import FP4_FORMATS, no_gpu, not_bfloat16
@@ -53,6 +52,8 @@ def rejects(layer: LayerDescription) -> str | None:
     if weight.element == "fp4_e2m1":
         if (weight.group_size, weight.scale) not in FP4_FORMATS:
             return "computes NVFP4 and MXFP4 of the FP4 formats"
+        if layer.negative_scales:
+            return "has no form for negative scales"
         return not_bfloat16(layer)
     if weight.granularity not in ("channel", "group"):
         return f"needs one weight scale a group or channel, not a {weight.granularity}"
@@ -81,12 +82,6 @@ def prepare(weight: QuantWeight, layer: LayerDescription) -> Packed:
         points = _reordered((weight.zero_point + half).to(torch.uint8).T.contiguous(), _BY_GROUP)
         zero = _packed(_reordered(points, _NIBBLES), 4, 1)
     if number.element == "fp4_e2m1":
-        if bool((scale < 0).any()):
-            raise InputError(
-                f"{layer.name} has negative scales, which {NAME} cannot represent.",
-                hint="leave the choice to --kernel auto, or see quantkit kernels DIR",
-                code="kernel.refused",
-            )
         scale, outer = _four_bit_scales(scale, weight.global_scale)
     workspace = torch.zeros(
         torch.cuda.get_device_properties(codes.device).multi_processor_count,

@@ -37,19 +37,22 @@ KERNELS: tuple[Kernel, ...] = (
     int4_cpu,
     int8_weight_cpu,
     int8_float_cpu,
+    cutlass_vllm,
+    marlin_vllm,
     fp8_scaled_mm,
     fp8_block_triton,
-    cutlass_vllm,
     int8_triton,
     int4_triton,
     int4_tinygemm,
     weight8_triton,
     fp4_triton,
-    marlin_vllm,
     reference,
     dequantized,
 )
-"""In order of preference; the first that fits is taken, `reference` fits always."""
+"""In order of preference; the first that fits is taken, `reference` fits always.
+
+On a GPU those that engines serve with come first, so that throughput is theirs; ours are the
+fallback."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,222 @@
+"""The demo model as a mixture of 4 experts through every method that takes it, proven in vLLM.
+
+    python benchmarks/moe_methods.py WORKDIR [--only NAME …] [--samples 8] [--pictures FOLDER]
+                                             [--layers N]
+
+Each method makes WORKDIR/NAME, which is verified against the mixture in 16 bit; the runtime
+measures the metrics of `quantkit validate` on held-out text and holds its gates (the chat and the
+facts, which take minutes, are left to the command itself), and vLLM scores the same windows. In KL
+8 bits must be under 4 bits tuned, and these not above 4 bits rounded to nearest. What is measured
+stays in WORKDIR/NAME.json and is not measured again, so that the work can be cut into pieces;
+prints the table of all that is there, and ends with 1 where the order is another. --pictures draws
+`experts.png`: the tokens that the router sent to each expert, layers × experts.
+With --layers the mixture is cut to N layers: it models no language, so that only KL says something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from agreement import G64, SMALL
+from methods import quantize
+from numpy.typing import NDArray
+
+import quantkit
+from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
+from quantkit.checkpoint.demo import demo_model
+from quantkit.checkpoint.upcycle import ACTIVE, demo_mixture, upcycle
+from quantkit.errors import QuantkitError
+from quantkit.validation.ask.data import eval_text
+from quantkit.validation.ask.text import BaselineText, measure_baseline, measure_quantized
+from quantkit.validation.judge.default_gates import default_gates
+from quantkit.validation.judge.metrics import PerWindow, text_metrics, weight_metrics
+from quantkit.validation.judge.verdicts import hold
+from quantkit.validation.reports.markdown import number, table
+from quantkit.validation.reports.plots import experts_figure
+from quantkit.validation.subjects.base import Opening
+from quantkit.validation.subjects.engines import opener
+from tests.support.helpers import cut_layers
+
+BASELINE = "BF16"
+METHODS: dict[str, tuple[str, ...]] = {
+    "rtn_w8a8_dynamic": (),
+    "rtn_fp8_dynamic": (),
+    "llmcompressor_fp8_dynamic": (),
+    "modelopt_fp8": SMALL,
+    "llmcompressor_w4a16": (*SMALL, G64),
+    "gptqmodel_w4a16": (*SMALL, G64),
+    "autoround_w4a16": (*SMALL, G64, "options.iters=5"),
+    "rtn_w4a16": (G64,),
+    "rtn_nvfp4a16": (),
+    "llmcompressor_nvfp4": SMALL,
+    "modelopt_nvfp4": SMALL,
+    "modelopt_nvfp4_experts_only": SMALL,
+}
+EIGHT = ("rtn_w8a8_dynamic", "rtn_fp8_dynamic", "llmcompressor_fp8_dynamic", "modelopt_fp8")
+TUNED = ("llmcompressor_w4a16", "gptqmodel_w4a16", "autoround_w4a16")
+ROUNDED = ("rtn_w4a16",)
+METRICS = ("ppl_ratio", "kl_mean", "top1_agreement", "routing_agreement", "weight_sqnr_margin",
+           "verify_errors")  # fmt: skip
+
+
+def measured(name: str, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
+    """What WORKDIR/NAME.json has, with what it lacks."""
+    kept = asked_for.work / f"{name}.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+
+    def keep(key: str, value: Any) -> None:
+        found[key] = value
+        kept.write_text(json.dumps(found))
+        print(f"{name}: {key}", file=sys.stderr, flush=True)
+
+    out = model if name == BASELINE else asked_for.work / name
+    if name != BASELINE:
+        if not out.is_dir():
+            quantize(model, name, out, list(METHODS[name]))
+        if "predicted" not in found:
+            report = quantkit.plan(str(model), method=name, set=METHODS[name], engine="vllm")
+            keep("predicted", [verdict.outcome for verdict in report.verdicts])
+        if "metrics" not in found:
+            keep("metrics", held_against(out, model, asked_for))
+    if "vllm" not in found:
+        keep("vllm", in_vllm(out, model, asked_for.samples))
+    return found
+
+
+def cut_mixture(asked_for: argparse.Namespace) -> Path:
+    made: Path = asked_for.work / "mixture"
+    if not made.is_dir():
+        cut = cut_layers(demo_model(), asked_for.work / "dense", asked_for.layers)
+        upcycle(cut, made, 2 * ACTIVE)
+    return made
+
+
+def held_against(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
+    """The metrics of a checkpoint, and the default gates that they fail."""
+    integrity = quantkit.verify(out, source=model)
+    windows = windows_of(model, asked_for.samples)
+    file = asked_for.work / f"{BASELINE}.npz"
+    if not file.is_file():
+        with closing(opener("builtin")(model, Opening())) as subject:
+            said = measure_baseline(subject, windows, None)
+        np.savez(file, **{name: value for name, value in vars(said).items() if value is not None})
+    baseline = BaselineText(**np.load(file))
+    with closing(opener("builtin")(out, Opening())) as subject:
+        ours = measure_quantized(subject, windows, baseline, None)
+        weights_only = subject.weights_only
+        kernels = subject.kernels()
+    metrics = {
+        **text_metrics(PerWindow.of(baseline, ours), ours.kl),
+        **weight_metrics(integrity),
+    }  # fmt: skip
+    gates = default_gates({layer.scheme for layer in integrity.layers}, ACTIVE)
+    results = [
+        hold(gate, metrics[gate.metric], weights_only=weights_only)
+        for gate in gates
+        if gate.metric in metrics
+    ]
+    return {
+        **{name: metrics[name].value for name in METRICS},
+        "fails": [result.metric for result in results if result.verdict == "fail"],
+        "undecided": [result.metric for result in results if result.verdict == "undecided"],
+        "kernels": kernels,
+    }
+
+
+def windows_of(model: Path, samples: int) -> NDArray[np.int64]:
+    tokenizer = load_tokenizer(read_tokenizer_info(model))
+    return eval_text(None, tokenizer, samples, None).windows
+
+
+def in_vllm(path: Path, model: Path, samples: int) -> dict[str, Any]:
+    """vLLM's perplexity of the windows of `validate` and its kernels, or why it has none."""
+    windows = windows_of(model, samples)
+    try:
+        subject = opener("vllm")(path, Opening())
+    except QuantkitError as error:
+        return {"refused": error.message.rpartition("failed: ")[2]}
+    try:
+        loss = -subject.logprobs(windows).mean(dtype=np.float64)
+        return {"perplexity": math.exp(loss), "kernels": sorted(subject.kernels())}
+    finally:
+        subject.close()
+
+
+def row(name: str, found: dict[str, Any], work: Path, baseline: float) -> list[str]:
+    """A row of the table; `baseline` is vLLM's perplexity of the mixture in 16 bit."""
+    note, metrics, vllm = note_of(work / name), found["metrics"], found["vllm"]
+    fewest = (note.get("experts") or {}).get("min")
+    ratio = number(vllm["perplexity"] / baseline) if "perplexity" in vllm else "–"
+    return [
+        f"`{name}`",
+        f"{note['results']['weight_bytes'] / 1e6:.0f}",
+        "–" if fewest is None else str(fewest),
+        *(number(metrics[metric]) for metric in METRICS),
+        ", ".join(metrics["fails"]) or "–",
+        ", ".join(found["predicted"]),
+        ratio,
+    ]
+
+
+def note_of(out: Path) -> dict[str, Any]:
+    note: dict[str, Any] = json.loads((out / "quantkit.json").read_text())
+    return note
+
+
+def out_of_order(kl: dict[str, float]) -> list[str]:
+    """Pairs of methods whose KL is in the wrong order."""
+    pairs = [(low, high, False) for low in EIGHT for high in (*TUNED, *ROUNDED)]
+    pairs += [(low, high, True) for low in TUNED for high in ROUNDED]
+    return [
+        f"{low} ({kl[low]:.4f}) is not under {high} ({kl[high]:.4f})"
+        for low, high, equal in pairs
+        if low in kl and high in kl and not (kl[low] < kl[high] or (equal and kl[low] == kl[high]))
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--layers", type=int)
+    asked_for = parser.parse_args()
+    asked_for.work.mkdir(parents=True, exist_ok=True)
+    model = cut_mixture(asked_for) if asked_for.layers else demo_mixture()
+    baseline = measured(BASELINE, model, asked_for)["vllm"].get("perplexity", math.nan)
+    for name in asked_for.only:
+        try:
+            measured(name, model, asked_for)
+        except RuntimeError as refused:
+            print(f"{name}: {refused}", file=sys.stderr)
+    kept = {name: asked_for.work / f"{name}.json" for name in METHODS}
+    found = {name: json.loads(file.read_text()) for name, file in kept.items() if file.is_file()}
+    found = {name: each for name, each in found.items() if "vllm" in each}  # others are half done
+    kl = {name: each["metrics"]["kl_mean"] for name, each in found.items()}
+    columns = ["method", "MB", "fewest tokens", *METRICS, "fails", "plan", "vLLM ppl_ratio"]
+    ordered = sorted(found, key=kl.__getitem__)
+    rows = [row(name, found[name], asked_for.work, baseline) for name in ordered]
+    print("\n".join(table(columns, rows)))
+    for name in ordered:
+        if why := found[name]["vllm"].get("refused"):
+            print(f"\nvLLM does not run {name}: {why}")
+    if asked_for.pictures:
+        notes = (note_of(asked_for.work / name) for name in found)
+        drawn = (experts_figure({"checkpoint": note}) for note in notes)
+        figure = next(figure for figure in drawn if figure)
+        asked_for.pictures.mkdir(parents=True, exist_ok=True)
+        figure.savefig(asked_for.pictures / "experts.png", dpi=110)
+    if wrong := out_of_order(kl):
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
