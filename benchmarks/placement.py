@@ -11,10 +11,10 @@ first written: a random Llama of that size with the demo model's tokenizer and v
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -97,17 +97,13 @@ def write_random(path: Path, size: str) -> None:
 def watched(command: list[str]) -> tuple[int, float, int, str]:
     """Exit code, seconds, peak bytes of the tree, and the end of what it said."""
     started, peak = time.monotonic(), 0
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1 << 22
-    ) as child:
-        said: list[str] = []
-        os.set_blocking(child.stdout.fileno(), False)  # type: ignore[union-attr]
-        while child.poll() is None:
-            peak = max(peak, tree_memory(child.pid))
-            said.append(child.stdout.read() or "")  # type: ignore[union-attr]
-            time.sleep(LOOK_SECONDS)
-        said.append(child.stdout.read() or "")  # type: ignore[union-attr]
-    return child.returncode, time.monotonic() - started, peak, "".join(said)[-2000:]
+    with tempfile.TemporaryFile("w+") as said:
+        with subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT) as child:
+            while child.poll() is None:
+                peak = max(peak, tree_memory(child.pid))
+                time.sleep(LOOK_SECONDS)
+        said.seek(0)
+        return child.returncode, time.monotonic() - started, peak, said.read()[-2000:]
 
 
 def settings(method: str, more: list[str]) -> list[str]:
