@@ -58,10 +58,14 @@ model.save_pretrained(out, save_compressed=True)
 import sys, copy, torch
 import modelopt.torch.quantization as mtq
 from modelopt.torch.export import export_hf_checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 source, out, samples, length, batch = sys.argv[1:3] + [int(n) for n in sys.argv[3:]]
-model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map="auto",
-    max_memory={"cpu": 300_000_000}, offload_folder=out + ".offload")
+count = AutoConfig.from_pretrained(source).num_hidden_layers
+outside = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+layers = {f"model.layers.{number}": "disk" for number in range(count)}
+places = layers | dict.fromkeys(outside, "cpu")
+model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map=places,
+    offload_folder=out + ".offload", offload_buffers=True)
 ids = torch.randint(5, 1000, (samples, length), generator=torch.Generator().manual_seed(0))
 config = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
 layerwise = {"enable": True, "calib_mutates_weights": False}

@@ -108,13 +108,13 @@ def test_what_cannot_be_had_is_refused(
 
 def test_mixtures_stay_resident(tmp_path: Path) -> None:
     source = open_checkpoint(model("mixtral", tmp_path / "mixtral"))
-    recipe = load_recipe("modelopt_fp8", ["placement=layerwise"])
+    recipe = load_recipe("modelopt_fp8", ("placement=layerwise",))
     with pytest.raises(InputError, match="mixtures of experts"):
         place(source, recipe, backend_named("modelopt"), ("cpu",))
 
 
 def test_what_cannot_fit_says_what_would(placing: Placing) -> None:
-    recipe = load_recipe("modelopt_fp8", ["placement=resident"])
+    recipe = load_recipe("modelopt_fp8", ("placement=resident",))
     with pytest.raises(InputError, match=r"needs about \d\.\d GB of host memory") as refusal:
         refuse_too_large(placing("modelopt_fp8", "placement=resident", host=1), recipe, ("cpu",))
     assert refusal.value.code == "plan.memory"
