@@ -28,11 +28,11 @@ from quantkit.checkpoint.directory import is_sidecar, open_checkpoint
 METHODS = {
     "llmcompressor_w4a16": (),
     "modelopt_fp8": (),
-    "autoround_w4a16": ("--set", "options.iters=2"),
+    "autoround_w4a16": ("--set", "options.iters=0"),
     "gptqmodel_w4a16": (),
 }
 SIDES = ("resident", "layerwise", "own")
-SAMPLES, LENGTH, BATCH = 4, 128, 2
+SAMPLES, LENGTH, BATCH = 4, 64, 2
 LOOK_SECONDS = 0.2
 
 OWN = {
@@ -81,7 +81,7 @@ from transformers import AutoTokenizer
 source, out, samples, length, batch = sys.argv[1:3] + [int(n) for n in sys.argv[3:]]
 ids = torch.randint(5, 1000, (samples, length), generator=torch.Generator().manual_seed(0))
 data = [{"input_ids": p, "attention_mask": torch.ones_like(p)} for p in ids.split(batch)]
-AutoRound(source, AutoTokenizer.from_pretrained(source), bits=4, group_size=128, sym=True, iters=2,
+AutoRound(source, AutoTokenizer.from_pretrained(source), bits=4, group_size=128, sym=True, iters=0,
     dataset=data, nsamples=samples, seqlen=length, batch_size=batch, device_map="cpu",
     low_gpu_mem_usage=True, enable_torch_compile=False).quantize_and_save(out, format="auto_round")
 """,

@@ -39,12 +39,14 @@ class Placed:
     """The placement of a job, why it was taken, and what every placement that can be had needs.
 
     short: what is missing where, "" when it fits (or nobody knows what is free).
+    offload: bytes on the output's disk for weights that a library changes layer by layer.
     """
 
     placement: Placement
     why: str
     needs: Mapping[Placement, Need]
     short: str = ""
+    offload: int = 0
 
     @property
     def need(self) -> Need:
@@ -87,16 +89,10 @@ def place(
     free = room or _room
     needs = {name: _need(source, recipe, backend, name, devices) for name in possible}
     lacks = {name: _short(need, devices, free) for name, need in needs.items()}
-    if recipe.placement != "auto":
-        name = recipe.placement
-        return Placed(name, "as the recipe asks", needs, lacks[name])
-    for name in possible:
-        if not lacks[name]:
-            before = [f"{other} {lacks[other]}" for other in possible[: possible.index(name)]]
-            why = f"{before[-1]}" if before else "the first that fits"
-            return Placed(name, why, needs)
-    least = min(possible, key=lambda name: needs[name].host + needs[name].accelerator)
-    return Placed(least, "none fits; it needs least", needs, lacks[least])
+    name, why = _chosen(recipe, needs, lacks)
+    streamed = name == "layerwise" and backend.way == "process"
+    offload = sum(_sizes(source)[0].values()) if streamed else 0
+    return Placed(name, why, needs, lacks[name], offload)
 
 
 def refuse_too_large(placed: Placed | None, recipe: Recipe, devices: tuple[str, ...]) -> None:
@@ -131,6 +127,21 @@ def _refusal(
     if asked == "spread" and devices == ("cpu",):
         return "placement=spread is over accelerators, and the device is cpu"
     return f"placement={asked} is not for mixtures of experts, nor with --checkpoint-save"
+
+
+def _chosen(
+    recipe: Recipe, needs: Mapping[Placement, Need], lacks: Mapping[Placement, str]
+) -> tuple[Placement, str]:
+    """The placement and why; `lacks` says of each what is missing for it."""
+    if recipe.placement != "auto":
+        return recipe.placement, "as the recipe asks"
+    before: list[str] = []
+    for name, lack in lacks.items():
+        if not lack:
+            return name, "; ".join(before) or "the first that fits"
+        before.append(f"{name} {lack}")
+    least = min(needs, key=lambda name: needs[name].host + needs[name].accelerator)
+    return least, "none fits; it needs least"
 
 
 def _possible(backend: Backend, devices: tuple[str, ...], *, plain: bool) -> tuple[Placement, ...]:

@@ -45,7 +45,9 @@ def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outco
     """
     _refuse_stream_flags(request, plan)
     if not request.resume:
-        check_space(request.out, plan.estimate.disk, "the checkpoint")
+        offload = plan.placed.offload if plan.placed else 0
+        what = "the checkpoint and the offloaded weights" if offload else "the checkpoint"
+        check_space(request.out, plan.estimate.disk + offload, what)
     python = find_interpreter(plan.backend, request.python or request.recipe.python)
     with staged(
         request.out, overwrite=request.overwrite, resumable=True, resume=request.resume

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -25,10 +26,20 @@ def host_room() -> int | None:
 def device_room(device: str) -> int | None:
     """Bytes that are free on `cuda` or `cuda:N`, as NVIDIA's driver says; None where it does not.
 
-    Other accelerators, and GPUs that CUDA_VISIBLE_DEVICES renumbers, are not looked at.
+    N counts the GPUs that CUDA_VISIBLE_DEVICES leaves, by their numbers there; GPUs that it names
+    in another way, and other accelerators, are not looked at.
     """
     kind, _, index = device.partition(":")
-    return gpu_rooms().get(int(index or 0)) if kind == "cuda" else None
+    if kind != "cuda":
+        return None
+    number = int(index or 0)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        named = visible.split(",")[number : number + 1]
+        if not named or not named[0].strip().isdigit():
+            return None
+        number = int(named[0])
+    return gpu_rooms().get(number)
 
 
 def gpu_rooms() -> dict[int, int]:
