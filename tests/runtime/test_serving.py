@@ -244,8 +244,11 @@ DOCUMENTED = """
 class Engine:
     def __init__(self, **settings):
         assert settings["skip_tokenizer_init"] and settings["disable_radix_cache"], settings
+        self.given = settings
 
     def generate(self, *, input_ids, sampling_params, return_logprob=False, logprob_start_len=-1):
+        if self.given.get("kv_cache_dtype") != KV_CACHE:
+            raise ValueError(self.given)
         new = sampling_params["max_new_tokens"]
         answers = []
         for ids in input_ids:
@@ -264,13 +267,16 @@ __version__ = "0.5.23"
 """A module that answers as SGLang documents `Engine.generate`, where no GPU runs SGLang itself."""
 
 
+@pytest.mark.parametrize("flags", [{}, {"--kv-cache-dtype": "fp8_e4m3"}])
 def test_the_sglang_driver_speaks_its_documented_interface(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "sglang.py").write_text(DOCUMENTED)
+    """What `launch` would print reaches the engine too: the cache's type above all."""
+    wanted = flags.get("--kv-cache-dtype")
+    (tmp_path / "sglang.py").write_text(f"KV_CACHE = {wanted!r}\n{DOCUMENTED}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     engine: EngineProcessSpec = ENGINES["sglang"]
-    order = EngineOrder(engine.driver, str(tmp_path), "auto", (2,), 64, 1)
+    order = EngineOrder(engine.driver, str(tmp_path), "auto", (2,), 64, 1, flags)
     process = EngineProcess(engine, Path(shutil.which("python3") or ""), order)
     assert process.version == "0.5.23"
     assert process.logprobs([[5, 6, 7]] * 9, None) == [[-6.0, -7.0]] * 9

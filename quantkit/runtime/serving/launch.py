@@ -81,19 +81,32 @@ def launch(path: Path, engine: str, tp: int) -> Launch:
     subject = examine(checkpoint, layout)
     declared = subject.declaration
     verdict = _refuse(engine, candidate(subject), tp, path)
-    flags: dict[str, str] = {}
+    flags = flags_of(checkpoint, engine)
     notes = [f"{verdict.title}: {verdict.unknown}"] if verdict.unknown else []
     notes += verdict.caveats
-    if declared.kv_cache != "none":
-        flags["--kv-cache-dtype"] = _kv_cache(engine, declared.kv_cache, path)
     if engine == "sglang":
-        method = _modelopt_flag(checkpoint, declared) if layout.NAME == "modelopt" else None
-        if method:
-            flags = {"--quantization": method, **flags}
         notes += _sglang_notes(checkpoint, layout.NAME, declared, path, tp)
     made = _command(engine, path, tp, flags, notes)
     made = replace(made, minimum_version=verdict.minimum_version)
     return replace(made, gemm_backend=_gemm_flag(declared)) if engine == "sglang" else made
+
+
+def flags_of(checkpoint: Checkpoint, engine: str) -> dict[str, str]:
+    """Flag → value that the server needs beyond what it reads from the checkpoint by itself.
+
+    Raises InputError for a declared KV cache that the engine has not (`launch.will_not_load`).
+    """
+    if is_quantized(checkpoint) is None:
+        return {}
+    layout = detect(checkpoint)
+    declared = examine(checkpoint, layout).declaration
+    flags = {}
+    if engine == "sglang" and layout.NAME == "modelopt":
+        method = _modelopt_flag(checkpoint, declared)
+        flags = {"--quantization": method} if method else {}
+    if declared.kv_cache != "none":
+        flags["--kv-cache-dtype"] = _kv_cache(engine, declared.kv_cache, checkpoint.path)
+    return flags
 
 
 def _command(

@@ -19,6 +19,7 @@ from quantkit.errors import InputError
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec, find_interpreter
+from quantkit.runtime.serving.launch import flags_of
 from quantkit.runtime.serving.process import EngineProcess
 from quantkit.validation.subjects.base import Opening, Throughput
 
@@ -145,6 +146,7 @@ def _order(checkpoint: Checkpoint, engine: EngineProcessSpec, opening: Opening) 
         stop=tuple(stop_tokens(checkpoint.path, config)),
         length=length,
         cache_bytes=2 * length * per_token,
+        flags=flags_of(checkpoint, engine.name) if engine.name == "sglang" else {},
     )
 
 

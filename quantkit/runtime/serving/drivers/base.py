@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +20,7 @@ class EngineOrder:
 
     driver: `"module:attr"` of what makes a `Driver` of an order. stop: token ids that end an
     answer. length: the longest sequence that will be asked for. cache_bytes: what the KV cache of
-    eight sequences of that length takes.
+    eight sequences of that length takes. flags: what a server would be given (`launch.flags_of`).
     """
 
     driver: str
@@ -29,6 +29,7 @@ class EngineOrder:
     stop: tuple[int, ...]
     length: int
     cache_bytes: int
+    flags: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

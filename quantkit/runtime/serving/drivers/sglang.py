@@ -30,6 +30,7 @@ class Sglang:
             context_length=order.length,
             max_running_requests=BATCH,
             random_seed=0,
+            **{flag[2:].replace("-", "_"): value for flag, value in order.flags.items()},
         )
 
     def logprobs(self, windows: Sequence[Ids], tell: Tell) -> list[list[float]]:

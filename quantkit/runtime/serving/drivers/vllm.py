@@ -17,6 +17,8 @@ BATCH = 8
 class Vllm:
     """One `vllm.LLM` in this process, without prefix caching: every token is computed.
 
+    The type of the KV cache it takes from the checkpoint itself, so that it needs no flags.
+
     On a CPU it runs eagerly, and its throughput is less than a server's: in one measurement of a
     135 M model, compiled, it read prompts twice as fast and took 58 s to load instead of 11 s.
     """
