@@ -1,7 +1,7 @@
 """Where a job's weights will lie, by what each placement needs and what this machine has free.
 
 The estimate of memory is this file's formula with the coefficients of the backend's registry entry
-(`Footprint`), which were fitted to measured runs (`benchmarks/placement.py`).
+(`Footprint`); docs/large.md says which of them were measured (`benchmarks/placement.py`).
 """
 
 from __future__ import annotations

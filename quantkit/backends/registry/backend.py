@@ -52,7 +52,8 @@ class Method:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Peak host memory of a job on a CPU, fitted to measured runs (`benchmarks/placement.py`).
+    """Peak host memory of a job on a CPU: of ModelOpt as measured (`benchmarks/placement.py`), of
+    the other libraries a rule of thumb.
 
     library: bytes of the worker with its libraries, before a model.
     weights: how often what stays in memory is held (all weights, or those outside of the decoder

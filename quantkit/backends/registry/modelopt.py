@@ -61,9 +61,9 @@ MODELOPT = Backend(
     dense_only=True,
     saves_state=True,
     placements={
-        "resident": Footprint(1_100_000_000, 1.0, 6, 2),
-        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2),
-        "spread": Footprint(1_100_000_000, 1.0, 6, 2),
+        "resident": Footprint(1_400_000_000, 1.0, 6, 2),
+        "layerwise": Footprint(1_400_000_000, 1.0, 6, 2),
+        "spread": Footprint(1_400_000_000, 1.0, 6, 2),
     },
     unsupported=_unsupported,
 )
