@@ -76,6 +76,16 @@ def rate(runtime: Runtime, ids: torch.Tensor) -> float:
     return (NEW - 1) / (spent[1] - spent[0])
 
 
+def mixture(work: Path, layers: int | None) -> Path:
+    """The demo mixture of 4 experts, or one cut to so many layers, made in `work`."""
+    if layers is None:
+        return demo_mixture()
+    made = work / f"mixture_{layers}_layers"
+    if not made.is_dir():
+        upcycle(cut_layers(demo_model(), work / f"demo_{layers}_layers", layers), made, 2 * ACTIVE)
+    return made
+
+
 def digests(path: Path) -> dict[str, str]:
     """Digest of every tensor by the name that engines read."""
     found = {}
@@ -88,12 +98,7 @@ def digests(path: Path) -> dict[str, str]:
 
 def libraries(asked: argparse.Namespace) -> None:
     """Each method by its library alone and through quantkit, in turn."""
-    model = asked.source or demo_mixture()
-    if asked.layers:
-        model = asked.work / f"mixture_{asked.layers}_layers"
-        if not model.is_dir():
-            cut = cut_layers(demo_model(), asked.work / f"demo_{asked.layers}_layers", asked.layers)
-            upcycle(cut, model, 2 * ACTIVE)
+    model = asked.source or mixture(asked.work, asked.layers)
     overrides: dict[str, object] = {"samples": asked.samples, "sequence_length": asked.length}
     tokens = build_tokens(load_calibration("default", overrides), model)
     calibration = [f"calibration.{key}={value}" for key, value in overrides.items()]

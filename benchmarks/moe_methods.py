@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 from agreement import G64, SMALL
 from methods import quantize
+from moe import mixture
 from numpy.typing import NDArray
 
 import quantkit
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
-from quantkit.checkpoint.demo import demo_model
-from quantkit.checkpoint.upcycle import ACTIVE, demo_mixture, upcycle
+from quantkit.checkpoint.upcycle import ACTIVE
 from quantkit.errors import QuantkitError
 from quantkit.validation.ask.data import eval_text
 from quantkit.validation.ask.text import BaselineText, measure_baseline, measure_quantized
@@ -42,7 +42,6 @@ from quantkit.validation.reports.markdown import number, table
 from quantkit.validation.reports.plots import experts_figure
 from quantkit.validation.subjects.base import Opening
 from quantkit.validation.subjects.engines import opener
-from tests.support.helpers import cut_layers
 
 BASELINE = "BF16"
 METHODS: dict[str, tuple[str, ...]] = {
@@ -88,14 +87,6 @@ def measured(name: str, model: Path, asked_for: argparse.Namespace) -> dict[str,
     if "vllm" not in found:
         keep("vllm", in_vllm(out, model, asked_for.samples))
     return found
-
-
-def cut_mixture(asked_for: argparse.Namespace) -> Path:
-    made: Path = asked_for.work / "mixture"
-    if not made.is_dir():
-        cut = cut_layers(demo_model(), asked_for.work / "dense", asked_for.layers)
-        upcycle(cut, made, 2 * ACTIVE)
-    return made
 
 
 def held_against(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
@@ -190,7 +181,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     asked_for = parser.parse_args()
     asked_for.work.mkdir(parents=True, exist_ok=True)
-    model = cut_mixture(asked_for) if asked_for.layers else demo_mixture()
+    model = mixture(asked_for.work, asked_for.layers)
     baseline = measured(BASELINE, model, asked_for)["vllm"].get("perplexity", math.nan)
     for name in asked_for.only:
         try:

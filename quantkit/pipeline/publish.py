@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantkit.checkpoint.provenance import PROVENANCE
+from quantkit.checkpoint.whole_files import remove
 from quantkit.errors import InputError
 
 
@@ -32,7 +33,8 @@ def staged(
     lock = _lock(partial, target)
     try:
         if not resume:
-            _clear(partial)
+            for entry in partial.iterdir():
+                remove(entry)
         yield partial
         _publish(partial, target, overwrite=overwrite)
     except BaseException as error:
@@ -127,14 +129,6 @@ def _lock(partial: Path, target: Path) -> int:
             if partial.stat().st_ino == os.fstat(handle).st_ino:
                 return handle
         os.close(handle)
-
-
-def _clear(directory: Path) -> None:
-    for entry in directory.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def _publish(partial: Path, target: Path, *, overwrite: bool) -> None:

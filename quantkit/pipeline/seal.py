@@ -8,15 +8,16 @@ by which the engines look for them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.directory import INDEX_SUFFIX, Checkpoint, read_json
 from quantkit.checkpoint.gguf import gguf_in
 from quantkit.checkpoint.provenance import LOG, NOT_SEALED, RESUME_FOLDER
+from quantkit.checkpoint.whole_files import remove, sha256_of
 from quantkit.engines.complete import completed
 from quantkit.errors import BackendError
 
@@ -34,7 +35,8 @@ def seal(out: Path, source: Checkpoint, *, trust_remote_code: bool) -> list[str]
     Ascend's layout, whose config.json says nothing.
     """
     if gguf_in(out):
-        return _seal_gguf(out)
+        # One file has everything inside; only the log may stay beside it.
+        return _cleaned(out, lambda path: path.suffix == ".gguf" or path.name == LOG)
     notes = []
     raw = read_json(out / "config.json") if (out / "config.json").is_file() else {}
     quantization = raw.get("quantization_config")
@@ -56,38 +58,31 @@ def seal(out: Path, source: Checkpoint, *, trust_remote_code: bool) -> list[str]
     sidecars = [path.name for path in source.sidecars()]
     for name in [*sidecars, *(custom_code if trust_remote_code else [])]:
         shutil.copyfile(source.path / name, out / name)
-    for path in sorted(out.iterdir()):
-        if path.name == RESUME_FOLDER:
-            continue
-        if _belongs(path, sidecars, custom_code):
-            path.chmod(0o644)
-        else:
-            notes.append(f"removed {path.name}, which the library left behind")
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    notes += _cleaned(out, lambda path: _belongs(path, sidecars, custom_code))
     for name in sorted(_QUANTIZATION_FILES & {p.name for p in out.glob("*.json")}):
         document = without_volatile(read_json(out / name))
         write_json(out / name, completed(document, source.config))
     return notes
 
 
-def _seal_gguf(out: Path) -> list[str]:
-    """One GGUF file has everything inside; only the log may stay beside it."""
+def _cleaned(out: Path, belongs: Callable[[Path], bool]) -> list[str]:
+    """Make readable what belongs into `out` and remove the rest; what was removed, in words."""
     notes = []
     for path in sorted(out.iterdir()):
         if path.name == RESUME_FOLDER:
             continue
-        if path.suffix == ".gguf" or path.name == LOG:
+        if belongs(path):
             path.chmod(0o644)
         else:
             notes.append(f"removed {path.name}, which the library left behind")
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
     return notes
 
 
 def file_digests(out: Path) -> dict[str, str]:
     """SHA-256 of every file beside the weights, the card and the provenance itself."""
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        path.name: sha256_of(path)
         for path in sorted(out.iterdir())
         if path.is_file()
         and path.suffix not in (".safetensors", ".gguf")

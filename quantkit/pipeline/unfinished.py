@@ -8,7 +8,6 @@ library stage or one that the library itself goes on with, or that is done again
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 
 from quantkit.backends.process.job import Result
 from quantkit.checkpoint.provenance import RESUME_FOLDER
+from quantkit.checkpoint.whole_files import read_record, remove, sha256_of, write_record
 from quantkit.errors import InputError
 
 STATE_VERSION = 1
@@ -41,7 +41,7 @@ class Unfinished:
 
         Raises InputError when the run before was another one; it is then left as it is.
         """
-        before = _read(self.folder / "job.json") if resume else None
+        before = read_record(self.folder / "job.json") if resume else None
         key = {"version": STATE_VERSION, **key}
         if before is not None:
             self._same(before, key)
@@ -49,7 +49,7 @@ class Unfinished:
         if before is not None:
             return True
         self.folder.mkdir()
-        _write(self.folder / "job.json", key)
+        write_record(self.folder / "job.json", key)
         return False
 
     def begin(self) -> None:
@@ -69,7 +69,7 @@ class Unfinished:
 
     def finished(self) -> Result | None:
         """What the worker of the run before did, if every file it left holds what it wrote."""
-        done = _read(self.folder / "done.json")
+        done = read_record(self.folder / "done.json")
         if done is None or done.get("files") != self._digests():
             return None
         return Result(**done["result"])
@@ -79,7 +79,7 @@ class Unfinished:
         files = self._digests()
         for name in files:
             _sync(self.library / name)
-        _write(self.folder / "done.json", {"result": asdict(result), "files": files})
+        write_record(self.folder / "done.json", {"result": asdict(result), "files": files})
         shutil.rmtree(self.layers, ignore_errors=True)
 
     def place(self) -> None:
@@ -105,7 +105,7 @@ class Unfinished:
         """Remove what is half-made from `DIR.partial`, and the state too unless it is kept."""
         for entry in self.partial.iterdir():
             if not keep or entry != self.folder:
-                _remove(entry)
+                remove(entry)
 
     def _same(self, before: Mapping[str, Any], key: Mapping[str, Any]) -> None:
         differs = [_difference(name, before.get(name), key[name])
@@ -122,7 +122,7 @@ class Unfinished:
             return {}
         files = sorted(path for path in self.library.rglob("*") if path.is_file())
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            digests = list(pool.map(_digest, files))
+            digests = list(pool.map(sha256_of, files))
         names = [str(path.relative_to(self.library)) for path in files]
         return dict(zip(names, digests, strict=True))
 
@@ -137,15 +137,6 @@ def _difference(name: str, before: Any, now: Any) -> str:
     return f"{name} was {was}, is {becomes}"
 
 
-def _remove(entry: Path) -> None:
-    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def _sync(path: Path) -> None:
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
@@ -156,17 +147,3 @@ def _link(path: Path, target: Path) -> None:
         os.link(path, target)
     except OSError:  # a file system without links
         shutil.copyfile(path, target)
-
-
-def _write(path: Path, value: object) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    temporary.replace(path)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -14,7 +14,7 @@ from quantkit.errors import InputError
 from quantkit.runtime.linear.kernels.select import packed_tensors
 from quantkit.runtime.linear.modules import PlainLinear, QuantLinear
 from quantkit.runtime.loading.hosted import HostedNetwork
-from quantkit.runtime.loading.make_layers import LayerRecord
+from quantkit.runtime.loading.make_layers import LayerRecord, inputs_left_in_16_bit
 from quantkit.runtime.network.cache import KVCache
 from quantkit.runtime.network.decoder import Decoder
 from quantkit.runtime.network.generation import Forward, Sampling, Streamer, generate
@@ -71,7 +71,7 @@ class Runtime(nn.Module):
     @property
     def schemes_with_16_bit_inputs(self) -> list[str]:
         """Schemes whose activations stay in 16 bit here because the engine leaves them so."""
-        return sorted({one.scheme for one in self.layers if not one.activations_as_declared})
+        return inputs_left_in_16_bit(self.layers)
 
     @property
     def memory_bytes(self) -> int:

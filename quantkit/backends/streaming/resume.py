@@ -28,6 +28,7 @@ from quantkit.backends.streaming.job import (
 from quantkit.checkpoint.directory import Checkpoint, read_header
 from quantkit.checkpoint.provenance import RESUME_FOLDER
 from quantkit.checkpoint.schemes import Scheme
+from quantkit.checkpoint.whole_files import read_record, write_record
 from quantkit.errors import InputError, QuantkitError
 
 STATE_VERSION = 1
@@ -67,21 +68,21 @@ class State:
         """Forget what is there and start anew."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        _write(self._folder / "job.json", job)
+        write_record(self._folder / "job.json", job)
 
     def found(self) -> dict[str, Any] | None:
         """The job of the run before, or None."""
-        return _read(self._folder / "job.json")
+        return read_record(self._folder / "job.json")
 
     def record(self, shard: ShardRecord) -> None:
         """Remember a finished shard."""
-        _write(self._folder / f"{shard.file}.json", asdict(shard))
+        write_record(self._folder / f"{shard.file}.json", asdict(shard))
 
     def records(self) -> dict[str, ShardRecord]:
         """Every finished shard by its file's name."""
         found = {}
         for file in sorted(self._folder.glob("*.safetensors.json")):
-            data = _read(file)
+            data = read_record(file)
             if data is not None:
                 done = data["done"]
                 done["layers"] = {name: LayerError(**e) for name, e in done["layers"].items()}
@@ -152,17 +153,3 @@ def _source_changed(checkpoint: Checkpoint, what: str) -> InputError:
         hint="start anew without --resume",
         code="resume.source_changed",
     )
-
-
-def _write(path: Path, value: object) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    temporary.replace(path)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,6 +43,17 @@ class LayerRecord:
             module, declared.name, choice.kernel.NAME, refused, choice.weights_only,
             declared.input == computed.input,
         )  # fmt: skip
+
+
+def inputs_left_in_16_bit(records: Iterable[LayerRecord]) -> list[str]:
+    """Schemes whose activations stay in 16 bit here because the engine leaves them so."""
+    return sorted({one.scheme for one in records if not one.activations_as_declared})
+
+
+def notes_on_inputs(records: Iterable[LayerRecord]) -> list[str]:
+    """A sentence on `inputs_left_in_16_bit`; none where there are none."""
+    schemes = ", ".join(inputs_left_in_16_bit(records))
+    return [f"activations of {schemes} are in 16 bit, as vLLM leaves them"] if schemes else []
 
 
 @dataclass

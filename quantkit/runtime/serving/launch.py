@@ -81,7 +81,7 @@ def launch(path: Path, engine: str, tp: int) -> Launch:
     subject = examine(checkpoint, layout)
     declared = subject.declaration
     verdict = _refuse(engine, candidate(subject), tp, path)
-    flags = flags_of(checkpoint, engine)
+    flags = _flags(checkpoint, layout.NAME, declared, engine)
     notes = [f"{verdict.title}: {verdict.unknown}"] if verdict.unknown else []
     notes += verdict.caveats
     if engine == "sglang":
@@ -99,9 +99,14 @@ def flags_of(checkpoint: Checkpoint, engine: str) -> dict[str, str]:
     if is_quantized(checkpoint) is None:
         return {}
     layout = detect(checkpoint)
-    declared = examine(checkpoint, layout).declaration
+    return _flags(checkpoint, layout.NAME, examine(checkpoint, layout).declaration, engine)
+
+
+def _flags(
+    checkpoint: Checkpoint, layout: str, declared: Declaration, engine: str
+) -> dict[str, str]:
     flags = {}
-    if engine == "sglang" and layout.NAME == "modelopt":
+    if engine == "sglang" and layout == "modelopt":
         method = _modelopt_flag(checkpoint, declared)
         flags = {"--quantization": method} if method else {}
     if declared.kv_cache != "none":

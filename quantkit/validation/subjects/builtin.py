@@ -45,8 +45,9 @@ class Builtin:
 
     @property
     def notes(self) -> list[str]:
-        schemes = ", ".join(self.runtime.schemes_with_16_bit_inputs)
-        return [f"activations of {schemes} are in 16 bit, as vLLM leaves them"] if schemes else []
+        from quantkit.runtime.loading.make_layers import notes_on_inputs
+
+        return notes_on_inputs(self.runtime.layers)
 
     def logits(
         self, windows: NDArray[np.int64], last: int = 0

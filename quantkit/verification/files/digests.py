@@ -5,7 +5,6 @@ The file is untrusted input: whatever is malformed in it is a finding.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from quantkit.checkpoint.provenance import (
     read,
 )
 from quantkit.checkpoint.schemes import SCHEMES
+from quantkit.checkpoint.whole_files import sha256_of
 from quantkit.errors import InputError
 from quantkit.verification.findings import Finding, PlannedLayers, error, warning
 
@@ -125,7 +125,7 @@ def _check_files(directory: Path, sealed: Mapping[str, str]) -> Iterator[Finding
         path = directory / name
         if not path.is_file():
             yield error("digest.file_missing", f"{name} is gone since sealing", _RESTORE, name)
-        elif _sha256(path) != digest:
+        elif sha256_of(path) != digest:
             yield error(
                 "digest.file_mismatch",
                 f"{name} has changed since {PROVENANCE} was written",
@@ -156,8 +156,3 @@ def _check_calibration(seal: Seal) -> Iterator[Finding]:
             "calibrate again; scales without data are noise",
             PROVENANCE,
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
