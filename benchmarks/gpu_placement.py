@@ -1,16 +1,19 @@
 """A random Llama quantized layer by layer under a cap of GPU memory: the same tensors as resident?
 
-    python benchmarks/gpu_placement.py DIR [--size 8] [--cap 10] [--device cuda:0]
+    python benchmarks/gpu_placement.py DIR [--size 8] [--cap 10] [--device cuda:0] [--json FILE]
 
 Needs nvidia-modelopt, llmcompressor and compressed-tensors beside torch and transformers, and this
 repository on PYTHONPATH. Each run is the adapter in a process of its own: `resident` without a cap,
-`layerwise` in `--cap` GB (`torch.cuda.set_per_process_memory_fraction`). Prints one JSON document:
-per run its seconds, the peak of the GPU and of host memory, per method whether all tensors are
-equal. DIR holds the model and the outputs (about 40 GB for 8 B).
+`layerwise` in `--cap` GB (`torch.cuda.set_per_process_memory_fraction`); the two of a method run at
+the same time on the one GPU, so their seconds are those of a shared machine. Writes one JSON
+document after each method: per run its seconds, the peak of the GPU and of host memory, per method
+whether all tensors are equal. DIR holds the model and one method's outputs (at most 52 GB for 8 B).
 """
 
 import argparse
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -32,6 +35,8 @@ METHODS = {
 }
 PLACEMENTS = ("resident", "layerwise")
 SAMPLES, LENGTH, BATCH = 16, 512, 4
+RUN_SECONDS = 330
+"""After this a run is ended, so that the other one's numbers are still written."""
 
 
 class Quiet:
@@ -88,7 +93,7 @@ def job_of(folder: Path, method: str, placement: Any, device: str) -> Job:
 
 
 def one(job: Job, cap: float) -> dict[str, Any]:
-    """Run the adapter here; `cap` is in GB, 0 for none."""
+    """Run the adapter here, and digest what it wrote; `cap` is in GB, 0 for none."""
     cuda = job.device.startswith("cuda")
     if cuda and cap:
         total = torch.cuda.get_device_properties(job.device).total_memory
@@ -100,8 +105,11 @@ def one(job: Job, cap: float) -> dict[str, Any]:
     Path(job.out).mkdir()
     started, result = time.monotonic(), Result()
     run(job, Quiet(), result)
+    seconds = round(time.monotonic() - started, 1)
+    Path(f"{job.out}.json").write_text(json.dumps(dict(digests(job.out))))
+    shutil.rmtree(job.out)
     return {
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": seconds,
         "gpu_peak_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
         "host_peak_bytes": host_peak(),
         "calibration": result.calibration,
@@ -114,22 +122,47 @@ def host_peak() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def digests(directory: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor as bytes, one after the other."""
+def digests(directory: str) -> Iterator[tuple[str, str]]:
+    """Name and SHA-256 of the bytes of every tensor, one after the other."""
     for file in sorted(Path(directory).glob("*.safetensors")):
         with safe_open(file, "pt") as shard:
             for name in shard.keys():  # noqa: SIM118
-                yield name, shard.get_tensor(name).contiguous().view(-1).view(torch.uint8)
+                data = shard.get_tensor(name).contiguous().view(-1).view(torch.uint8)
+                yield name, hashlib.sha256(data.numpy()).hexdigest()
 
 
-def differing(first: str, second: str) -> list[str]:
+def differing(first: Path, second: Path) -> list[str]:
     """Names of tensors that only one has, or that differ in a byte."""
-    ones, others = dict(digests(first)), dict(digests(second))
-    return [
-        name
-        for name in sorted(ones.keys() | others.keys())
-        if name not in ones or name not in others or not ones[name].equal(others[name])
-    ]
+    ones, others = (json.loads(file.read_text()) for file in (first, second))
+    return [n for n in sorted(ones.keys() | others.keys()) if ones.get(n) != others.get(n)]
+
+
+def both(method: str, folder: Path) -> dict[str, Any]:
+    """A method with each placement at the same time, and whether they agree."""
+    found: dict[str, Any] = {}
+    again = [sys.executable, *sys.argv]
+    running = {
+        placement: subprocess.Popen(
+            [*again, "--one", method, placement], stdout=subprocess.PIPE, text=True
+        )
+        for placement in PLACEMENTS
+    }
+    for placement, process in running.items():
+        try:
+            lines = process.communicate(timeout=RUN_SECONDS)[0].splitlines()
+            found[placement] = (
+                {"failed": process.returncode} if process.returncode else json.loads(lines[-1])
+            )
+        except subprocess.TimeoutExpired:
+            process.kill()
+            found[placement] = {"failed": f"not finished after {RUN_SECONDS} s"}
+        shutil.rmtree(folder / f"{method}-{placement}", ignore_errors=True)
+    files = [folder / f"{method}-{placement}.json" for placement in PLACEMENTS]
+    if all(file.is_file() for file in files):
+        differs = differing(*files)
+        found |= {"equal": not differs, "differing": len(differs), "first": differs[:10]}
+        found["tensors"] = len(json.loads(files[0].read_text()))
+    return found
 
 
 def main() -> None:
@@ -138,6 +171,8 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="8")
     parser.add_argument("--cap", type=float, default=10)
     parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--method", choices=METHODS, action="append")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "PLACEMENT"))
     chosen = parser.parse_args()
     if chosen.one:
@@ -146,21 +181,17 @@ def main() -> None:
         cap = chosen.cap if placement == "layerwise" else 0
         print(json.dumps(one(job, cap)))
         return
+    started = time.monotonic()
+    chosen.folder.mkdir(parents=True, exist_ok=True)
     prepare(chosen.folder, chosen.size)
     report: dict[str, Any] = {"size": chosen.size, "cap_gb": chosen.cap, "torch": torch.__version__}
-    for method in METHODS:
-        report[method] = {}
-        for placement in PLACEMENTS:
-            again = [sys.executable, *sys.argv, "--one", method, placement]
-            done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=False)
-            lines = done.stdout.splitlines()
-            failed = {"failed": done.returncode}
-            report[method][placement] = json.loads(lines[-1]) if not done.returncode else failed
-        outs = [str(chosen.folder / f"{method}-{placement}") for placement in PLACEMENTS]
-        if not any("failed" in run for run in report[method].values()):
-            report[method]["differing"] = differing(*outs)[:10]
-            report[method]["equal"] = not report[method]["differing"]
-    print(json.dumps(report, indent=2))
+    for method in chosen.method or METHODS:
+        report[method] = both(method, chosen.folder)
+        report["seconds"] = round(time.monotonic() - started, 1)
+        text = json.dumps(report, indent=2)
+        print(text, flush=True)
+        if chosen.json:
+            chosen.json.write_text(text)
 
 
 if __name__ == "__main__":

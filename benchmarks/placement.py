@@ -5,8 +5,9 @@
 Runs each method as `quantkit quantize` with each placement, and the library alone (`own`) as its
 documentation does it layer by layer, and prints a JSON line a run: seconds, the peak of the tree of
 processes (proportional set size), what the plan expected, and both as a multiple of the weights in
-16 bit. OUT must not exist; what is written there is removed after each run. With --random, MODEL is
-first written: a random Llama of that size with the demo model's tokenizer and vocabulary.
+16 bit; the most that lay on the disk beside the finished output, and what the plan expected. OUT
+must not exist; what is written there is removed after each run. With --random, MODEL is first
+written: a random Llama of that size with the demo model's tokenizer and vocabulary.
 """
 
 import argparse
@@ -98,16 +99,24 @@ def write_random(path: Path, size: str) -> None:
             shutil.copy(file, path / file.name)
 
 
-def watched(command: list[str]) -> tuple[int, float, int, str]:
-    """Exit code, seconds, peak bytes of the tree, and the end of what it said."""
-    started, peak = time.monotonic(), 0
+def watched(command: list[str], out: Path) -> tuple[int, float, int, int, str]:
+    """Exit code, seconds, peak bytes of the tree and on the disk, and the end of what it said."""
+    started, peak, disk = time.monotonic(), 0, 0
     with tempfile.TemporaryFile("w+") as said:
         with subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT) as child:
             while child.poll() is None:
                 peak = max(peak, tree_memory(child.pid))
+                disk = max(disk, sum(map(on_disk, out.parent.glob(f"{out.name}*"))))
                 time.sleep(LOOK_SECONDS)
         said.seek(0)
-        return child.returncode, time.monotonic() - started, peak, said.read()[-2000:]
+        seconds = time.monotonic() - started
+        return child.returncode, seconds, peak, disk, said.read()[-2000:]
+
+
+def on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder while others write and remove them."""
+    done = subprocess.run(["du", "-sb", str(path)], capture_output=True, text=True, check=False)
+    return int((done.stdout.split() or ["0"])[0])
 
 
 def settings(method: str, more: list[str]) -> list[str]:
@@ -126,7 +135,7 @@ def measure(model: Path, out: Path, method: str, side: str, more: list[str]) -> 
         asked = ["--set", f"placement={side}", *settings(method, more)]
         command = [sys.executable, "-m", "quantkit", "quantize", str(model), "--method", method,
                    "--out", str(out), "--device", "cpu", *asked]  # fmt: skip
-    code, seconds, peak, said = watched(command)
+    code, seconds, peak, disk, said = watched(command, out)
     held = 2 * sum(info.elements for info in open_checkpoint(model).tensors.values())
     row = {"method": method, "side": side, "seconds": round(seconds, 1), "peak_bytes": peak,
            "model_bytes": held, "over_model": round(peak / held, 3)}  # fmt: skip
@@ -136,6 +145,7 @@ def measure(model: Path, out: Path, method: str, side: str, more: list[str]) -> 
         placed = json.loads((out / "quantkit.json").read_text())["placement"]
         expected = placed["needs"][side]["host"]
         row |= {"expected_bytes": expected, "expected_over_peak": round(expected / peak, 3)}
+        row |= {"disk_bytes": max(disk - on_disk(out), 0), "expected_disk_bytes": placed["disk"]}
     for path in (out, Path(f"{out}.offload"), Path(f"{out}.log")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return row
@@ -150,6 +160,8 @@ def main() -> None:
     parser.add_argument("--random", choices=SIZES)
     parser.add_argument("--set", action="append", default=[])
     chosen = parser.parse_args()
+    if chosen.out.exists():
+        parser.error(f"{chosen.out} exists")
     if chosen.random:
         write_random(chosen.model, chosen.random)
     more = [word for text in chosen.set for word in ("--set", text)]

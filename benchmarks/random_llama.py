@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 SIZES: dict[str, dict[str, int]] = {
+    "0.01": {"hidden": 256, "inner": 1024, "layers": 4, "kv": 64, "vocab": 4096, "heads": 4},
     "0.3": {"hidden": 1024, "inner": 4096, "layers": 16, "kv": 256, "vocab": 32000, "heads": 16},
     "1.1": {"hidden": 2048, "inner": 5632, "layers": 22, "kv": 256, "vocab": 32000, "heads": 32},
     "3": {"hidden": 3072, "inner": 8192, "layers": 28, "kv": 1024, "vocab": 128256, "heads": 24},

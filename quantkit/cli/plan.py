@@ -98,8 +98,9 @@ def _memory(placed: Placed) -> list[tuple[str, str]]:
     if need.accelerator:
         parts.insert(0, f"about {need.accelerator / 1e9:.1f} GB of each accelerator")
     short = [placed.short] if placed.short else []
+    how = "" if need.measured else " (estimated, not measured)"
     return [
-        ("memory", " and ".join(parts)),
+        ("memory", " and ".join(parts) + how),
         ("placement", "\n".join([f"{placed.placement}: {placed.why}", *short])),
     ]
 

@@ -22,16 +22,18 @@ from quantkit.recipe.model import Recipe
 
 DEVICE_BASE = 600_000_000
 """A CUDA context and its libraries' workspaces, bytes."""
-DEFAULT_TOKENS = 128 * 512
-"""Calibration tokens where the recipe leaves them to the mixture."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Peak bytes of a job on the fullest accelerator (0 on a CPU) and in host memory."""
+    """Peak bytes of a job on the fullest accelerator (0 on a CPU) and in host memory.
+
+    measured: whether the formula was held against such a job's real peak.
+    """
 
     accelerator: int
     host: int
+    measured: bool
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,33 @@ class Placed:
     """The placement of a job, why it was taken, and what every placement that can be had needs.
 
     short: what is missing where, "" when it fits (or nobody knows what is free).
-    offload: bytes on the output's disk for weights that a library changes layer by layer.
+    disk: bytes on the output's disk that a library writes beside the output: offloaded weights, and
+        its checkpoints of finished layers.
     """
 
     placement: Placement
     why: str
     needs: Mapping[Placement, Need]
     short: str = ""
-    offload: int = 0
+    disk: int = 0
 
     @property
     def need(self) -> Need:
         return self.needs[self.placement]
+
+    @property
+    def doubt(self) -> str:
+        """What may not fit by an estimate that was not measured; "" otherwise."""
+        if not self.short or self.need.measured:
+            return ""
+        return f"placement={self.placement} {self.short} (estimated, not measured)"
 
     def to_json(self) -> dict[str, Any]:
         return {
             "placement": self.placement,
             "why": self.why,
             "short": self.short,
+            "disk": self.disk,
             "needs": {name: vars(need) for name, need in self.needs.items()},
         }
 
@@ -90,14 +101,13 @@ def place(
     needs = {name: _need(source, recipe, backend, name, devices) for name in possible}
     lacks = {name: _short(need, devices, free) for name, need in needs.items()}
     name, why = _chosen(recipe, needs, lacks)
-    streamed = name == "layerwise" and backend.way == "process"
-    offload = sum(_sizes(source)[0].values()) if streamed else 0
-    return Placed(name, why, needs, lacks[name], offload)
+    return Placed(name, why, needs, lacks[name], _disk(source, recipe, backend, name))
 
 
 def refuse_too_large(placed: Placed | None, recipe: Recipe, devices: tuple[str, ...]) -> None:
-    """InputError for a job that would run out of memory, with what would fit."""
-    if placed is None or not placed.short:
+    """InputError for a job that would run out of memory by a measured estimate, with what would
+    fit."""
+    if placed is None or not placed.short or placed.doubt:
         return
     ways = [] if placed.placement == "layerwise" else ["--set placement=layerwise"]
     if devices[0] != "cpu" and "spread" in placed.needs:
@@ -165,13 +175,24 @@ def _need(
     block, model = max(blocks.values(), default=0), sum(blocks.values()) + outside
     held = outside if placement == "layerwise" else model
     working = round(foot.block * block + foot.weights * held)
-    hidden = int(text_config(source.config).get("hidden_size") or 0)
-    cached = round(foot.activations * _tokens(recipe, backend) * hidden * 2)
+    cached = round(foot.activations * _activations(source, recipe, backend))
     if devices[0] == "cpu":
-        return Need(0, foot.library + working + cached)
+        return Need(0, foot.library + working + cached, recipe.scheme in foot.measured)
     share = working // len(devices) if placement == "spread" else working
     largest = max((info.bytes for info in source.tensors.values()), default=0)
-    return Need(DEVICE_BASE + share, foot.library + cached + max(block, largest))
+    host = foot.library + cached + max(block, largest)
+    return Need(DEVICE_BASE + share, host, measured=False)
+
+
+def _disk(source: Checkpoint, recipe: Recipe, backend: Backend, placement: Placement) -> int:
+    foot = backend.placements[placement]
+    blocks = foot.blocks_on_disk * sum(_sizes(source)[0].values())
+    return round(blocks + foot.activations_on_disk * _activations(source, recipe, backend))
+
+
+def _activations(source: Checkpoint, recipe: Recipe, backend: Backend) -> int:
+    """Bytes in 16 bit of one hidden state of every calibration token."""
+    return 2 * _tokens(recipe, backend) * int(text_config(source.config).get("hidden_size") or 0)
 
 
 def _sizes(source: Checkpoint) -> tuple[dict[int, int], int]:
@@ -189,12 +210,14 @@ def _sizes(source: Checkpoint) -> tuple[dict[int, int], int]:
 
 
 def _tokens(recipe: Recipe, backend: Backend) -> int:
+    """Calibration tokens, padding included."""
     choice = recipe.calibration
     if choice is None or not backend.method(recipe).calibrated:
         return 0
-    if choice.samples is None or choice.sequence_length is None:
-        return DEFAULT_TOKENS
-    return choice.samples * choice.sequence_length
+    from quantkit.calibration import load_calibration
+
+    config = load_calibration(choice.name, choice.overrides())
+    return config.samples * config.sequence_length
 
 
 def _short(need: Need, devices: tuple[str, ...], room: Callable[[str], int | None]) -> str:

@@ -6,11 +6,17 @@ from collections.abc import Collection, Iterator
 
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import expert_count, missing_head
+from quantkit.formats.registry import is_quantized
 
 
 def notes_of(checkpoint: Checkpoint, layers: Collection[str]) -> list[str]:
-    """In words: most of the model left in 16 bit, experts that stay, a head that is nowhere."""
-    return [*_left_in_16_bit(checkpoint, layers), *_head_notes(checkpoint)]
+    """In words: a source that is quantized itself, most of the model left in 16 bit, experts that
+    stay, a head that is nowhere."""
+    found = is_quantized(checkpoint)
+    itself = (
+        [f"the source is quantized itself ({found}): its rounding stays in it"] if found else []
+    )
+    return [*itself, *_left_in_16_bit(checkpoint, layers), *_head_notes(checkpoint)]
 
 
 def _left_in_16_bit(checkpoint: Checkpoint, layers: Collection[str]) -> Iterator[str]:

@@ -21,10 +21,9 @@ from tests.support.cli import QUICK, quantkit, refused, said
 from tests.support.families import model
 
 G64 = ("--set", "group_size=64")
-METHODS: dict[str, tuple[str, ...]] = {
-    "llmcompressor_w4a16": G64,
+METHODS: dict[str, tuple[str, ...]] = {"llmcompressor_w4a16": G64, "modelopt_fp8": ()}
+MORE: dict[str, tuple[str, ...]] = {
     "llmcompressor_fp8_dynamic": (),
-    "modelopt_fp8": (),
     "modelopt_mxfp8": (),
     "autoround_w4a16": (*G64, "--set", "options.iters=1"),
     "gptqmodel_w4a16": G64,
@@ -122,6 +121,19 @@ def test_what_cannot_fit_says_what_would(placing: Placing) -> None:
     assert "rtn_*" in refusal.value.hint
 
 
+def test_an_estimate_that_was_not_measured_refuses_nothing(placing: Placing) -> None:
+    scheme, gpu = "modelopt_int4_awq", ("cuda:0",)
+    for method, devices, rooms in (
+        (scheme, ("cpu",), {"host": 1}),
+        ("modelopt_fp8", gpu, {"cuda0": 1}),
+    ):
+        placed = placing(method, devices=devices, **rooms)
+        assert placed.short
+        assert "estimated, not measured" in placed.doubt
+        refuse_too_large(placed, load_recipe(method), devices)
+    assert not placing("modelopt_fp8", host=1).doubt
+
+
 def test_a_full_machine_is_refused_in_the_run_and_told_in_the_plan(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +162,9 @@ def test_devices() -> None:
 
 
 @pytest.mark.library
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+)
 def test_every_placement_gives_the_same_tensors(
     method: str, small_model: Path, tmp_path: Path
 ) -> None:
@@ -158,7 +172,7 @@ def test_every_placement_gives_the_same_tensors(
     for placement in ("resident", "layerwise"):
         out = tmp_path / placement
         run = quantkit("quantize", small_model, "--method", method, "--out", out, *QUICK,
-                       *METHODS[method], "--set", f"placement={placement}")  # fmt: skip
+                       *(METHODS | MORE)[method], "--set", f"placement={placement}")  # fmt: skip
         assert run.code == 0, run.err
         recorded = json.loads((out / "quantkit.json").read_text())
         assert recorded["placement"]["placement"] == placement

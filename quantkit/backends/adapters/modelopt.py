@@ -31,6 +31,7 @@ from quantkit.backends.adapters.modelopt_config import (
     quant_config,
     quantized_layers,
 )
+from quantkit.backends.adapters.modelopt_resume import forget, prepare
 from quantkit.backends.adapters.modelopt_state import restore_state, save_state
 from quantkit.backends.adapters.placed import load_placed, offload_removed
 from quantkit.backends.adapters.places import (
@@ -50,6 +51,8 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     seed_everything(job)
     with warnings_as_notes(report, frozenset(job.keep)), offload_removed(job):
         report.stage("load")
+        if job.resume_folder:
+            prepare(job)
         model = load_placed(job)
         if job.task == "export":
             report.stage("restore")
@@ -93,6 +96,7 @@ class Calibration:
     def __init__(
         self, job: Job, report: Reporter, model: torch.nn.Module, found: Mapping[str, Place]
     ) -> None:
+        self.job = job
         self.tokens = Tokens(job)
         self.experts = ExpertsSeen(model, expert_blocks(found), self.tokens, job.batch_size)
         self.feed = job.experts == "all"
@@ -110,6 +114,8 @@ class Calibration:
         """One pass over all samples; some algorithms ask for several."""
         batches = self.tokens.batches(self.batch_size)
         self.passes += 1
+        if self.job.resume_folder:
+            forget(self.job)
         name = "calibrate" if self.passes == 1 else f"calibrate, pass {self.passes}"
         self.report.stage(name, len(batches))
         hook = model.get_input_embeddings().register_forward_pre_hook(self.witness.embedded)

@@ -79,7 +79,8 @@ def _layer_by_layer(algorithm: Any, job: Job, found: Mapping[str, Place]) -> Any
     if job.placement != "layerwise" or not (job.tokens and inside) or _method(algorithm) != "max":
         return algorithm
     stated = algorithm if isinstance(algorithm, dict) else {"method": algorithm}
-    return {**stated, "layerwise": {"enable": True, "calib_mutates_weights": False}}
+    kept = {"checkpoint_dir": job.resume_folder} if job.resume_folder else {}
+    return {**stated, "layerwise": {"enable": True, "calib_mutates_weights": False, **kept}}
 
 
 def _experts_off(model: torch.nn.Module, found: Mapping[str, Place]) -> Iterator[str]:

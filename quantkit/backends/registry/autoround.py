@@ -105,9 +105,9 @@ AUTOROUND = Backend(
     options=AutoRoundOptions,
     dense_only=True,
     placements={
-        "resident": Footprint(1_100_000_000, 1.0, 6, 2),
-        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2),
-        "spread": Footprint(1_100_000_000, 1.0, 6, 2),
+        "resident": Footprint(1_100_000_000, 1.0, 6, 2, 0, 4),
+        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2, 0, 4),
+        "spread": Footprint(1_100_000_000, 1.0, 6, 2, 0, 4),
     },
     unsupported=_unsupported,
 )

@@ -52,20 +52,28 @@ class Method:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Peak host memory of a job on a CPU: of ModelOpt as measured (`benchmarks/placement.py`), of
-    the other libraries a rule of thumb.
+    """Peak host memory of a job on a CPU, and what it writes beside its output, as a formula of
+    the model's size.
 
     library: bytes of the worker with its libraries, before a model.
     weights: how often what stays in memory is held (all weights, or those outside of the decoder
         blocks), as a multiple of its bytes in 16 bit.
     block: what work on a decoder block takes, as a multiple of the largest one's bytes in 16 bit.
     activations: copies of a hidden state a calibration token, in 16 bit.
+    blocks_on_disk: offloaded or finished blocks that are written, as a multiple of the bytes of all
+        blocks in 16 bit.
+    activations_on_disk: as `activations`, in checkpoints of finished layers.
+    measured: schemes for which that was measured on a CPU (`benchmarks/placement.py`); for others
+        it is a rule of thumb, which refuses nothing.
     """
 
     library: int
     weights: float
     block: float
     activations: float
+    blocks_on_disk: float = 0
+    activations_on_disk: float = 0
+    measured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

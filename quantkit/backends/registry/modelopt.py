@@ -60,9 +60,10 @@ MODELOPT = Backend(
     overrides=False,
     dense_only=True,
     saves_state=True,
+    resumes="layer",
     placements={
-        "resident": Footprint(1_400_000_000, 1.0, 6, 2),
-        "layerwise": Footprint(1_400_000_000, 1.0, 6, 2),
+        "resident": Footprint(1_400_000_000, 1.0, 6, 2, measured=("fp8",)),
+        "layerwise": Footprint(1_400_000_000, 1.0, 6, 2, 1, 4, measured=("fp8",)),
         "spread": Footprint(1_400_000_000, 1.0, 6, 2),
     },
     unsupported=_unsupported,
