@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -149,6 +148,8 @@ def _show_experts(ui: Output, outcome: Outcome) -> None:
     experts = outcome.provenance.experts
     if experts is None:
         return
+    from statistics import median
+
     blocks = sorted(experts.seen, key=lambda block: (min(experts.seen[block]),
                                                      min(experts.routed[block])))  # fmt: skip
     rows = []

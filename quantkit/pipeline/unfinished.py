@@ -2,9 +2,9 @@
 
 Kept in `DIR.partial/.stream/`: `job.json` (what decides the output), `placement.json` (where the
 weights lay, which does not), `library/` (what the worker wrote), `layers/` (a library's own
-checkpoints, where it has some) and `done.json` (the worker's `Result` and a digest of each file),
-written last. A kill at any moment leaves either a finished
-library stage or one that the library itself goes on with, or that is done again.
+checkpoints, where it has some) and `done.json` (the worker's `Result`, and size and time of each
+file), written last. A kill at any moment leaves either a finished library stage or one that the
+library itself goes on with, or that is done again.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from quantkit.backends.process.job import Result
 from quantkit.checkpoint.provenance import RESUME_FOLDER
-from quantkit.checkpoint.whole_files import read_record, remove, sha256_of, write_record
+from quantkit.checkpoint.whole_files import read_record, remove, write_record
 from quantkit.errors import InputError
 
 STATE_VERSION = 1
@@ -80,18 +79,19 @@ class Unfinished:
         return any(path.is_file() and path.stat().st_size for path in self.layers.rglob("*"))
 
     def finished(self) -> Result | None:
-        """What the worker of the run before did, if every file it left holds what it wrote."""
+        """What the worker of the run before did, if every file it left is as it was.
+
+        Their bytes are not read here: verification reads them all.
+        """
         done = read_record(self.folder / "done.json")
-        if done is None or done.get("files") != self._digests():
+        if done is None or done.get("files") != self._files():
             return None
         return Result(**done["result"])
 
     def finish(self, result: Result) -> None:
         """Remember that the library's stage ended well."""
-        files = self._digests()
-        for name in files:
-            _sync(self.library / name)
-        write_record(self.folder / "done.json", {"result": asdict(result), "files": files})
+        record = {"result": asdict(result), "files": self._files()}
+        write_record(self.folder / "done.json", record)
         shutil.rmtree(self.layers, ignore_errors=True)
 
     def place(self) -> None:
@@ -129,14 +129,13 @@ class Unfinished:
                 code="resume.other_settings",
             )
 
-    def _digests(self) -> dict[str, str]:
+    def _files(self) -> dict[str, list[int]]:
+        """Size and time of the last change (ns) of every file of the library."""
         if not self.library.is_dir():
             return {}
         files = sorted(path for path in self.library.rglob("*") if path.is_file())
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            digests = list(pool.map(sha256_of, files))
-        names = [str(path.relative_to(self.library)) for path in files]
-        return dict(zip(names, digests, strict=True))
+        stats = ((str(path.relative_to(self.library)), path.stat()) for path in files)
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats}
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
@@ -147,11 +146,6 @@ def _difference(name: str, before: Any, now: Any) -> str:
                          for key in keys[:3])  # fmt: skip
     was, becomes = (json.dumps(value)[:40] for value in (before, now))
     return f"{name} was {was}, is {becomes}"
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
 
 
 def _link(path: Path, target: Path) -> None:
