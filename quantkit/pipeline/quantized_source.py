@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint.directory import Checkpoint, TensorInfo
+from quantkit.checkpoint.directory import Checkpoint, TensorInfo, open_checkpoint
 from quantkit.checkpoint.headers import DTYPE_BITS, header_bytes
+from quantkit.checkpoint.hub import resolve_model
 from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.paths import cache_dir, keep_first
 from quantkit.checkpoint.provenance import PROVENANCE
@@ -50,6 +51,15 @@ def as_subject(source: Checkpoint) -> QuantizedCheckpoint | None:
         or (compressed_tensors.recognises(source) and settings.get("format") == "pack-quantized")
     )
     return examine(source, detect(source)) if readable else None
+
+
+def comparable(name: str) -> Path:
+    """The directory of a model that `verify` compares with: as it is in 16 bit or in FP8 blocks, of
+    another quantized source its dequantized copy. Raises as `resolve_model` and `dequantized`."""
+    path = resolve_model(name)
+    source = open_checkpoint(path)
+    subject = None if fp8.recognises(source) else as_subject(source)
+    return dequantized(subject) if subject else path
 
 
 def planned(subject: QuantizedCheckpoint) -> Checkpoint:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantkit import verify
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.provenance import PROVENANCE
 from quantkit.pipeline.quantized_source import as_subject, dequantized, planned
@@ -102,6 +103,7 @@ def test_a_packed_source_is_quantized_and_is_its_own_baseline(
     assert code == 0, told
     made = json.loads((out / PROVENANCE).read_text())
     assert any("quantized itself (compressed-tensors pack-quantized" in n for n in made["notes"])
+    assert verify(out, source=packed).ok
     baseline = open_candidate(out, str(packed)).baseline
     assert baseline.path.is_relative_to(cache)
     assert baseline.fingerprint() == made["source"]["fingerprint"]
