@@ -1,6 +1,7 @@
 """Peak memory of calibrating methods by placement, beside the library's own layer-wise script.
 
-    python benchmarks/placement.py MODEL OUT [--random 1.1] [--method NAME] [--side SIDE]
+    python benchmarks/placement.py MODEL OUT [--random 1.1 [--layers N]] [--method NAME]
+        [--side SIDE] [--set KEY=VALUE]
 
 Runs each method as `quantkit quantize` with each placement, and the library alone (`own`) as its
 documentation does it layer by layer, and prints a JSON line a run: seconds, the peak of the tree of
@@ -29,7 +30,7 @@ from quantkit.checkpoint.directory import is_sidecar, open_checkpoint
 METHODS = {
     "llmcompressor_w4a16": (),
     "modelopt_fp8": (),
-    "autoround_w4a16": ("--set", "options.iters=0"),
+    "autoround_w4a16": ("--set", "options.iters=1"),
     "gptqmodel_w4a16": (),
 }
 SIDES = ("resident", "layerwise", "own")
@@ -82,7 +83,7 @@ from transformers import AutoTokenizer
 source, out, samples, length, batch = sys.argv[1:3] + [int(n) for n in sys.argv[3:]]
 ids = torch.randint(5, 1000, (samples, length), generator=torch.Generator().manual_seed(0))
 data = [{"input_ids": p, "attention_mask": torch.ones_like(p)} for p in ids.split(batch)]
-AutoRound(source, AutoTokenizer.from_pretrained(source), bits=4, group_size=128, sym=True, iters=0,
+AutoRound(source, AutoTokenizer.from_pretrained(source), bits=4, group_size=128, sym=True, iters=1,
     dataset=data, nsamples=samples, seqlen=length, batch_size=batch, device_map="cpu",
     low_gpu_mem_usage=True, enable_torch_compile=False).quantize_and_save(out, format="auto_round")
 """,
@@ -90,10 +91,11 @@ AutoRound(source, AutoTokenizer.from_pretrained(source), bits=4, group_size=128,
 """Method → the library's own script: SOURCE OUT SAMPLES LENGTH BATCH."""
 
 
-def write_random(path: Path, size: str) -> None:
+def write_random(path: Path, size: str, **others: int) -> None:
     """A random Llama that the demo model's tokenizer fits."""
     demo = demo_model()
-    make(path, size, vocab=json.loads((demo / "config.json").read_text())["vocab_size"])
+    vocab = json.loads((demo / "config.json").read_text())["vocab_size"]
+    make(path, size, vocab=vocab, **others)
     for file in demo.iterdir():
         if is_sidecar(file.name):
             shutil.copy(file, path / file.name)
@@ -158,12 +160,14 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, action="append")
     parser.add_argument("--side", choices=SIDES, action="append")
     parser.add_argument("--random", choices=SIZES)
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--set", action="append", default=[])
     chosen = parser.parse_args()
     if chosen.out.exists():
         parser.error(f"{chosen.out} exists")
     if chosen.random:
-        write_random(chosen.model, chosen.random)
+        layers = {"layers": chosen.layers} if chosen.layers else {}
+        write_random(chosen.model, chosen.random, **layers)
     more = [word for text in chosen.set for word in ("--set", text)]
     for method in chosen.method or METHODS:
         for side in chosen.side or SIDES:

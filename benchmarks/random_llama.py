@@ -67,9 +67,9 @@ def write_shard(
                 left, place = left - len(piece), 0
 
 
-def make(path: Path, size: str = "1.1", shards: int = 5, vocab: int = 0) -> int:
-    """Write the checkpoint, with a vocabulary of another size if told; its bytes of weights."""
-    chosen = SIZES[size] | ({"vocab": vocab} if vocab else {})
+def make(path: Path, size: str = "1.1", shards: int = 5, **others: int) -> int:
+    """Write the checkpoint, with `others` in place of what `SIZES` says; its bytes of weights."""
+    chosen = SIZES[size] | others
     shapes, numbers = shapes_of(chosen), pool()
     total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
     path.mkdir(parents=True)
