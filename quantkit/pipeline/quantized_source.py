@@ -97,7 +97,7 @@ def dequantized(subject: QuantizedCheckpoint) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         staged = Path(work) / target.name
         staged.mkdir()
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for file in source.files:
             own = {name: entry for name, entry in entries.items() if entry[0].file == file}
             if own:

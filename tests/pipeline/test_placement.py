@@ -62,6 +62,18 @@ def test_auto_takes_the_first_that_fits(placing: Placing) -> None:
     assert (unknown.placement, unknown.short) == ("resident", "")
 
 
+def test_what_is_written_beside_the_output_is_counted(placing: Placing) -> None:
+    def disk(method: str, placement: str, samples: int) -> int:
+        sets = (f"placement={placement}", f"calibration.samples={samples}")
+        return placing(method, *sets, *G64[1:]).disk
+
+    assert disk("llmcompressor_w4a16", "resident", 8) == 0
+    offloaded = disk("llmcompressor_w4a16", "layerwise", 8)
+    assert offloaded == round(0.6 * 3 * 2 * 3_540_096)  # three blocks in 16 bit
+    finished = disk("autoround_w4a16", "resident", 16) - disk("autoround_w4a16", "resident", 8)
+    assert finished == 4 * 8 * 512 * 576 * 2
+
+
 def test_a_small_gpu_holds_a_block_at_a_time(placing: Placing) -> None:
     gpu = ("cuda:0",)
     needs = placing("modelopt_fp8", devices=gpu).needs

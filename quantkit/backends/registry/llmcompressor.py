@@ -90,7 +90,7 @@ LLMCOMPRESSOR = Backend(
     dense_only=True,
     placements={
         "resident": Footprint(1_100_000_000, 1.0, 6, 2),
-        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2, 1),
+        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2, 0.6),
         "spread": Footprint(1_100_000_000, 1.0, 6, 2),
     },
     unsupported=_unsupported,
