@@ -15,6 +15,7 @@ from quantkit.runtime.linear.modules import PlainLinear, QuantLinear
 from quantkit.runtime.loading.make_layers import LayerRecord
 from quantkit.runtime.model import Runtime
 from quantkit.runtime.network.decoder import Block, Decoder, Shape
+from quantkit.runtime.network.mlp import Mlp
 
 GPU = torch.device("cuda")
 SIGMA = 0.02
@@ -83,7 +84,8 @@ def build(scheme_name: str, size: str, amax: Amax | None = None, layers: int = 0
             linear(f"{index}.{name}", 10 * index + at, *shape)
             for at, (name, shape) in enumerate(sizes.items())
         )
-        blocks.append(Block(Shape.of(config), 1e-5, (ones, ones), None, made, None))
+        mlp = Mlp(*made[2:])
+        blocks.append(Block(Shape.of(config), 1e-5, (ones, ones), None, made[:2], mlp, None))
     embed = random(10_001, chosen["vocab"], hidden) * 50
     head = PlainLinear(random(10_002, chosen["vocab"], hidden), None)
     network = Decoder(config, embed, blocks, ones, head)
@@ -101,7 +103,8 @@ def largest_inputs(model: Runtime, ids: torch.Tensor) -> Amax:
             def note(_: Any, inputs: Any, name: str = f"{index}.{name}") -> None:
                 found[name] = float(inputs[0].abs().max())
 
-            hooks.append(getattr(block, name).register_forward_pre_hook(note))
+            holder = block if name in ("qkv", "out") else block.mlp
+            hooks.append(getattr(holder, name).register_forward_pre_hook(note))
     model(ids, logits_to_keep=1)
     for hook in hooks:
         hook.remove()

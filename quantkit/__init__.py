@@ -4,8 +4,8 @@
 
     outcome = quantkit.quantize("MODEL", method="rtn_w4a16", out="DIR")
 
-`quantize`, `plan`, `export`, `verify`, `validate` and `load` do what the commands do
-(`quantkit/api.py`); their failures are the exceptions of `quantkit.errors`.
+`quantize`, `plan`, `export`, `verify`, `validate`, `analyze`, `sweep`, `push` and `load` do
+what the commands do (`quantkit/api/`); their failures are the exceptions of `quantkit.errors`.
 
 Importing this package loads the standard library only, the rest comes with the first use: the
 worker (`quantkit/backends/process/worker.py`) also starts in environments in which quantkit's own
@@ -16,12 +16,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from quantkit import errors
-    from quantkit.api import ProgressEvent, export, load, plan, quantize, validate, verify
+    from quantkit.api import (
+        ProgressEvent,
+        analyze,
+        export,
+        load,
+        plan,
+        push,
+        quantize,
+        sweep,
+        validate,
+        verify,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "ProgressEvent", "errors", "export", "load", "plan", "quantize", "validate", "verify",
+    "ProgressEvent", "analyze", "errors", "export", "load", "plan", "push", "quantize",
+    "sweep", "validate", "verify",
 ]  # fmt: skip
 
 

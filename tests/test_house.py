@@ -58,8 +58,11 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("preflight", "subjects"),
         ("ask", "memory"),
         ("forecast", "judge"),
+        ("online",),
         ("reports",),
         ("run",),
+        ("search",),
+        ("sweep",),
     ),
 }  # fmt: skip
 """The same inside the large rooms: a folder (or a file) imports what stands in earlier rows."""
@@ -106,6 +109,8 @@ def test_imports_point_one_way(file: Path) -> None:
             "quantkit.backends.process.job",
             "quantkit.backends.adapters",
             "quantkit.checkpoint.schemes",
+            "quantkit.checkpoint.network.fused_experts",
+            "quantkit.checkpoint.network.modules",
         )
         ours = [".".join(("quantkit", *place)) for place in found]
         assert all(name.startswith(allowed) for name in ours), ours
@@ -190,7 +195,7 @@ FLAGS = {
     "quantize": {
         "--out", "--method", "--recipe", "--calibration", "--set", "--checkpoint-save", "--device",
         "--python", "--trust-remote-code", "--overwrite", "--resume", "--memory", "--jobs",
-        "--executor", "--dry-run", "--json",
+        "--executor", "--engine", "--gpu", "--push", "--dry-run", "--json",
     },
     "export": {
         "--restore", "--out", "--model", "--device", "--python", "--trust-remote-code",
@@ -199,14 +204,20 @@ FLAGS = {
     "verify": {"--source", "--engine", "--tp", "--gpu", "--json"},
     "validate": {
         "--baseline", "--engine", "--kernel", "--as-on", "--device", "--data", "--samples",
-        "--tasks", "--limit", "--gate", "--report", "--against", "--no-throughput", "--json",
+        "--tasks", "--limit", "--chat", "--fewshot", "--gate", "--report", "--against",
+        "--against-online", "--no-throughput", "--json",
     },
+    "analyze": {
+        "--schemes", "--data", "--samples", "--engine", "--device", "--report", "--json",
+    },
+    "sweep": {"--out", "--resume", "--against", "--jobs", "--device", "--json"},
+    "push": {"--public", "--force", "--json"},
     "plan": {
         "--method", "--recipe", "--set", "--engine", "--tp", "--gpu", "--measure",
         "--trust-remote-code", "--json",
     },
     "methods": {"--json"},
-    "launch": {"--engine", "--tp", "--exec", "--json"},
+    "launch": {"--engine", "--tp", "--gpu", "--online", "--exec", "--json"},
     "platforms": {"--method", "--gpu", "--json"},
     "kernels": {"--kernel", "--as-on", "--device", "--json"},
     "demo": {"--method", "--out", "--set", "--moe", "--json"},

@@ -87,16 +87,30 @@ class StdlibSource(_NamedTexts):
         return f"standard library {self.part}"
 
 
+class PicturesSource(_Source):
+    """Pictures that quantkit draws, each with a question and an answer that says what is in it:
+    shapes to count, digits, small tables. For models that take pictures."""
+
+    type: Literal["pictures"]
+
+    @property
+    def label(self) -> str:
+        return "drawn pictures"
+
+
 class _Rows(_Source):
     """Rows with a text in `text_field` (default: text), with a conversation in
     `messages_field`: a list of {role, content}, or with one turn each of user and assistant in
     `turn_fields`: the last is the answer, those before it are what was asked (of these only the
-    first must be there). What `system_field` holds of a row comes first in its conversation."""
+    first must be there). What `system_field` holds of a row comes first in its conversation; the
+    pictures of `image_field` (paths beside the data file, or bytes) come before the first words of
+    the user."""
 
     text_field: str | None = None
     messages_field: str | None = None
     turn_fields: list[str] | None = Field(None, min_length=2)
     system_field: str | None = None
+    image_field: str | None = None
 
     @model_validator(mode="after")
     def _one_field(self) -> _Rows:
@@ -107,6 +121,8 @@ class _Rows(_Source):
             raise ValueError("passage_chars cuts texts; conversations stay whole")
         if self.system_field and not (self.messages_field or self.turn_fields):
             raise ValueError("system_field goes with messages_field or turn_fields")
+        if self.image_field and not (self.messages_field or self.turn_fields):
+            raise ValueError("image_field goes with messages_field or turn_fields")
         return self
 
     @property
@@ -121,7 +137,8 @@ class _Rows(_Source):
         """What is read of a row that has it."""
         between = tuple(self.turn_fields[1:-1]) if self.turn_fields else ()
         tools = ("tools",) if self.messages_field else ()
-        return (*between, *tools, *([self.system_field] if self.system_field else ()))
+        named = (self.system_field, self.image_field)
+        return (*between, *tools, *(name for name in named if name))
 
 
 class FileSource(_Rows):
@@ -167,11 +184,13 @@ class HubSource(_Rows):
 
 
 Source = Annotated[
-    PackageSource | StdlibSource | FileSource | HubSource, Field(discriminator="type")
+    PackageSource | StdlibSource | PicturesSource | FileSource | HubSource,
+    Field(discriminator="type"),
 ]
 SOURCE_TYPES: dict[str, type[BaseModel]] = {
     "package": PackageSource,
     "stdlib": StdlibSource,
+    "pictures": PicturesSource,
     "file": FileSource,
     "hub": HubSource,
 }
@@ -183,7 +202,7 @@ class CalibrationConfig(_Strict):
     `short` says what becomes of documents shorter than `sequence_length`: `pack` concatenates
     documents (end-of-text token between), `pad` makes each its own sample, padded on the right
     and masked, `drop` leaves them out and counts them. Fewer samples than asked for is an error
-    unless `allow_fewer`.
+    unless `allow_fewer`. A conversation with pictures is always a sample of its own.
     """
 
     schema_version: Literal[1] = 1
@@ -202,6 +221,13 @@ class CalibrationConfig(_Strict):
         if self.samples < len(self.sources):
             raise ValueError(f"samples = {self.samples} for {len(self.sources)} sources")
         return self
+
+    @property
+    def has_pictures(self) -> bool:
+        return any(
+            source.type == "pictures" or getattr(source, "image_field", None)
+            for source in self.sources
+        )
 
     def stored(self) -> dict[str, Any]:
         """The resolved mixture without directories of this machine."""

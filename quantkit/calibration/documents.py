@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from quantkit.calibration.config import FileSource, HubSource
+from quantkit.calibration.picture_files import pixels_of, with_pictures
 from quantkit.calibration.shapes import (
     Message,
     ShapeError,
@@ -17,14 +19,34 @@ from quantkit.calibration.shapes import (
     with_system,
 )
 
+if TYPE_CHECKING:
+    from quantkit.calibration.pictures import Pixels
+
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a conversation that the model's chat template will render with its tools."""
+    """A text, or a conversation that the model's chat template will render with its tools.
+
+    pictures: uint8 [height, width, 3] each, for the parts `{type: image}` of the conversation.
+    """
 
     name: str
     content: str | list[Message]
     tools: list[Any] | None = None
+    pictures: tuple[Pixels, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """What is said in it, a turn a line."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(_said(turn["content"]) for turn in self.content)
+
+
+def _said(content: Any) -> str:
+    if isinstance(content, list):
+        return " ".join(part["text"] for part in content if part["type"] == "text")
+    return content or ""
 
 
 @dataclass(frozen=True)
@@ -57,8 +79,11 @@ def shuffled(count: int, seed: int) -> Iterator[int]:
     return (int(index) for index in np.argsort(keys, kind="stable"))
 
 
-def from_row(row: Any, name: str, source: FileSource | HubSource) -> Iterator[Document | Dropped]:
-    """The documents of one row: its conversation, or its text in passages."""
+def from_row(
+    row: Any, name: str, source: FileSource | HubSource, folder: Path | None = None
+) -> Iterator[Document | Dropped]:
+    """The documents of one row: its conversation, or its text in passages; `folder` is where the
+    paths of its pictures begin."""
     if not isinstance(row, dict):
         yield Dropped(name, f"row is a {type(row).__name__}, not an object")
         return
@@ -69,7 +94,7 @@ def from_row(row: Any, name: str, source: FileSource | HubSource) -> Iterator[Do
             return
     field, value = source.fields[0], row[source.fields[0]]
     if source.messages_field or source.turn_fields:
-        yield _conversation(row, name, source)
+        yield _conversation(row, name, source, folder)
     elif isinstance(value, str):
         for passage in passages(value, source.passage_chars):
             yield Document(name, passage)
@@ -78,7 +103,7 @@ def from_row(row: Any, name: str, source: FileSource | HubSource) -> Iterator[Do
 
 
 def _conversation(
-    row: dict[str, Any], name: str, source: FileSource | HubSource
+    row: dict[str, Any], name: str, source: FileSource | HubSource, folder: Path | None
 ) -> Document | Dropped:
     field = ", ".join(source.turn_fields or source.fields)
     try:
@@ -97,9 +122,17 @@ def _conversation(
     if is_blank(messages):
         return Dropped(name, f"{field} is blank")
     try:
-        return Document(name, messages, read_tools(row.get("tools")))
+        tools = read_tools(row.get("tools"))
     except ShapeError as error:
         return Dropped(name, f"tools: {error}")
+    pictures: tuple[Pixels, ...] = ()
+    if source.image_field and row.get(source.image_field) is not None:
+        try:
+            pictures = pixels_of(row[source.image_field], folder)
+            messages = with_pictures(messages, len(pictures))
+        except ShapeError as error:
+            return Dropped(name, f"{source.image_field}: {error}")
+    return Document(name, messages, tools, pictures)
 
 
 def passages(text: str, size: int | None) -> Sequence[str]:

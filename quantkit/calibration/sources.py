@@ -8,13 +8,14 @@ import re
 import sysconfig
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 
 from quantkit.calibration.config import (
     FileSource,
     HubSource,
     PackageSource,
+    PicturesSource,
     Source,
     StdlibSource,
 )
@@ -27,6 +28,8 @@ from quantkit.calibration.documents import (
     shuffled,
 )
 from quantkit.calibration.hubdata import open_hub
+from quantkit.calibration.picture_files import content_digest
+from quantkit.calibration.pictures import VERSION, draw
 from quantkit.calibration.rows import read_rows
 from quantkit.errors import InputError
 
@@ -40,11 +43,22 @@ def open_source(source: Source) -> Corpus:
         return open_hub(source)
     if isinstance(source, FileSource):
         return _open_files(source)
+    if isinstance(source, PicturesSource):
+        return Corpus(f"drawn {VERSION}", _drawn)
     if isinstance(source, StdlibSource):
         texts = _topics() if source.part == "topics" else _stdlib_source()
     else:
         texts = _package_files(source)
     return _open_texts(texts, source)
+
+
+def _drawn(seed: int) -> Iterator[Document | Dropped]:
+    for index in count():
+        picture = draw(seed, index)
+        asked = [{"type": "image"}, {"type": "text", "text": picture.question}]
+        answered = [{"type": "text", "text": picture.answer}]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        yield Document(f"picture {index}", turns, pictures=(picture.pixels,))
 
 
 def _open_texts(texts: dict[str, Path | str], source: PackageSource | StdlibSource) -> Corpus:
@@ -145,6 +159,10 @@ def _open_files(source: FileSource) -> Corpus:
     for file in paths:
         with file.open("rb") as handle:
             total.update(hashlib.file_digest(handle, "sha256").digest())
+    if source.image_field:
+        for file in paths:
+            rows = read_rows(file, source.fields, source.more_fields)
+            total.update(content_digest(rows, source.image_field, file.parent))
     reader = _texts_reader if paths[0].suffix.lower() == ".txt" else _rows_reader
     return Corpus(total.hexdigest(), reader(paths, source))
 
@@ -173,7 +191,7 @@ def _rows_reader(paths: list[Path], source: FileSource) -> Reader:
             table = bisect_right(ends, index)
             row = index - (ends[table - 1] if table else 0)
             name = f"{paths[table].name} row {row + 1}"
-            yield from from_row(tables[table][row], name, source)
+            yield from from_row(tables[table][row], name, source, paths[table].parent)
 
     return read
 

@@ -1,14 +1,17 @@
 """The token file: safetensors with `input_ids` and `attention_mask`, and JSON beside it.
 
-Both tensors are int64 [samples, length]. The JSON says how the tokens came about; it is written
-last, so that a token file with its JSON is complete.
+Both tensors are int64 [samples, length]. What the pictures of row N became are tensors
+`picture.N.NAME`, NAME being an argument of the model's forward pass. The JSON says how the tokens
+came about; it is written last, so that a token file with its JSON is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int64]
 
 SUMMARY_VERSION = 1
+PICTURE = "picture."
+"""How the names of tensors begin that a picture became."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,13 @@ class TokenFile:
         return tensors["input_ids"], tensors["attention_mask"]
 
 
-def write_token_file(path: Path, ids: Ids, mask: Ids, summary: dict[str, Any]) -> TokenFile:
+def write_token_file(
+    path: Path,
+    ids: Ids,
+    mask: Ids,
+    summary: dict[str, Any],
+    pictures: Mapping[int, Mapping[str, NDArray[np.generic]]] | None = None,
+) -> TokenFile:
     """Write tokens and summary; readers, and other writers of the same tokens, see whole files.
 
     Raises InputError when the directory cannot be written.
@@ -62,9 +73,18 @@ def write_token_file(path: Path, ids: Ids, mask: Ids, summary: dict[str, Any]) -
         "tokens": int(mask.sum()),
         **summary,
     }
+    tensors: dict[str, NDArray[np.generic]] = {"input_ids": ids, "attention_mask": mask}
+    for row, inputs in sorted((pictures or {}).items()):
+        tensors |= {f"{PICTURE}{row}.{name}": value.copy() for name, value in inputs.items()}
+    if pictures:
+        summary["pictures"] = {
+            name: hashlib.sha256(value.tobytes()).hexdigest()
+            for name, value in tensors.items()
+            if name.startswith(PICTURE)
+        }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, save({"input_ids": ids, "attention_mask": mask}, {"digest": digest}))
+        _replace(path, save(tensors, {"digest": digest}))
         text = json.dumps(summary, indent=2, ensure_ascii=False)
         _replace(path.with_suffix(".json"), text.encode())
     except OSError as error:

@@ -16,6 +16,7 @@ from quantkit import __version__
 from quantkit.calibration.chat import Render, TemplateRefusalError, compile_template
 from quantkit.calibration.config import CalibrationConfig, Source
 from quantkit.calibration.documents import Corpus, Document, Dropped, shuffled
+from quantkit.calibration.picture_samples import Arrays, Look, looker, processor_digest
 from quantkit.calibration.sources import open_source
 from quantkit.calibration.tokenfile import TokenFile, read_token_file, write_token_file
 from quantkit.calibration.tokenizer import (
@@ -42,12 +43,14 @@ PREVIEW_CHARS = 500
 
 @dataclass
 class SourceTokens:
-    """The samples of one source, each a list of at most `length` ids, and where they came from."""
+    """The samples of one source, each a list of at most `length` ids, and where they came from;
+    `inputs` are what a sample's pictures became, by its number."""
 
     source: Source
     wanted: int
     observed: Observed
     samples: list[list[int]] = field(default_factory=list)
+    inputs: dict[int, Arrays] = field(default_factory=dict)
     seen: int = 0
     cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -95,6 +98,7 @@ def build_tokens(
     if info.chat_template is not None:
         render = compile_template(info.chat_template, info.special_tokens)
     encode = _encoder(info, tokenizer, render)
+    look = looker(model, render) if config.has_pictures else None
     own = turn_marker(render, info.special_tokens) if render else None
     markers = (*MARKERS, own) if own else MARKERS
     parts: list[SourceTokens] = []
@@ -103,14 +107,14 @@ def build_tokens(
         observed = Observed(info.special_tokens.get("bos_token"), markers)
         part = SourceTokens(source, wanted[index], observed)
         done = sum(len(earlier.samples) for earlier in parts)
-        for count in _fill(part, corpus.read(config.seed + index), config, info, encode):
+        for count in _fill(part, corpus.read(config.seed + index), config, info, encode, look):
             if progress is not None:
                 progress(done + count, config.samples)
         _check_count(part, config)
         parts.append(part)
-    ids, mask = _assemble(parts, config, info)
+    ids, mask, pictures = _assemble(parts, config, info)
     summary = {"key": key, **_summary(config, info, corpora, parts, tokenizer)}
-    return write_token_file(path, ids, mask, summary)
+    return write_token_file(path, ids, mask, summary, pictures)
 
 
 def cache_key(config: CalibrationConfig, info: TokenizerInfo, corpora: list[Corpus]) -> str:
@@ -125,6 +129,8 @@ def cache_key(config: CalibrationConfig, info: TokenizerInfo, corpora: list[Corp
         "tokenizer": [info.digest, info.library, info.chat_template, dict(info.special_tokens)],
         "vocabulary": info.vocab_size,
     }
+    if config.has_pictures:
+        shaped_by["processor"] = [processor_digest(info.model), version("transformers")]
     text = json.dumps(shaped_by, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -178,6 +184,7 @@ def _fill(
     config: CalibrationConfig,
     info: TokenizerInfo,
     encode: Encode,
+    look: Look | None,
 ) -> Iterable[int]:
     """Add samples to `part` until it has what it wants; yields their count as it grows."""
     length, packed = config.sequence_length, []
@@ -185,6 +192,16 @@ def _fill(
         part.seen += 1
         if isinstance(document, Dropped):
             part.drop(document.name, document.reason)
+            continue
+        if document.pictures and look is not None:
+            ids, inputs = look(document, length)
+            part.observed.add(document)
+            part.lengths.append(len(ids))
+            part.inputs[len(part.samples)] = inputs
+            part.samples.append(ids)
+            yield len(part.samples)
+            if len(part.samples) == part.wanted:
+                break
             continue
         try:
             ids, ended = encode(document, part.source)
@@ -273,16 +290,21 @@ def _empty_hint(part: SourceTokens) -> str:
 
 def _assemble(
     parts: list[SourceTokens], config: CalibrationConfig, info: TokenizerInfo
-) -> tuple[Ids, Ids]:
-    """Ids and mask [samples, length], the sources' samples mixed in a seeded order."""
+) -> tuple[Ids, Ids, dict[int, Arrays]]:
+    """Ids and mask [samples, length], the sources' samples mixed in a seeded order, and what the
+    pictures of a row became."""
     import numpy as np
 
     rows = [sample for part in parts for sample in part.samples]
+    looked = [part.inputs.get(number) for part in parts for number in range(len(part.samples))]
+    pictures = {}
     ids = np.full((len(rows), config.sequence_length), info.pad, dtype=np.int64)
     mask = np.zeros_like(ids)
     for place, row in enumerate(shuffled(len(rows), config.seed)):
         ids[place, : len(rows[row])] = rows[row]
         mask[place, : len(rows[row])] = 1
+        if (inputs := looked[row]) is not None:
+            pictures[place] = inputs
     largest = int(ids.max())
     if info.vocab_size is not None and largest >= info.vocab_size:
         raise InputError(
@@ -291,7 +313,7 @@ def _assemble(
             hint="copy the tokenizer files of the base model into the directory",
             code="calibration.wrong_tokenizer",
         )
-    return ids, mask
+    return ids, mask, pictures
 
 
 def _summary(

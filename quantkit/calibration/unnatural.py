@@ -34,9 +34,7 @@ class Observed:
 
     def add(self, document: Document) -> None:
         """Count one document; a conversation is the text of all its turns."""
-        content = document.content
-        if not isinstance(content, str):
-            content = "\n".join(turn["content"] or "" for turn in content)
+        content = document.text
         begun = self.bos is not None and content.startswith(self.bos)
         self.documents += 1
         self.identifiers += is_identifiers(content)

@@ -67,9 +67,10 @@ class ExpertCoverage:
     """Calibration tokens that each expert of a mixture saw, counted at the experts themselves.
 
     `routed` and `seen` map the block of a layer's experts to the tokens of each: those that its
-    router sent, and those that each was computed for (all of them with `calibrated` "all"). `min`
-    and `median` are of `seen`; `under_floor` maps experts that saw fewer than `floor` to their
-    tokens, and `decided` says what became of them ("keep16", "rtn").
+    router sent, and those that each was computed for (all of them with `calibrated` "all"); a block
+    whose router the library did not run is not in `routed`. `min` and `median` are of `seen`;
+    `under_floor` maps experts that saw fewer than `floor` to their tokens, and `decided` says what
+    became of them ("keep16", "rtn").
     """
 
     calibrated: str

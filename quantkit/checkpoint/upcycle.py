@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from quantkit.checkpoint.demo import demo_model
 from quantkit.checkpoint.directory import Checkpoint, is_sidecar, open_checkpoint
 from quantkit.checkpoint.paths import cache_dir, keep_first
+from quantkit.checkpoint.shards import write_shards
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.errors import InputError
 
@@ -77,7 +78,7 @@ def upcycle(source: Path, target: Path, experts: int, family: Family = "mixtral"
     for path in source.iterdir():
         if is_sidecar(path.name) or path.name == "README.md":
             shutil.copyfile(path, target / path.name)
-    _write_shards(target, _tensors(dense, experts, family))
+    write_shards(target, _tensors(dense, experts, family), SHARD_BYTES)
     return target
 
 
@@ -185,33 +186,3 @@ def _noisy(weight: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     values = weight.float()
     noise = torch.randn(values.shape, generator=random)
     return values.add_(noise, alpha=EXPERT_NOISE * float(values.std())).to(weight.dtype)
-
-
-def _write_shards(target: Path, tensors: Named) -> None:
-    """Shards of about `SHARD_BYTES` and their index."""
-    from safetensors.torch import save_file
-
-    held: dict[str, torch.Tensor] = {}
-    shards: list[tuple[Path, list[str]]] = []
-    total = 0
-
-    def flush() -> None:
-        file = target / f"{len(shards)}.safetensors"
-        save_file(held, file, metadata={"format": "pt"})
-        shards.append((file, list(held)))
-        held.clear()
-
-    for name, tensor in tensors:
-        held[name] = tensor
-        total += tensor.nbytes
-        if sum(one.nbytes for one in held.values()) >= SHARD_BYTES:
-            flush()
-    if held:
-        flush()
-    weight_map: dict[str, str] = {}
-    for index, (file, names) in enumerate(shards, 1):
-        final = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        file.rename(target / final)
-        weight_map |= dict.fromkeys(names, final)
-    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (target / "model.safetensors.index.json").write_text(json.dumps(document, indent=2) + "\n")

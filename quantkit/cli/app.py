@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from quantkit import __version__
 from quantkit.cli import (
+    analyze,
     calibration,
     demo,
     env,
@@ -19,8 +20,10 @@ from quantkit.cli import (
     methods,
     plan,
     platforms,
+    push,
     quantize,
     recipes,
+    sweep,
     validate,
     verify,
 )
@@ -52,6 +55,9 @@ app.command("export")(export.export_command)
 app.command("verify")(verify.verify_command)
 app.command("validate")(validate.validate_command)
 app.command("plan")(plan.plan_command)
+app.command("analyze")(analyze.analyze_command)
+app.command("sweep")(sweep.sweep_command)
+app.command("push")(push.push_command)
 app.command("launch")(launch.launch_command)
 app.command("methods")(methods.methods_command)
 app.command("platforms")(platforms.platforms_command)

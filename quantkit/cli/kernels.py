@@ -28,7 +28,7 @@ def kernels_command(
     from quantkit.runtime.linear.kernels import sglang
     from quantkit.runtime.linear.kernels.select import check_name
     from quantkit.runtime.load import pick_device
-    from quantkit.runtime.loading.make_layers import notes_on_inputs
+    from quantkit.runtime.loading.make_layers import notes_as_served
     from quantkit.runtime.preview import available, preview
 
     out = Output(as_json=as_json)
@@ -79,7 +79,7 @@ def kernels_command(
         )
         if any(record.weights_only for record in records):
             out.text("weights only: activations that the scheme quantizes are computed in 16 bit")
-        for sentence in notes_on_inputs(records):
+        for sentence in notes_as_served(records):
             out.text(sentence)
         if not records:
             out.text("no layer is quantized")

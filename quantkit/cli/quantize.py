@@ -28,6 +28,8 @@ def quantize_command(
         str, typer.Option("--calibration", help="A mixture's name or a data file.")
     ] = "",
     sets: options.Sets = [],  # noqa: B006
+    engine: options.Engines = "",
+    gpu: options.GpuName = "",
     checkpoint_save: Annotated[
         Path | None,
         typer.Option(
@@ -54,6 +56,10 @@ def quantize_command(
     executor: Annotated[
         str, typer.Option("--executor", help="Where an rtn_* run works: local or ray.")
     ] = "local",
+    push: Annotated[
+        str,
+        typer.Option("--push", help="Validate the result, then push it to this repository."),
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -76,6 +82,8 @@ def quantize_command(
                 recipe=recipe,
                 set=sets,
                 calibration=calibration,
+                engine=engine,
+                gpu=gpu,
                 strict=True,
                 device=device,
                 checkpoint_save=checkpoint_save,
@@ -93,6 +101,8 @@ def quantize_command(
             out=out,
             set=sets,
             calibration=calibration,
+            engine=engine,
+            gpu=gpu,
             device=device,
             checkpoint_save=checkpoint_save,
             python=python,
@@ -102,6 +112,7 @@ def quantize_command(
             memory=memory or None,
             jobs=jobs,
             executor=executor,
+            push=push,
             progress=ui.follow,
         )
     finally:
@@ -150,14 +161,14 @@ def _show_experts(ui: Output, outcome: Outcome) -> None:
         return
     from statistics import median
 
-    blocks = sorted(experts.seen, key=lambda block: (min(experts.seen[block]),
-                                                     min(experts.routed[block])))  # fmt: skip
+    routes = {block: experts.routed.get(block, []) for block in experts.seen}
+    blocks = sorted(routes, key=lambda block: (min(experts.seen[block]), min(routes[block] or [0])))
     rows = []
     for block in blocks[:EXPERT_ROWS]:
-        seen, routed = experts.seen[block], experts.routed[block]
+        seen, routed = experts.seen[block], routes[block]
         under = sum(count < experts.floor for count in seen)
         rows.append((block, len(seen), f"{min(seen)} / {median(seen):g}",
-                     f"{min(routed)} / {median(routed):g}", under))  # fmt: skip
+                     f"{min(routed)} / {median(routed):g}" if routed else "–", under))  # fmt: skip
     left = len(blocks) - len(rows)
     more = f"; {left} more layers saw no less" if left else ""
     ui.table(

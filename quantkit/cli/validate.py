@@ -49,6 +49,12 @@ def validate_command(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Most samples of an lm-eval task.")
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask lm-eval tasks through the chat template.")
+    ] = False,
+    fewshot: Annotated[
+        int | None, typer.Option("--fewshot", min=0, help="Answered examples before each question.")
+    ] = None,
     gate: Annotated[
         list[str], typer.Option("--gate", help="Such as 'ppl_ratio<=1.02'; repeatable.")
     ] = [],  # noqa: B006
@@ -60,6 +66,14 @@ def validate_command(
         Path | None,
         typer.Option("--against", help="An earlier JSON report; exit 4 when something got worse."),
     ] = None,
+    against_online: Annotated[
+        str,
+        typer.Option(
+            "--against-online",
+            help="Also the baseline as an engine quantizes it while it loads: fp8, mxfp8, "
+            "sglang:fp8 …",
+        ),
+    ] = "",
     no_throughput: Annotated[
         bool, typer.Option("--no-throughput", help="Measure accuracy alone.")
     ] = False,
@@ -79,9 +93,12 @@ def validate_command(
             samples=samples,
             tasks=tasks,
             limit=limit,
+            chat=chat,
+            fewshot=fewshot,
             gates=gate,
             reports=report,
             against=against,
+            against_online=against_online,
             throughput=not no_throughput,
             progress=ui.follow,
         )
@@ -115,6 +132,8 @@ def _show(ui: Output, report: Report) -> None:
             [(c.metric, _number(c.old), _number(c.new), f"{c.delta:+.4g}", c.verdict)
              for c in moved],
         )  # fmt: skip
+    if report.online is not None:
+        ui.info(f"note: {report.online.sentence}")
     for gate in report.gates:
         if gate.verdict == "undecided" or (gate.verdict == "fail" and gate.reason):
             ui.info(f"warning: {gate.metric}{gate.limit}: {gate.verdict}: {gate.reason}")

@@ -12,7 +12,8 @@ from functools import cache
 from typing import Any
 
 from quantkit.checkpoint.network.config import expert_count
-from quantkit.engines.names import expert_block, renamed
+from quantkit.checkpoint.network.fused_experts import expert_block
+from quantkit.engines.names import renamed
 from quantkit.engines.rules import EngineFamily, engines
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
@@ -93,7 +94,7 @@ def _complete(block: str, names: Collection[str], family: EngineFamily) -> bool:
 
 def _fused_experts(names: Iterable[str]) -> list[str]:
     """For experts stored in one tensor: the name of their block."""
-    first = (".gate_up_proj", ".input_linear")
+    first = (".gate_up_proj", ".input_linear", ".fc1")
     blocks = {expert_block(name) for name in names if name.endswith(first)} - {None}
     return sorted(map(str, blocks))
 

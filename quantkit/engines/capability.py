@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from quantkit.engines.gpus import Gpu, generations, platforms
 from quantkit.engines.loadable import BY_ALGORITHM
-from quantkit.engines.rules import EngineRules, FormatRule, SchemeRule, engines
+from quantkit.engines.rules import EngineRules, FormatRule, SchemeRule, Served, engines
 
 Runs = Literal["native", "yes", "weight-only", "no"]
 
@@ -43,6 +43,12 @@ def runs_on(engine: str, layout: str, algorithm: str, scheme: str, gpu: Gpu) -> 
     rules = engines()[engine]
     key = algorithm if layout in BY_ALGORITHM else scheme
     return _runs(rules.formats.get(layout), _rule(rules, layout, key), gpu)
+
+
+def served_on(engine: str, layout: str, algorithm: str, scheme: str, gpu: Gpu) -> Served | None:
+    """What one engine's kernels on one GPU make of a format, None where it is computed as it is."""
+    rule = _rule(engines()[engine], layout, algorithm if layout in BY_ALGORITHM else scheme)
+    return rule.served.get(gpu.capability) if rule and gpu.vendor == "nvidia" else None
 
 
 def gemm_order(gpu: Gpu) -> dict[str, list[str]]:

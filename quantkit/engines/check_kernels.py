@@ -215,16 +215,34 @@ def serving_notes(
     if gpu is None or gpu.vendor != "nvidia":
         return
     said: dict[str, None] = {}
-    for _, rule, name in _ruled(engine, candidate, layers):
+    for layer, rule, name in _ruled(engine, candidate, layers):
         if rule.native > gpu.capability >= rule.sm:
             said[
                 f"{engine.name} runs {name} on {gpu.name} weight-only (native from compute "
                 f"capability {rule.native / 10:g}): memory is saved, the matrix products are "
                 "in 16 bit"
             ] = None
-        if gpu.capability in rule.served:
-            said[f"{engine.name} serves {name} on {gpu.name} {rule.served[gpu.capability]}"] = None
+        if (served := rule.served.get(gpu.capability)) and not layer.experts:
+            variables = " ".join(f"{name}={value}" for name, value in served.unless.items())
+            said[
+                f"{engine.name} serves {name} on {gpu.name} {served.note}; {variables} keeps them "
+                "as they are"
+            ] = None
     yield from said
+
+
+def environment(
+    engine: EngineRules, candidate: Loadable, layers: Sequence[EngineLayer], gpu: Gpu | None
+) -> dict[str, str]:
+    """Variables with which the engine serves a checkpoint better on a GPU than by default."""
+    if gpu is None or gpu.vendor != "nvidia":
+        return {}
+    served = (
+        rule.served[gpu.capability]
+        for layer, rule, _ in _ruled(engine, candidate, layers)
+        if gpu.capability in rule.served and not layer.experts
+    )
+    return {name: value for one in served for name, value in one.unless.items()}
 
 
 def _ruled(

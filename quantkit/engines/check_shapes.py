@@ -263,7 +263,7 @@ def _expert_sizes(layer: EngineLayer) -> tuple[int, int]:
             return part.rows, part.columns
         if leaf in ("gate_proj", "up_proj", "w1", "w3"):
             return part.columns, part.rows
-        if leaf in ("gate_up_proj", "input_linear"):
+        if leaf in ("gate_up_proj", "input_linear", "fc1"):
             return part.columns, part.rows // 2
     part = layer.parts[0]
     return part.columns, part.rows

@@ -6,14 +6,15 @@ a refusal, or unknown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from quantkit.engines.check_kernels import (
     check_format,
     check_scale_names,
     check_schemes,
+    environment,
     minimum_version,
     serving_notes,
 )
@@ -37,6 +38,7 @@ class Verdict:
     nothing can be said, where the data has no rules for the model. spread: of a mixture with
     quantized experts cut over ranks, whether it loads with whole experts a rank instead (expert
     parallelism). minimum_version: the oldest release of the engine that has what the layers need.
+    environment: variables with which the engine serves it better on this GPU than by default.
     """
 
     engine: str
@@ -48,6 +50,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
     cautions: tuple[Reason, ...] = ()
     minimum_version: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def caveats(self) -> tuple[str, ...]:
@@ -93,6 +96,7 @@ class Verdict:
             "notes": list(self.caveats),
             "rules_of": self.version,
             "minimum_version": self.minimum_version,
+            "environment": dict(self.environment),
         }
 
 
@@ -179,6 +183,7 @@ def _judge(
     warned = list(cautions(engine, candidate, gpu))
     notes = tuple(serving_notes(engine, candidate, built, gpu))
     oldest = minimum_version(engine, candidate, built)
+    variables = environment(engine, candidate, built, gpu)
     verdicts = []
     for tp in sizes:
         found, spread = always, None
@@ -199,6 +204,7 @@ def _judge(
                 notes,
                 tuple(condensed(warned)),
                 oldest,
+                variables,
             )
         )
     return verdicts

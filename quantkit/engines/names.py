@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from quantkit.checkpoint.network.fused_experts import expert_block
 from quantkit.checkpoint.network.modules import layer_index
 from quantkit.engines.loadable import LayerPart
 from quantkit.engines.rules import EngineFamily, EngineRules, Merges, Renaming
@@ -116,15 +117,3 @@ def _layer(
 
 def _expert_block(part: LayerPart) -> str | None:
     return expert_block(part.name) if part.kind in ("linear", "experts") else None
-
-
-def expert_block(name: str) -> str | None:
-    """`x.experts.7.up_proj` and `x.experts.up_proj` → `x.experts`; None for other modules.
-
-    Granite's `x_moe.input_linear` and `.output_linear` are `x_moe.experts` in the engines.
-    """
-    head, found, _ = name.rpartition(".experts.")
-    parent, _, leaf = name.rpartition(".")
-    if not found and leaf in ("input_linear", "output_linear") and parent.endswith("moe"):
-        return f"{parent}.experts"
-    return f"{head}.experts" if found else None

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from quantkit.checkpoint.schemes import Granularity
 
 DATA = Path(__file__).parent / "versions"
 
@@ -56,6 +59,27 @@ class EngineFamily:
 
 
 @dataclass(frozen=True)
+class Served:
+    """What an engine's kernels on some GPU make of a scheme, which changes the answers.
+
+    note: what is done and what it costs. scales: the format to which those of blocks and of the
+    input are rounded. outputs, inputs: of which the sides of a layer are multiples where it is done
+    so. unless: the variable, with its value, under which it is not done.
+    """
+
+    note: str
+    scales: Literal["e8m0"]
+    outputs: int
+    inputs: int
+    unless: Mapping[str, str]
+
+    @property
+    def switched_off(self) -> bool:
+        """Whether this process's environment says so."""
+        return any(os.environ.get(name) == value for name, value in self.unless.items())
+
+
+@dataclass(frozen=True)
 class SchemeRule:
     """What an engine asks of a scheme.
 
@@ -67,8 +91,7 @@ class SchemeRule:
     tiles: whether a shard must fit Marlin's tiles as it is, 64 × 128 or 128 × 64 (output × input).
     multiple_of: what the input dimension of a shard must be divisible by. since, moe_since: the
     version that brought it, and its experts, where that lies within the range of the file.
-    served: compute capability → what it is served with there that changes the answers, and how to
-    avoid that.
+    served: compute capability → what its kernels there do to layers that are no experts.
     """
 
     sm: int = 0
@@ -83,7 +106,22 @@ class SchemeRule:
     npu: bool | None = None
     since: str = ""
     moe_since: str = ""
-    served: Mapping[int, str] = field(default_factory=dict)
+    served: Mapping[int, Served] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OnlineRule:
+    """What an engine's flag makes of a 16-bit checkpoint while it loads.
+
+    scheme: that of the layers, "" where nothing here computes it, for the reason in `note`.
+    granularity: of the weight's scales, where it is not the scheme's. experts_alone: whether dense
+    layers stay in 16 bit.
+    """
+
+    scheme: str = ""
+    granularity: Granularity | None = None
+    experts_alone: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,7 +169,8 @@ class EngineRules:
     """One engine in one range of versions; `read` is the version whose sources were read.
 
     architectures: those of its registry; it runs others through Transformers, but for those that
-    are `incompatible` with that. spread_experts: its flag for whole experts a rank.
+    are `incompatible` with that. spread_experts: its flag for whole experts a rank. online: name →
+    what it does to a 16-bit checkpoint; online_gone: beginning of a name → why no more.
     """
 
     engine: str
@@ -149,6 +188,8 @@ class EngineRules:
     architectures: frozenset[str]
     incompatible: frozenset[str]
     spread_experts: str
+    online: Mapping[str, OnlineRule] = field(default_factory=dict)
+    online_gone: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def minimum_version(self) -> str:
@@ -198,6 +239,7 @@ def _engine(raw: dict[str, Any]) -> EngineRules:
         whole=frozenset(layers["whole"]),
         formats={name: _format(entry) for name, entry in raw.pop("formats").items()},
         kv_cache=_kv_cache(raw.pop("kv_cache")),
+        online={name: OnlineRule(**entry) for name, entry in raw.pop("online").items()},
         distribution=tuple(raw.pop("distribution")),
         read=str(raw.pop("read")),
         **raw,
@@ -236,7 +278,8 @@ def _format(raw: dict[str, Any]) -> FormatRule:
 
 
 def _scheme(raw: dict[str, Any]) -> SchemeRule:
-    return SchemeRule(**_frozen(raw))
+    served = {sm: Served(**entry) for sm, entry in raw.get("served", {}).items()}
+    return SchemeRule(**{**_frozen(raw), "served": served})
 
 
 def _kv_cache(raw: dict[str, Any]) -> KVCacheRule:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.checkpoint.network.config import is_tied, missing_head
 from quantkit.checkpoint.network.expert_layout import held_input_first
-from quantkit.checkpoint.network.modules import FUSED_EXPERTS, Module, classify, linear_modules
+from quantkit.checkpoint.network.fused_experts import FUSED_EXPERTS
+from quantkit.checkpoint.network.modules import Module, classify, linear_modules
 from quantkit.checkpoint.network.patterns import compiled
 from quantkit.engines.aliases import aliases_of
 from quantkit.formats.base import LayerSpec, TensorSpec, is_kv_cache_tensor

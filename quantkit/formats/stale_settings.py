@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from quantkit.checkpoint.network.modules import FUSED_EXPERTS
+from quantkit.checkpoint.network.fused_experts import FUSED_EXPERTS
 from quantkit.errors import InputError
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.network.expert_layout import upright
+from quantkit.checkpoint.network.fused_experts import fused_layer
 from quantkit.checkpoint.network.modules import Module, layer_index, linear_modules
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.engines import LayerPart, Loadable, Verdict, engines, gpu_named, judge
@@ -37,8 +38,8 @@ def planned(source: Checkpoint, plan: Plan) -> Loadable:
     """The checkpoint that a plan will write, as far as an engine's rules look at it."""
     method = plan.method
     modules = linear_modules(source.modules)
-    parts = {m.name: _part(m, plan.layers.get(m.name), plan, source) for m in modules}
-    settings = _settings(source, plan, [m for m in modules if m.name in plan.layers])
+    parts = {part.name: part for m in modules for part in _parts(m, plan, source)}
+    settings = _settings(source, plan, [part for part in parts.values() if part.scheme])
     cache = plan.recipe.kv_cache
     scales = _kv_scales(method.layout, plan.layers) if cache != "none" else ()
     return Loadable(source.config, method.layout, settings, parts, cache, scales)
@@ -98,10 +99,19 @@ def engine_refusal(source: Checkpoint, plan: Plan, found: Sequence[Verdict]) -> 
     )
 
 
-def _part(module: Module, scheme: Scheme | None, plan: Plan, source: Checkpoint) -> LayerPart:
+def _parts(module: Module, plan: Plan, source: Checkpoint) -> list[LayerPart]:
+    """The module as it will be written: quantized experts one by one, where the layout has them
+    so."""
+    scheme = plan.layers.get(module.name)
     variant = "" if scheme is None else _packing(scheme, plan)
     shape = upright(module.tensor, module.shape, source)
-    return LayerPart(module.name, module.kind, shape, scheme, variant)
+    fused = fused_layer(module.name)
+    if scheme is None or fused is None or len(shape) < 3 or plan.method.layout not in _WRITERS:
+        return [LayerPart(module.name, module.kind, shape, scheme, variant)]
+    experts, rows, columns = shape
+    one = (rows // len(fused.leaves), columns)
+    names = (name for expert in range(experts) for name in fused.names(expert))
+    return [LayerPart(name, "linear", one, scheme, variant) for name in names]
 
 
 def _packing(scheme: Scheme, plan: Plan) -> str:
@@ -114,17 +124,15 @@ def _packing(scheme: Scheme, plan: Plan) -> str:
     return method.algorithm
 
 
-def _settings(source: Checkpoint, plan: Plan, quantized: list[Module]) -> dict[str, Any]:
+def _settings(source: Checkpoint, plan: Plan, quantized: list[LayerPart]) -> dict[str, Any]:
     """The quantization settings as the method's library, or the built-in writer, will say them."""
     layout, ignore = plan.method.layout, ignore_list(source, plan.kept)
     if layout in _WRITERS:
         specs = {
-            m.name: LayerSpec(
-                plan.layers[m.name], _packing(plan.layers[m.name], plan),
-                (m.shape[-2], m.shape[-1]),
-            )
-            for m in quantized
-        }  # fmt: skip
+            part.name: LayerSpec(part.scheme, part.packing, (part.rows, part.columns))
+            for part in quantized
+            if part.scheme
+        }
         settings = writer_named(layout).quantization_config(specs, ignore)
         return _with_order(settings, plan.recipe.options)
     weight = plan.recipe.resolved_scheme().weight
@@ -141,7 +149,7 @@ def _settings(source: Checkpoint, plan: Plan, quantized: list[Module]) -> dict[s
         }
     if layout == "ascend":
         types = dict.fromkeys(ignore, "FLOAT")
-        types |= {m.name: plan.method.algorithm for m in quantized}
+        types |= {part.name: plan.method.algorithm for part in quantized}
         return {f"{name}.weight": kind for name, kind in types.items()}
     return {}
 

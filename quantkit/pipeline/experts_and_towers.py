@@ -3,37 +3,67 @@
 from __future__ import annotations
 
 from quantkit.backends.registry.mixtures import mixture_refusal
+from quantkit.backends.registry.towers import tower_refusal
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import expert_count
+from quantkit.checkpoint.network.families import family
+from quantkit.checkpoint.network.language import text_config
+from quantkit.checkpoint.network.modules import layer_index
 from quantkit.checkpoint.network.tensor_names import left_out
 from quantkit.errors import InputError, command
+from quantkit.pipeline.calibration_data import mixture_asked
 from quantkit.pipeline.plan import Plan
 from quantkit.recipe.load import recipe_files
 
 
 def refuse_beyond_dense(checkpoint: Checkpoint, plan: Plan, model: str) -> None:
-    """InputError (`plan.architecture`) for towers, and for experts that the library does not take;
-    the hint plans `model` without it."""
+    """InputError (`plan.architecture`) for towers, experts and classes of layers that the library
+    does not take; the hint plans `model` without it."""
     if not plan.backend.dense_only:
         return
-    found = _tower(checkpoint)
-    if found:
+    if family(checkpoint.config).own_linear:
         raise _refusal(
             checkpoint, plan, model,
-            f"{found}; {plan.backend.name} quantizes language models without one here",
+            f"linear layers of a class of its own ({checkpoint.config['model_type']}), which "
+            f"{plan.backend.distribution} leaves in 16 bit",
         )  # fmt: skip
+    found = _tower(checkpoint)
+    reason = tower_refusal(plan.backend, plan.recipe, checkpoint.config)
+    if found and reason:
+        raise _refusal(checkpoint, plan, model, f"{found}; {reason}")
+    shown = mixture_asked(plan)
+    if shown is not None and not shown.has_pictures:
+        _refuse_unseen_layers(checkpoint, plan)
     experts = _experts(checkpoint)
     reason = mixture_refusal(plan.backend, plan.recipe, plan.layers, checkpoint.config)
     if experts and reason:
         raise _refusal(checkpoint, plan, model, f"{experts}; {reason}")
 
 
+def _refuse_unseen_layers(checkpoint: Checkpoint, plan: Plan) -> None:
+    """InputError (`plan.unseen_layers`) for layers that a model computes only where a text comes
+    with pictures: they would be calibrated with nothing."""
+    outside = {m.name for m in checkpoint.modules if m.kind == "tower"}
+    across = set(text_config(checkpoint.config).get("cross_attention_layers") or ())
+    unseen = [name for name in plan.layers if name in outside or layer_index(name) in across]
+    if not unseen:
+        return
+    ignored = "--set 'ignore+=@towers'"
+    if unseen[0] not in outside:
+        numbers = "|".join(str(index) for index in sorted(across))
+        ignored = f"--set 'ignore+=re:.*layers\\.({numbers})\\..*'"
+    raise InputError(
+        f"{plan.recipe.name} would quantize {len(unseen)} layers that calibration texts do not "
+        f"reach, {unseen[0]} the first.",
+        hint=f"{ignored} keeps them in 16 bit",
+        code="plan.unseen_layers",
+    )
+
+
 def _refusal(checkpoint: Checkpoint, plan: Plan, model: str, what: str) -> InputError:
     streamed = f"rtn_{plan.recipe.scheme}"
     method = streamed if streamed in recipe_files() else "rtn_fp8_dynamic"
-    biased = any(name.endswith("_proj_bias") for name in checkpoint.tensors)
-    without = ["--set", "ignore+=re:.*mlp.experts.*"] if biased else []  # rtn_* takes no biases
-    instead = command("plan", model, "--method", method, *without)
+    instead = command("plan", model, "--method", method)
     return InputError(
         f"{checkpoint.path} has {what}.",
         hint=f"{instead}  # rtn_* methods need no model class",

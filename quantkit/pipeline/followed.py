@@ -8,11 +8,9 @@ from pathlib import Path
 
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in
-from quantkit.checkpoint.network.modules import FUSED_EXPERTS
+from quantkit.checkpoint.network.fused_experts import fused_layer
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.pipeline.plan import Plan, plan_of_layers
-
-_HALVES = ("gate_proj", "up_proj")
 
 
 def without(plan: Plan, source: Checkpoint, kept: list[str]) -> Plan:
@@ -28,22 +26,20 @@ def without(plan: Plan, source: Checkpoint, kept: list[str]) -> Plan:
 
 def as_written(plan: Plan, out: Path) -> Plan:
     """The plan with the names of the checkpoint in `out`, where fused experts were taken apart."""
-    fused = {f".experts.{leaf}" for leaf in FUSED_EXPERTS}
-    if gguf_in(out) or not any(name.endswith(tuple(fused)) for name in plan.layers):
+    if gguf_in(out) or not any(fused_layer(name) for name in plan.layers):
         return plan
     written = {name.rpartition(".")[0] for name in open_checkpoint(out).tensors}
     layers: dict[str, Scheme] = {}
     for name, scheme in plan.layers.items():
-        apart = _taken_apart(name, written)
+        apart = [] if name in written else _taken_apart(name, written)
         layers |= dict.fromkeys(apart, scheme) if apart else {name: scheme}
     return replace(plan, layers=layers)
 
 
 def _taken_apart(name: str, written: set[str]) -> list[str]:
     """The layers of single experts that a fused tensor became, [] where it is still one."""
-    block, _, leaf = name.rpartition(".")
-    if not block.endswith(".experts"):
+    fused = fused_layer(name)
+    if fused is None:
         return []
-    parts = _HALVES if leaf == "gate_up_proj" else (leaf,)
-    experts = takewhile(lambda index: f"{block}.{index}.{parts[0]}" in written, count())
-    return [f"{block}.{index}.{part}" for index in experts for part in parts]
+    experts = takewhile(lambda index: fused.names(index)[0] in written, count())
+    return [layer for index in experts for layer in fused.names(index)]

@@ -16,6 +16,7 @@ from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import expert_count
 from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import layer_index
+from quantkit.checkpoint.network.multimodal import is_multimodal
 from quantkit.checkpoint.schemes import Placement
 from quantkit.errors import InputError
 from quantkit.recipe.model import Recipe
@@ -87,7 +88,7 @@ def place(
     device or of the "host"; None is this machine's.
     Raises InputError for a placement that the library, or these devices, do not have.
     """
-    plain = not state and not expert_count(source.config)
+    plain = not (state or expert_count(source.config) or is_multimodal(source.config))
     possible = _possible(backend, devices, plain=plain)
     if reason := _refusal(backend, recipe, devices, possible):
         raise InputError(
@@ -136,7 +137,7 @@ def _refusal(
         return f"{backend.name} has no placement {asked} (it has {', '.join(backend.placements)})"
     if asked == "spread" and devices == ("cpu",):
         return "placement=spread is over accelerators, and the device is cpu"
-    return f"placement={asked} is not for mixtures of experts, nor with --checkpoint-save"
+    return f"placement={asked} is not for mixtures of experts, towers, nor with --checkpoint-save"
 
 
 def _chosen(
@@ -156,7 +157,7 @@ def _chosen(
 
 def _possible(backend: Backend, devices: tuple[str, ...], *, plain: bool) -> tuple[Placement, ...]:
     """The backend's placements on such devices, the first choice first; what is not `plain` (a
-    dense model, no state to keep) has the first alone."""
+    dense model without towers, no state to keep) has the first alone."""
     names = tuple(backend.placements)
     if not plain:
         return names[:1]

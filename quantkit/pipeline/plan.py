@@ -17,13 +17,8 @@ from quantkit.checkpoint.consistency import refuse_contradictions
 from quantkit.checkpoint.directory import DTYPE_BITS, Checkpoint
 from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, states_blocks
-from quantkit.checkpoint.network.modules import (
-    FUSED_EXPERTS,
-    Module,
-    fused_groups,
-    linear_modules,
-    named_by,
-)
+from quantkit.checkpoint.network.fused_experts import fused_layer
+from quantkit.checkpoint.network.modules import Module, fused_groups, linear_modules, named_by
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.engines import Support, support
 from quantkit.errors import InputError
@@ -34,6 +29,7 @@ from quantkit.pipeline.plan_notes import notes_of
 from quantkit.recipe.model import Override, Recipe, adjusted
 
 GROUP_SIZES = (256, 128, 64, 32, 16)
+_OTHER_EXPERTS = "experts in a form that no layout here holds"
 METHODS_HINT = "quantkit methods  # what each method writes and needs"
 _DEQUANTIZING = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 """quant_method → the class of Transformers 5.17 that dequantizes it on loading."""
@@ -147,7 +143,7 @@ def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: lis
         )
     _refuse_unused_entries(recipe, modules)
     _refuse_split_groups(recipe, modules, layers)
-    notes += notes_of(checkpoint, layers)
+    notes += notes_of(checkpoint, backend_named(recipe.backend), layers)
     notes += checkpoint.notes
     return plan_of_layers(checkpoint, recipe, layers, kept, tuple(notes))
 
@@ -182,21 +178,16 @@ def _choose(module: Module, recipe: Recipe, scheme: Scheme) -> Scheme | str:
     if named_by(module, recipe.targets) is None:
         return f"{module.kind}, not in targets"
     entry = named_by(module, recipe.ignore)
-    if not entry and module.kind == "experts" and not _splits(module):
-        return "experts in a form that no layout here holds"
+    if not entry and module.kind == "experts" and fused_layer(module.name) is None:
+        return _OTHER_EXPERTS
     return f"ignore {entry}" if entry else scheme
-
-
-def _splits(module: Module) -> bool:
-    """Whether fused experts can be written as a layer an expert."""
-    return module.name.removesuffix(".weight").rpartition(".")[2] in FUSED_EXPERTS
 
 
 def _unlisted(checkpoint: Checkpoint, modules: list[Module]) -> dict[str, str]:
     """Weights that no scheme could apply to, by name, and why: convolutions, tables, parameters."""
     linear = {module.tensor for module in modules}
     return {
-        name.removesuffix(".weight"): "no linear layer"
+        name.removesuffix(".weight"): _OTHER_EXPERTS if ".experts." in name else "no linear layer"
         for name, info in checkpoint.tensors.items()
         if len(info.shape) > 1 and name not in linear and not name.endswith((INVERSE_SCALE, "bias"))
     }
@@ -222,6 +213,15 @@ def _misfit(module: Module, scheme: Scheme) -> str | None:
         f"{module.name} {list(module.shape)}: group size {group} does not divide {columns} "
         f"(would fit: {', '.join(fitting) or 'none'})"
     )
+
+
+def fitted(module: Module, scheme: Scheme) -> Scheme | None:
+    """The scheme as `on_misfit=fit` gives it to the module: in smaller groups where its own do not
+    divide the columns; None where no group size does."""
+    if _misfit(module, scheme) is None:
+        return scheme
+    size = _fitting(module, scheme)
+    return scheme.with_weight(group_size=size) if size else None
 
 
 def _fitting(module: Module, scheme: Scheme) -> int | None:

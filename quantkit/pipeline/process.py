@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.provenance import LOG, Calibration
 from quantkit.checkpoint.scan import Scan, refuse_bad_weights, scan
 from quantkit.errors import BackendError, CheckError, InputError
+from quantkit.pipeline.calibration_data import mixture_asked, refuse_pictures
 from quantkit.pipeline.finish import finish
 from quantkit.pipeline.followed import as_written, without
 from quantkit.pipeline.plan import Plan, kept_layers
@@ -27,12 +29,15 @@ from quantkit.pipeline.request import Outcome, Request
 from quantkit.pipeline.unfinished import Unfinished
 
 if TYPE_CHECKING:
-    from quantkit.calibration import CalibrationConfig, TokenFile
+    from quantkit.calibration import TokenFile
 
 
-def check(source: Checkpoint, plan: Plan) -> None:  # noqa: ARG001 - see `Way`
-    """Raise InputError for a calibration that does not exist or whose data file is missing."""
-    _mixture_asked(plan)
+def check(source: Checkpoint, plan: Plan) -> None:
+    """Raise InputError for a calibration that does not exist, whose data file is missing, or that
+    has pictures which the model or the library does not take."""
+    config = mixture_asked(plan)
+    if config is not None:
+        refuse_pictures(config, source, plan)
 
 
 def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outcome:
@@ -137,22 +142,6 @@ def _refuse_full_disk(request: Request, plan: Plan) -> None:
     check_space(request.out, plan.estimate.disk + beside - there, what)
 
 
-def _mixture_asked(plan: Plan) -> CalibrationConfig | None:
-    """The calibration that the method will be shown, None where it needs none."""
-    choice = plan.recipe.calibration
-    if not plan.method.calibrated or choice is None:
-        return None
-    from quantkit.calibration import load_calibration
-    from quantkit.calibration.config import FileSource
-    from quantkit.calibration.sources import files_of
-
-    config = load_calibration(choice.name, choice.overrides())
-    for source in config.sources:
-        if isinstance(source, FileSource):
-            files_of(source)
-    return config
-
-
 def _refuse_stream_flags(request: Request, plan: Plan) -> None:
     asked = {
         "--memory": request.memory is not None,
@@ -204,7 +193,7 @@ def _check_state_file(file: Path, overwrite: bool, source: Checkpoint, plan: Pla
 
 
 def _tokens(request: Request, plan: Plan, source: Checkpoint, ui: Reporter) -> TokenFile | None:
-    config = _mixture_asked(plan)
+    config = mixture_asked(plan)
     if config is None:
         return None
     from quantkit.calibration import build_tokens
@@ -272,8 +261,8 @@ def _job(
 def run_logged(
     job: Job, partial: Path, python: Path, out: Path, ui: Reporter, work: Path | None = None
 ) -> Result:
-    """Run the worker; its log ends up in the output, or as `DIR.log` when it failed."""
-    log = out.with_name(out.name + ".log")
+    """Run the worker; its log ends up in the output, or beside it when it failed (`_new_log`)."""
+    log = _new_log(out)
     placed = replace(job, out=str(partial.resolve()))
     try:
         result = run_worker(placed, python=python, log=log, report=ui, work=work)
@@ -282,6 +271,18 @@ def run_logged(
         raise
     shutil.move(log, partial / LOG)
     return result
+
+
+def _new_log(out: Path) -> Path:
+    """An empty file `DIR.log`, or `DIR.2.log` and so on where there is a file of that name."""
+    for number in count(1):
+        log = out.with_name(f"{out.name}.log" if number == 1 else f"{out.name}.{number}.log")
+        try:
+            log.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return log
+    raise AssertionError
 
 
 def _check_tokens(result: Result, tokens: TokenFile | None) -> None:

@@ -16,6 +16,7 @@ from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
 from quantkit.formats import fp8
 from quantkit.formats.quantized import QuantizedCheckpoint
+from quantkit.pipeline.calibration_data import text_only_note
 from quantkit.pipeline.engine_view import check_engines
 from quantkit.pipeline.experts_and_towers import refuse_beyond_dense
 from quantkit.pipeline.placement import place, refuse_too_large
@@ -75,7 +76,8 @@ def _decide(request: Request, source: Checkpoint) -> Plan:
     refuse_incomplete(source)
     refuse_beyond_dense(source, plan, request.model)
     way_of(plan.backend).check(source, plan)
-    return plan
+    note = text_only_note(source, plan)
+    return replace(plan, notes=(*plan.notes, note)) if note else plan
 
 
 def quantize(request: Request, ui: Reporter) -> Outcome:

@@ -99,6 +99,12 @@ def _find(name_or_path: str) -> Path:
     files = recipe_files()
     if name_or_path in files:
         return files[name_or_path]
+    if name_or_path == "auto":
+        raise InputError(
+            "The method auto is a search that `quantkit quantize` does; it is no recipe before.",
+            hint="quantkit quantize MODEL --method auto --set target_bits=5.4 --out DIR",
+            code="recipe.auto",
+        )
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():

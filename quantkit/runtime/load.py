@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from quantkit.backends.adapters.hf_config import stated_value
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in
 from quantkit.checkpoint.network.config import stop_tokens
 from quantkit.checkpoint.progress import Progress
+from quantkit.engines.online import Online
 from quantkit.errors import InputError
 from quantkit.runtime.linear.kernels import dequantized
 from quantkit.runtime.loading.as_served import gpu_to_serve
@@ -20,6 +22,7 @@ from quantkit.runtime.loading.gguf import open_gguf_source
 from quantkit.runtime.loading.hosted import build_hosted
 from quantkit.runtime.loading.make_layers import LayerMaker, LayerRecord
 from quantkit.runtime.loading.memory import keep
+from quantkit.runtime.loading.online import OnlineLayers
 from quantkit.runtime.loading.source import CheckpointReader, open_source
 from quantkit.runtime.model import Runtime
 from quantkit.runtime.network.decoder import unsupported
@@ -36,6 +39,7 @@ def load(
     fuse: Fuse = "engine",
     dtype: str = "auto",
     as_on: str = "",
+    online: Online | None = None,
     progress: Progress | None = None,
 ) -> Runtime:
     """Load a checkpoint of any known layout, a GGUF file's directory, or a 16-bit one.
@@ -43,12 +47,14 @@ def load(
     `kernel` is "auto" or the one kernel that every quantized layer must get; `fuse="none"` leaves
     the scales of fused groups as the file has them; `dtype` is that of the config unless named;
     `as_on` is the GPU (h100, b200, …) as whose engine activations are rounded, or left in 16 bit
-    (default: this one; on a CPU as declared); `progress` gets (decoder layers done, in all).
+    (default: this one; on a CPU as declared); `online` rounds the layers of a 16-bit checkpoint as
+    they are read, as that method of an engine does; `progress` gets (decoder layers done, in all).
     Weights are read one tensor at a time. Raises InputError for a checkpoint that is not consistent
     in itself, and for a kernel that cannot run.
     """
     source = open_path(Path(path))
     check_kernel(source, kernel)
+    rounded = None if online is None else rounded_layers(source, online)
     config = read_config(source)
     place = pick_device(device)
     maker = LayerMaker(
@@ -58,6 +64,7 @@ def load(
         [] if kernel == "auto" else [kernel],
         fuse,
         gpu_to_serve(as_on, place),
+        rounded,
     )
     build = build_hosted if unsupported(config) else build_decoder
     network = build(config, maker, progress)
@@ -65,7 +72,9 @@ def load(
     if maker.device.type == "cpu":
         keep()
     records = maker.records + expanded_records(source)
-    stop = stop_tokens(source.checkpoint.path, {"eos_token_id": config.eos_token_id})
+    stop = stop_tokens(
+        source.checkpoint.path, {"eos_token_id": stated_value(config, "eos_token_id")}
+    )
     return Runtime(config, network, records, source.layout, stop)
 
 
@@ -75,6 +84,19 @@ def open_path(path: Path) -> CheckpointReader:
     Raises InputError for what cannot be understood or contradicts itself; reads no weights.
     """
     return open_gguf_source(path) if gguf_in(path) else open_source(open_checkpoint(path))
+
+
+def rounded_layers(source: CheckpointReader, online: Online) -> OnlineLayers:
+    """The layers that an online method rounds; InputError (`online.offline`) where the checkpoint
+    is quantized already."""
+    if source.layout is not None:
+        raise InputError(
+            f"{source.checkpoint.path} is quantized already ({source.layout}); {online.name} "
+            "rounds 16-bit checkpoints while they load.",
+            hint="name the 16-bit model",
+            code="online.offline",
+        )
+    return OnlineLayers.of(source.checkpoint, online)
 
 
 def expanded_records(source: CheckpointReader) -> list[LayerRecord]:
@@ -104,11 +126,11 @@ def read_config(source: CheckpointReader) -> Any:
     """
     from transformers import AutoConfig
 
-    stated = _with_floats(source.checkpoint.config)
-    kind = stated.pop("model_type", None)
-    stated.pop("quantization_config", None)
+    values = _with_floats(source.checkpoint.config)
+    kind = values.pop("model_type", None)
+    values.pop("quantization_config", None)
     try:
-        config = AutoConfig.for_model(kind, **stated)
+        config = AutoConfig.for_model(kind, **values)
     except Exception as error:  # each family checks its values in its own way
         raise _unreadable(source, " ".join(str(error).split()) or type(error).__name__) from error
     heads = getattr(config, "num_attention_heads", 1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from quantkit.backends.adapters.hf_config import stated_value
 from quantkit.errors import InputError
+from quantkit.runtime.linear.grouped.select import Grouped
 from quantkit.runtime.linear.kernels.select import packed_tensors
 from quantkit.runtime.linear.modules import PlainLinear, QuantLinear
 from quantkit.runtime.loading.hosted import HostedNetwork
@@ -81,7 +83,11 @@ class Runtime(nn.Module):
         for module in self.modules():
             if isinstance(module, PlainLinear | QuantLinear):
                 outside += module.outside_bytes
-            packed = packed_tensors(module.packed) if isinstance(module, QuantLinear) else ()
+            packed: Iterable[torch.Tensor] = ()
+            if isinstance(module, QuantLinear):
+                packed = packed_tensors(module.packed)
+            elif isinstance(module, Grouped):
+                packed = module.tensors()
             for tensor in (*module.parameters(False), *module.buffers(False), *packed):
                 place = tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)
                 held[place] = tensor.numel() * tensor.element_size()
@@ -159,7 +165,9 @@ class Runtime(nn.Module):
                 code="runtime.right_padding",
             )
         capacity = input_ids.shape[1] + max_new_tokens
-        padding = self.config.pad_token_id if pad_token_id is None else pad_token_id
+        padding = (
+            stated_value(self.config, "pad_token_id") if pad_token_id is None else pad_token_id
+        )
         if padding is None:
             padding = stops[0] if stops else 0
         return generate(

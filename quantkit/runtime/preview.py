@@ -34,7 +34,7 @@ def preview(
     records = []
     gpu = gpu_to_serve(as_on, device)
     for name, spec in source.layers.items():
-        scheme = as_served(source.layout, spec, gpu)
+        scheme = as_served(source.layout, spec, gpu, name, spec.shape)
         choice = choose(_layer(name, scheme, spec.shape, dtype), device, allowed)
         names = [f"{name}[{number}]" for number in range(spec.experts)] or [name]
         records += [LayerRecord.of(one, spec.scheme, scheme, choice) for one in names]
@@ -49,7 +49,7 @@ def refuse(path: Path, device: torch.device, kernel: str = "auto", as_on: str = 
         empty_model(config, path, dtype)
     gpu = gpu_to_serve(as_on, device)
     for name, spec in source.layers.items():
-        scheme = as_served(source.layout, spec, gpu)
+        scheme = as_served(source.layout, spec, gpu, name, spec.shape)
         choose(LayerDescription(name, scheme, spec.shape, dtype), device, allowed)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
+from quantkit.backends.process.job import Reporter
 from quantkit.recipe.units import duration
 from quantkit.validation.ask import text
 from quantkit.validation.ask.canary import answer_tokens
@@ -77,3 +78,17 @@ def forecast(parts: Mapping[str, float], *, baseline: bool, cached: bool, tasks:
     )
     more = ", and the lm-eval tasks" if tasks else ""
     return f"this will take about {duration(sum(whole.values()))}{more}: {told}"
+
+
+def say_how_long(
+    subject: Subject, questions: Questions, baseline: bool, cached: bool, ui: Reporter
+) -> None:
+    """Note the forecast; closes the subject when timing it fails."""
+    ui.stage("estimate the time")
+    try:
+        parts = seconds(pace(subject, questions), questions)
+    except BaseException:
+        subject.close()
+        raise
+    tasks = questions.tasks is not None
+    ui.note(forecast(parts, baseline=baseline, cached=cached, tasks=tasks))

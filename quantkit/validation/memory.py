@@ -10,6 +10,7 @@ from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.gguf import GgufFile
 from quantkit.checkpoint.network.language import text_config
 from quantkit.errors import BackendError, InputError
+from quantkit.validation.preflight import Candidate
 from quantkit.validation.subjects.builtin import BATCH_TOKENS
 
 
@@ -56,6 +57,18 @@ def refuse_too_large(what: str, needed: int, device: str) -> None:
             hint="free memory, choose another --device, or validate on a larger machine",
             code="validate.memory",
         )
+
+
+def check_memory(candidate: Candidate, kernel: str, device: str) -> tuple[int, int]:
+    """Bytes that the baseline and the checkpoint need, one after the other; refused if too many."""
+    base = candidate.baseline
+    needs = (
+        needed_bytes(base, expanded=False),
+        needed_bytes(candidate.held, expanded=kernel == "dequantized"),
+    )
+    refuse_too_large(f"The baseline {base.path}", needs[0], device)
+    refuse_too_large(str(candidate.path), needs[1], device)
+    return needs
 
 
 @contextmanager

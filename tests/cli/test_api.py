@@ -13,8 +13,6 @@ from typing import Any, assert_type
 
 import pytest
 import torch
-import transformers as hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.main import get_command
 
 import quantkit
@@ -22,17 +20,21 @@ from quantkit import ProgressEvent, api
 from quantkit.cli.output import Output
 from quantkit.errors import CheckError, InputError, QuantkitError, ReportError
 from quantkit.pipeline.plan_report import PlanReport
+from quantkit.pipeline.push import Pushed
 from quantkit.pipeline.request import Outcome
 from quantkit.recipe.documents import parse_yaml
 from quantkit.recipe.load import as_changes
 from quantkit.runtime.model import Runtime
 from quantkit.validation.reports.report import Report
+from quantkit.validation.search.analyze import Sensitivity
+from quantkit.validation.sweep.run import SweepReport
 from quantkit.verification import VerifyReport
 from tests.support.cli import inside
+from tests.support.tiny import byte_llama
 
 ROOT = Path(__file__).parents[2]
-FUNCTIONS = ("quantize", "plan", "export", "verify", "validate", "load")
-RETURNED = (Outcome, PlanReport, VerifyReport, Report, Runtime)
+FUNCTIONS = ("quantize", "plan", "export", "verify", "validate", "analyze", "sweep", "push", "load")
+RETURNED = (Outcome, PlanReport, VerifyReport, Report, Sensitivity, SweepReport, Pushed, Runtime)
 SOBER = ["canary_failures<=8", "canary_drift<=100"]
 
 
@@ -40,25 +42,7 @@ SOBER = ["canary_failures<=8", "canary_drift<=100"]
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama that reads bytes."""
     out = tmp_path_factory.mktemp("api") / "llama"
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast: Any = hf.PreTrainedTokenizerFast
-    fast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(out)
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=len(words),
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-        dtype=torch.bfloat16,
-    )  # fmt: skip
-    network: Any = hf.LlamaForCausalLM
-    network(config).to(torch.bfloat16).save_pretrained(out)
-    return out
+    return byte_llama(out)
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +301,9 @@ def test_commands_hand_everything_to_the_api(
         "export": ["--restore", tmp_path / "s.pth", "--out", tmp_path / "y"],
         "verify": [llama],
         "validate": [llama],
+        "analyze": [llama],
+        "push": [llama, "someone/llama"],
+        "sweep": [tmp_path / "s.yaml", "--out", tmp_path / "y"],
     }
 
     def caught(*args: Any, **kwargs: Any) -> None:

@@ -297,9 +297,9 @@ def test_experts_are_refused_before_the_long_job(tmp_path: Path) -> None:
         num_key_value_heads=2, num_local_experts=4, vocab_size=128,
     )  # fmt: skip
     make(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "moe")
-    dense_only = ("--method", "gptqmodel_w4a16", "--set", "group_size=32")
-    run = quantkit("quantize", tmp_path / "moe", *dense_only, "--out", tmp_path / "out")
-    refused(run, 1, "4 experts")
+    all_of_them = ("--method", "autoround_w4a16", "--set", "group_size=32", "--set", "experts=all")
+    run = quantkit("quantize", tmp_path / "moe", *all_of_them, "--out", tmp_path / "out")
+    refused(run, 1, "4 experts", "experts=routed")
     plan = make_plan(open_checkpoint(tmp_path / "moe"), load_recipe("modelopt_fp8"))
     routers = [name for name, why in plan.kept.items() if "@routers" in why or "router" in why]
     assert routers == ["model.layers.0.block_sparse_moe.gate"]

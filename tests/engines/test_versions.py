@@ -60,6 +60,7 @@ def test_blocks_are_served_with_rounded_scales_on_hopper(gpu: str, rounded: bool
     plan = holding("fp8_block")
     (verdict,) = judge(plan, ("vllm",), (1,), gpu_named(gpu))
     assert any("VLLM_USE_DEEP_GEMM_E8M0=0" in note for note in verdict.notes) == rounded
+    assert verdict.environment == ({"VLLM_USE_DEEP_GEMM_E8M0": "0"} if rounded else {})
     (other,) = judge(plan, ("sglang",), (1,), gpu_named("h100"))
     assert not other.notes
 

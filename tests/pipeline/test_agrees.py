@@ -18,6 +18,7 @@ from quantkit.recipe.load import recipe_files
 from tests.support.cli import inside, quantkit, refused
 from tests.support.families import CONFIGS, NO_DIM, SMALL, model
 from tests.support.helpers import edit_json
+from tests.support.mixtures import MIXTURES, mixture
 
 HYBRID: dict[str, Callable[[], Any]] = {
     "lfm2": lambda: hf.Lfm2Config(**NO_DIM, layer_types=["conv", "full_attention"]),
@@ -35,6 +36,9 @@ BEYOND = {
     "gemma3": "a vision or audio tower",
 }
 FAMILIES = (*DENSE, *BEYOND)
+SAMPLE = ("gpt_oss", "granitemoe")
+"""Mixtures that every run asks for; `make soak` asks for all."""
+KEPT = ("--set", "on_misfit=keep16")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,18 @@ def test_plan_ends_as_quantize_does(
             allowed = backend in mixtures() and "experts" in BEYOND[family]
             others = ["plan.refused", "plan.group_size", *([""] if allowed else [])]
             assert error in others, (family, error)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in MIXTURES],
+)
+def test_every_method_ends_alike_on_every_mixture(family: str, tmp_path: Path) -> None:
+    path, outs = mixture(family, tmp_path / "model"), tmp_path / "outs"
+    outs.mkdir()
+    ends = {m: both(path, outs, "--method", m, *KEPT)[1] for m in sorted(recipe_files())}
+    assert ends["rtn_fp8_dynamic"] == ""
+    assert set(ends.values()) <= {"", "plan.refused", "plan.architecture"}
 
 
 @pytest.mark.parametrize(

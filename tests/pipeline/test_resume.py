@@ -20,6 +20,7 @@ from quantkit.errors import InputError
 from quantkit.pipeline.unfinished import Unfinished
 from tests.support.cli import QUICK, command, quantkit, refused
 from tests.support.helpers import cut_layers
+from tests.support.mixtures import mixture
 
 METHODS: dict[str, tuple[str, ...]] = {
     "llmcompressor_w4a16": ("--set", "group_size=64"),
@@ -91,6 +92,22 @@ def test_a_kill_in_the_library_and_one_in_publish(
     assert open_checkpoint(out).digests() == expected
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+
+
+@pytest.mark.slow
+@pytest.mark.library
+def test_a_mixture_goes_on_after_a_tuned_block(tmp_path: Path) -> None:
+    """With the tokens that the experts of finished blocks saw, which do not run again."""
+    method, model = "autoround_w4a16", mixture("mixtral", tmp_path / "model")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert quantkit(*arguments(model, method, whole)).code == 0
+    killed(arguments(model, method, out), lambda: at_work(method, out))
+    assert not out.exists()
+    last = quantkit(*arguments(model, method, out, "--resume"))
+    assert last.code == 0, last.err
+    assert open_checkpoint(out).digests() == open_checkpoint(whole).digests()
+    experts = [json.loads((made / "quantkit.json").read_text())["experts"] for made in (whole, out)]
+    assert experts[0] == experts[1]
 
 
 @pytest.mark.library

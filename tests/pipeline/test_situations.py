@@ -115,18 +115,22 @@ def dotted(out: Path) -> None:
 
 
 def interleaved(out: Path) -> None:
-    parts = {"router.weight": (EXPERTS, HIDDEN), "experts.gate_up_proj": (EXPERTS, HIDDEN, 256),
-             "experts.gate_up_proj_bias": (EXPERTS, 256), "experts.down_proj_bias": (EXPERTS, 128),
-             "experts.down_proj": (EXPERTS, HIDDEN, HIDDEN)}  # fmt: skip
+    parts: dict[str, tuple[int, ...]] = {
+        "router.weight": (EXPERTS, HIDDEN), "experts.gate_up_proj": (EXPERTS, HIDDEN, 256),
+        "experts.gate_up_proj_bias": (EXPERTS, 256), "experts.down_proj_bias": (EXPERTS, 128),
+        "experts.down_proj": (EXPERTS, HIDDEN, HIDDEN),
+    }  # fmt: skip
     config = {**LLAMA, "model_type": "gpt_oss", "num_local_experts": EXPERTS}
     write(out, mixture("mlp.", parts), {**config, "architectures": ["GptOssForCausalLM"]})
 
 
-def granite(out: Path) -> None:
-    parts = {"router.layer.weight": (EXPERTS, HIDDEN), "input_linear.weight": (EXPERTS, 512, 128),
-             "output_linear.weight": (EXPERTS, HIDDEN, 256)}  # fmt: skip
-    config = {**LLAMA, "model_type": "granitemoe", "num_local_experts": EXPERTS}
-    write(out, mixture("block_sparse_moe.", parts), config)
+def dbrx(out: Path) -> None:
+    parts: dict[str, tuple[int, ...]] = {
+        "router.layer.weight": (EXPERTS, HIDDEN),
+        **{f"experts.mlp.{leaf}": (EXPERTS * 256, HIDDEN) for leaf in ("w1", "v1", "w2")},
+    }
+    config = {**LLAMA, "model_type": "dbrx", "ffn_config": {"moe_num_experts": EXPERTS}}
+    write(out, mixture("ffn.", parts), config)
 
 
 def beside_layers(name: str) -> Make:
@@ -328,9 +332,8 @@ ROWS: dict[str, Row] = {
         VLLM, 4, ("engine.scale_names", "weight_scale_inv"), 0, ("vLLM loads it",)),
     "13 of a source": Row(foreign("scalars"), llama, FP8, 1, ("FineGrainedFP8Config",)),
     "14 interleaved experts": Row(
-        interleaved, interleaved, FP8, 1, ("interleaved", "stream.expert_layout"), 0,
-        ("8 layers", "all experts stay in 16 bit"),
-        (*FP8, "--set", "ignore+=re:.*mlp.experts.*", "--engine", "vllm")),
+        then(interleaved, stating(model_type="unheard_of")), interleaved, FP8, 1,
+        ("interleaved", "stream.expert_layout"), 0, ("12 layers",)),
     "12 as a source": Row(
         then(dotted, without("down_proj.scale")), dotted, ("plan", "@", "--method", "rtn_w8a16"),
         1, ("its weight is F8_E4M3",), 0, ("21 layers",)),
@@ -340,7 +343,7 @@ ROWS: dict[str, Row] = {
         then(gpt_oss, without("gate_up_proj_scales")), gpt_oss, VERIFY, 4,
         ("declared.missing_tensor",), 0, ("no errors",)),
     "16 experts that stay": Row(
-        granite, moe, FP8, 0, ("all experts stay in 16 bit", "bytes stay in 16 bit")),
+        dbrx, moe, FP8, 0, ("all experts stay in 16 bit", "bytes stay in 16 bit")),
     "17 router.proj": Row(
         beside_layers("router.proj"), beside_layers("adapter.proj"), FP8, 0, ("2: router",), 0,
         ("16 layers",)),

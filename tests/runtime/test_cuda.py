@@ -22,6 +22,7 @@ from quantkit.runtime.linear.kernels.base import GPU_ONLY, Kernel
 from quantkit.runtime.linear.kernels.select import KERNELS, choose
 from quantkit.runtime.network.decoder import Decoder
 from quantkit.runtime.network.graph import DecodeGraph, unsupported
+from quantkit.runtime.network.mlp import Mlp
 from tests.support.kernels import CPU, random_weight
 
 GPU = torch.device("cuda")
@@ -30,6 +31,7 @@ GPU_KERNELS = [kernel for kernel in KERNELS if kernel.unavailable(CPU) == GPU_ON
 
 W4A16 = SCHEMES["w4a16"]
 W8A16 = SCHEMES["w8a16"]
+BLOCKS = SCHEMES["fp8_block"]
 IN_GROUPS = {"granularity": "group", "group_size": 128}
 SCHEMES_HERE: dict[str, Scheme] = {
     "fp8": SCHEMES["fp8"],
@@ -38,6 +40,10 @@ SCHEMES_HERE: dict[str, Scheme] = {
     ),
     "fp8_dynamic": SCHEMES["fp8_dynamic"],
     "fp8_block": SCHEMES["fp8_block"],
+    "fp8_block_rounded": replace(
+        BLOCKS,
+        input=replace(BLOCKS.input, scale="e8m0"),  # type: ignore[type-var]
+    ),
     "fp8_block_weight_only": SCHEMES["fp8_block_weight_only"],
     "w8a8": SCHEMES["w8a8"],
     "w8a8_dynamic": SCHEMES["w8a8_dynamic"],
@@ -96,7 +102,7 @@ def quantized_input(x: torch.Tensor, scheme: Scheme, scale: torch.Tensor | None)
     number = scheme.input
     if number is None:
         return x.double()
-    if number.element == "fp4_e2m1":
+    if number.scale != "float":
         outer = 1.0 if scale is None else scale.double()
         return round_groups(x, number, scale).double() * outer
     codes = quantize_codes(x, number, scale)
@@ -187,7 +193,8 @@ def random_decoder(**more: Any) -> Decoder:
         wide = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         sizes = ((wide, 256), (256, shape.heads * shape.head_dim), (1024, 256), (256, 512))
         linears = tuple(PlainLinear(random(*size), None) for size in sizes)
-        return Block(shape, 1e-5, (random(256), random(256)), None, linears, None)  # type: ignore[arg-type]
+        mlp = Mlp(*linears[2:])
+        return Block(shape, 1e-5, (random(256), random(256)), None, linears[:2], mlp, None)  # type: ignore[arg-type]
 
     head = PlainLinear(random(300, 256), None)
     return Decoder(config, random(300, 256), [block(), block()], random(256), head)

@@ -34,6 +34,8 @@ def test_norms_and_products_of_vllm_are_torchs() -> None:
     assert layer.outside_bytes == weight.nbytes
     exact = x.float() @ weight.float().T
     assert float((layer(x).float() - exact).norm() / exact.norm()) < 4e-3
+    columns = x[:1].mT.contiguous().mT  # as state-space layers give them
+    assert torch.equal(layer(columns), layer(x[:1]))
     normed = torch.nn.functional.rms_norm(x.float(), (64,), plain.float(), 1e-5)
     assert float((rms_norm(x, plain, 1e-5).float() - normed).norm() / normed.norm()) < 4e-3
 

@@ -19,6 +19,14 @@ from tests.support.rtn import rtn
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+KEPT_IN_16_BIT = [
+    f"model.layers.{i}.{name}"
+    for i in range(3)
+    for name in LINEARS
+    if not name.endswith("down_proj")
+]
+"""All of the demo model but the layer that blocks of 128 divide."""
+
 SIZE = 64
 SGLANG = ["python3", "-m", "sglang.launch_server", "--model-path"]
 
@@ -143,6 +151,34 @@ def test_a_quantized_kv_cache_is_said(tmp_path: Path) -> None:
     assert document["argv"][5:] == ["--quantization", "modelopt", "--kv-cache-dtype", "fp8_e4m3"]
     assert document["kv_cache_dtype"] == "fp8_e4m3"
     assert document["minimum_version"]
+
+
+def test_blocks_on_hopper_are_served_with_the_variable_that_keeps_their_scales(
+    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = rtn(small_model, tmp_path / "made", SCHEMES["fp8_block"], keep=KEPT_IN_16_BIT)
+    asked = ("launch", made, "--engine", "vllm", "--gpu")
+    run = quantkit(*asked, "h100")
+    assert run.out.strip() == f"VLLM_USE_DEEP_GEMM_E8M0=0 vllm serve {made}"
+    assert "costs accuracy" in run.err
+    assert quantkit(*asked, "l40s").out.strip() == f"vllm serve {made}"
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "vllm").write_text("#!/bin/sh\necho $VLLM_USE_DEEP_GEMM_E8M0\n")
+    (tmp_path / "vllm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert quantkit(*asked, "h100", "--exec").out.strip() == "0"
+
+
+def test_an_online_method_is_for_16_bit_models(tmp_path: Path, small_model: Path) -> None:
+    for engine, start in (("vllm", ["vllm", "serve"]), ("sglang", SGLANG)):
+        asked = command(small_model, "--engine", engine, "--online", "fp8")
+        assert asked == [*start, str(small_model), "--quantization", "fp8"]
+    made = rtn(small_model, tmp_path / "made", SCHEMES["fp8_dynamic"])
+    offline = quantkit("launch", made, "--engine", "vllm", "--online", "fp8")
+    refused(offline, 1, "quantized offline (compressed-tensors)", "rounds the weights twice")
+    gone = quantkit("launch", small_model, "--engine", "sglang", "--online", "int4wo-128")
+    refused(gone, 1, "raises ImportError since April 2026")
+    refused(quantkit("launch", small_model, "--engine", "vllm", "--online", "fp9"), 1, "mxfp8")
 
 
 def test_msmodelslim_gguf_and_16_bit(tmp_path: Path, small_model: Path) -> None:

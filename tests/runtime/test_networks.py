@@ -177,8 +177,8 @@ def test_a_network_with_few_learned_positions_is_measured_within_them(tmp_path: 
     assert [len(said) for said in answer(subject, prompts, answer_tokens(prompts, 96), None)]
     long = [replace(q, prompt=q.prompt * 9) for q in questions]
     assert np.isfinite(choice_logprobs(subject, words, long, longest=96)).all()  # type: ignore[arg-type]
-    assert len(_split(words, 96, "a" * 300, "b" * 20)[0]) == 76  # type: ignore[arg-type]
-    assert isinstance(_generate(subject, words, 96, "a" * 300, {}), str)  # type: ignore[arg-type]
+    assert len(_split(words, 96, False, "a" * 300, "b" * 20)[0]) == 76  # type: ignore[arg-type]
+    assert isinstance(_generate(subject, words, 96, False, "a" * 300, {}), str)  # type: ignore[arg-type]
 
 
 class Words:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from quantkit.checkpoint.schemes import SCHEMES
+from quantkit.formats.dequantize import dequantize
 from quantkit.runtime.linear.description import LayerDescription, centred, describe
-from quantkit.runtime.linear.kernels import base, marlin_vllm
+from quantkit.runtime.linear.kernels import base, machete_vllm, marlin_vllm
+from quantkit.runtime.linear.kernels.select import KERNELS
 from quantkit.runtime.vllm_ops import cuda as vllm_cuda_operators
 from quantkit.runtime.vllm_ops import library as vllm_library
 from quantkit.validation.subjects.builtin import has_vllm_operators
@@ -137,6 +139,53 @@ def test_marlin_is_called_as_either_version_wants(
     assert torch.equal((words[31] >> 28 & 15).int(), weight.q[:, 255].int() + 8)
 
 
+MACHETE = [
+    *VERSIONS["0.26"],
+    "machete_prepack_B(Tensor B, ScalarType a_type, int b_type, ScalarType? group_scales_type) -> Tensor",  # noqa: E501
+    "machete_mm(Tensor A, Tensor B, int b_type, ScalarType? out_type, Tensor? group_scales, "
+    "Tensor? group_zeros, int? group_size, Tensor? channel_scales, Tensor? token_scales, "
+    "str? schedule) -> Tensor",
+]
+
+
+@pytest.mark.parametrize("operators", [MACHETE], indirect=True)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_machete_is_called_as_vllm_calls_it(
+    operators: list[tuple[Any, ...]], symmetric: bool
+) -> None:
+    """Column-major words; minus the zero point times the scale, so that w = q s + z."""
+    known = vllm_cuda_operators._ARGUMENTS_OF_MACHETE
+    assert vllm_cuda_operators._unlike(torch.ops._C, known) is None
+    scheme = SCHEMES["w4a16"].with_weight(group_size=64, symmetric=symmetric)
+    weight = centred(random_weight(scheme, (128, 256)))
+    layer = describe("l", scheme, weight, torch.bfloat16)
+    assert machete_vllm.rejects(layer) is None
+    machete_vllm.apply(
+        torch.zeros(3, 256, dtype=torch.bfloat16), machete_vllm.prepare(weight, layer)
+    )
+    (words, activations, kind, _), (_, _, _, _, scale, zero, size, _, _, _) = operators
+    assert words.shape == (32, 128)
+    assert words.stride() == (1, 32)
+    assert torch.equal((words[0] & 15).int(), weight.q[:, 0].int() + 8)
+    assert (activations, size) == (torch.bfloat16, 64)
+    assert kind == (4 << 8 | 8 << 17 | 1 << 50 if symmetric else 4 << 8 | 1 << 50)
+    assert scale.shape == (4, 128)
+    codes = (weight.q + 8).float().view(128, 4, 64)
+    made = codes * scale.T[..., None] + (0 if zero is None else zero.T[..., None])
+    made = made if zero is not None else made - 8 * scale.T[..., None]
+    wanted = dequantize(weight)
+    assert (made.flatten(1) - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_machete_leaves_what_its_tiles_do_not_hold_to_marlin() -> None:
+    for shape, group in (((64, 256), 64), ((128, 96), 32), ((128, 256), 32)):
+        scheme = SCHEMES["w4a16"].with_weight(group_size=group)
+        layer = describe("l", scheme, centred(random_weight(scheme, shape)), torch.bfloat16)
+        assert "needs" in str(machete_vllm.rejects(layer))
+    order = [kernel.NAME for kernel in KERNELS]
+    assert order.index("machete_vllm") < order.index("marlin_vllm")
+
+
 def test_negative_scales_are_refused_by_marlin_before_the_weight_is_packed() -> None:
     """As the first kernel of a GPU it must leave such a layer to the next one."""
     scheme = SCHEMES["nvfp4a16"]
@@ -192,7 +241,7 @@ def test_tests_compute_without_the_operators() -> None:
 def test_marlin_packs_the_first_code_lowest() -> None:
     codes = torch.randint(16, (16, 24), dtype=torch.uint8)
     for dim in (0, 1):
-        words = marlin_vllm._packed(codes, 4, dim)
+        words = marlin_vllm.packed(codes, 4, dim)
         shifted = torch.stack([words >> 4 * at & 15 for at in range(8)], dim + 1)
         assert torch.equal(shifted.flatten(dim, dim + 1).int(), codes.int())
 

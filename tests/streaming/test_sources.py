@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from quantkit.backends.streaming.job import StreamOptions
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
+from tests.support.mixtures import mixture
 from tests.support.rtn import tiny_moe
 from tests.support.streaming import plain_layers, scheme_named, stream, tensors_of, write_model
 
@@ -80,6 +81,30 @@ def test_fused_experts_of_unknown_layout_are_refused(
     with pytest.raises(InputError, match=told) as caught:
         stream(model, tmp_path / "out", "fp8_dynamic")
     assert name in caught.value.message
+
+
+def test_alternating_rows_and_biases_are_dealt_out(tmp_path: Path) -> None:
+    """GPT-OSS: the same bytes as the same experts stored one by one, each with its bias."""
+    model = mixture("gpt_oss", tmp_path / "fused")
+    fused = tensors_of(model)
+    single = {}
+    for name, tensor in fused.items():
+        parent, _, leaf = name.rpartition(".")
+        if ".experts." not in name:
+            single[name] = tensor
+            continue
+        stem, bias = leaf.removesuffix("_bias"), leaf.endswith("_bias")
+        for number, one in enumerate(tensor if bias else tensor.mT):
+            both = [one[0::2], one[1::2]] if stem == "gate_up_proj" else [one]
+            names = ("gate_proj", "up_proj") if len(both) == 2 else (stem,)
+            for part, rows in zip(names, both, strict=True):
+                kind = "bias" if bias else "weight"
+                single[f"{parent}.{number}.{part}.{kind}"] = rows.contiguous()
+    apart = write_model(tmp_path / "single", [single], {"hidden_size": 128, "num_hidden_layers": 2})
+    ours, theirs = (stream(source, tmp_path / f"{source.name}-out", "w4a16:32")
+                    for source in (model, apart))  # fmt: skip
+    assert ours.digests == theirs.digests
+    assert ours.source_digests == open_checkpoint(model).digests()
 
 
 def fp8_block_copy(source: Path, out: Path) -> tuple[Path, Path]:

@@ -69,6 +69,16 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], ob
     )
 
 
+def merge_shards(directory: Path) -> Path:
+    """Put all tensors of a checkpoint into one file, which needs no index."""
+    files = sorted(directory.glob("*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for file in (*files, directory / "model.safetensors.index.json"):
+        file.unlink(missing_ok=True)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
 def tensor_name(module: str, suffix: str, spec: LayerSpec) -> str:
     """The full name of a declared layer's tensor (the inverse of `inventory.take`)."""
     if spec.experts:

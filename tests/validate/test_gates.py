@@ -19,12 +19,12 @@ from quantkit.validation.judge.bootstrap import (
     resamples,
     sampled,
 )
+from quantkit.validation.judge.chosen import askable
 from quantkit.validation.judge.default_gates import BY_BITS, default_gates
 from quantkit.validation.judge.metrics import choice_metric, task_metrics
 from quantkit.validation.judge.paired import lost, score_interval
 from quantkit.validation.judge.verdicts import accepted, chosen_gates, hold
 from quantkit.validation.reports.report import Report
-from quantkit.validation.run import _askable
 
 PPL = Gate("ppl_ratio", "<=", 1.02)
 
@@ -250,9 +250,9 @@ def test_every_default_gate_is_of_a_known_metric() -> None:
 
 def test_an_engine_without_logits_is_not_held_to_default_gates_of_them() -> None:
     gates = chosen_gates(default_gates(["w4a16"]), [parse_gate("kl_p99<=2", "recipe")])
-    assert _askable(gates, "builtin") == (gates, [])
-    left, notes = _askable(gates, "vllm")
+    assert askable(gates, "builtin") == (gates, [])
+    left, notes = askable(gates, "vllm")
     assert {gate.metric for gate in gates} - {gate.metric for gate in left} == {"kl_mean"}
     assert notes == ["kl_mean is not gated: vllm gives no logits"]
     asked = chosen_gates(gates, [parse_gate("kl_mean<=0.1")])
-    assert _askable(asked, "vllm") == (asked, [])
+    assert askable(asked, "vllm") == (asked, [])

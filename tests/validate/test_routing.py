@@ -14,11 +14,10 @@ from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.checkpoint.upcycle import upcycle
 from quantkit.recipe.gates import parse_gate
 from quantkit.runtime.load import load
+from quantkit.validation.judge.chosen import measurable
 from quantkit.validation.judge.default_gates import default_gates
 from quantkit.validation.reports.html import as_html
 from quantkit.validation.reports.markdown import as_markdown
-from quantkit.validation.reports.report import Report
-from quantkit.validation.run import _measurable
 from quantkit.validation.subjects.builtin import Builtin
 from tests.support.helpers import edit_tensors
 from tests.support.mixtures import mixture
@@ -94,11 +93,10 @@ def test_routers_that_cannot_be_seen_are_not_gated(tmp_path: Path) -> None:
     with subject.watch_routers() as routes:
         list(subject.logits(IDS))
     assert routes.table(IDS) is None
-    report = Report({}, {}, {}, {}, [])
     asked = parse_gate("routing_agreement>=0.9")
-    kept = _measurable([*default_gates({"fp8_dynamic"}, 2), asked], report)
+    kept, notes = measurable([*default_gates({"fp8_dynamic"}, 2), asked], {})
     assert [gate for gate in kept if gate.metric == "routing_agreement"] == [asked]
-    assert any("routers cannot be seen" in note for note in report.notes)
+    assert any("routers cannot be seen" in note for note in notes)
 
 
 def test_a_dense_model_has_no_such_gate(small_model: Path, sealed: Path) -> None:

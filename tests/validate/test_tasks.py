@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.errors import BackendError, InputError
 from quantkit.validation.ask.choices import choice_logprobs, facts, right
 from quantkit.validation.ask.tasks import choose_tasks, run_tasks
-from quantkit.validation.preflight import tokenizer_of
+from quantkit.validation.preflight import chat_of, tokenizer_of
 from quantkit.validation.subjects.base import Opening
 from quantkit.validation.subjects.builtin import Builtin, open_builtin
+from quantkit.validation.subjects.engines import opener
 
 pytest.importorskip("lm_eval", reason="lm-eval is optional: pip install 'quantkit[eval]'")
 
@@ -137,3 +141,57 @@ def test_task_files_without_a_name_are_refused(tmp_path: Path) -> None:
     file.write_text("output_type: multiple_choice\n")
     with pytest.raises(InputError, match="has no line task: NAME"):
         choose_tasks([str(file)], None)
+
+
+def test_chat_and_examples_reach_the_model(task, subject: Builtin, small_model: Path) -> None:
+    """Through the template a question begins a turn, and the answered examples are turns too."""
+    file = task("local_facts", "multiple_choice", CHOICES)
+    with pytest.raises(InputError, match="--chat is about lm-eval tasks"):
+        choose_tasks([], None, chat=True)
+    asked: list[str] = []
+    render = chat_of(read_tokenizer_info(small_model))
+    assert render is not None
+
+    def noting(messages: Any, tools: Any = None) -> str:
+        asked.append(render(messages, tools))
+        return asked[-1]
+
+    plain, chat = (choose_tasks([file], 4, chat=on, fewshot=2) for on in (False, True))
+    assert plain is not None
+    assert chat is not None
+    assert plain.digest != chat.digest
+    tokenizer = tokenizer_of(small_model)
+    without = run_tasks(subject, tokenizer, plain)
+    found = run_tasks(subject, tokenizer, chat, None, noting)
+    assert found["results"].keys() == without["results"].keys()
+    assert len(asked) == 4
+    assert all(text.count("<|im_start|>user") == 3 for text in asked)
+    assert all(text.endswith("<|im_start|>assistant\n") for text in asked)
+    with pytest.raises(InputError, match="no chat template"):
+        run_tasks(subject, tokenizer, chat)
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("vllm_python")
+def test_vllm_is_asked_by_the_harness_of_its_own(task, subject: Builtin, small_model: Path) -> None:
+    """lm-eval's own backend in vLLM's environment, which has no lm-eval, answers as the runtime."""
+    files = [
+        task("local_facts", "multiple_choice", CHOICES),
+        task("local_answers", "generate_until", GENERATION.replace("SAMPLE", "false")),
+    ]
+    choice = choose_tasks(files, 6, chat=True)
+    assert choice is not None
+    tokenizer = tokenizer_of(small_model)
+    render = chat_of(read_tokenizer_info(small_model))
+    ours = run_tasks(subject, tokenizer, choice, None, render)
+    vllm = opener("vllm")(small_model, Opening())
+    try:
+        theirs = run_tasks(vllm, tokenizer, choice)
+    finally:
+        vllm.close()
+    assert theirs["samples"].keys() == ours["samples"].keys()
+    apart = np.abs(
+        np.subtract(theirs["samples"]["local_facts.acc"], ours["samples"]["local_facts.acc"])
+    )
+    assert apart.sum() <= 1  # a tie of the cut network
+    assert theirs["results"]["local_facts"].keys() == ours["results"]["local_facts"].keys()

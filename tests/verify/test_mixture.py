@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.cli import inside, said
-from tests.support.damage import dropping, replacing
+from tests.support.damage import dropping, patching, replacing, swapping
 from tests.support.helpers import copy_checkpoint, edit_json, edit_tensors
 from tests.support.mixtures import mixture
 
@@ -46,11 +46,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         without_expert_everywhere, "complete.missing_expert", "has no expert 2 of 4",
     ),
     "two experts of different shapes": (
-        narrower, "complete.expert_shape", "experts.3.w1 is [64, 64]",
+        narrower, "complete.expert_shape", "experts.3.w1 is [224, 128]",
     ),
     "a router for another number of experts": (
-        replacing(f"{BLOCK}.gate.weight", lambda tensors: torch.ones(8, 64).bfloat16()),
-        "complete.router_shape", "gate is [8, 64]",
+        replacing(f"{BLOCK}.gate.weight", lambda tensors: torch.ones(8, 128).bfloat16()),
+        "complete.router_shape", "gate is [8, 128]",
     ),
     "more experts a token than there are": (
         lambda path: edit_json(path / "config.json", lambda c: c.update(num_experts_per_tok=6)),
@@ -97,3 +97,34 @@ def test_the_same_in_a_quantized_checkpoint_is_condemned(
     code, out = said("verify", damaged, "--json")
     assert code == 4
     assert finding in out
+
+
+EXPERTS = {
+    "aria_text": "model.layers.0.mlp.experts",
+    "gpt_oss": "model.layers.0.mlp.experts",
+    "granitemoe": "model.layers.0.block_sparse_moe.experts",
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_that_were_taken_apart_are_compared_with_their_part(
+    family: str, tmp_path: Path
+) -> None:
+    """The source holds all of them in one tensor, and gate and up in one."""
+    source, out = mixture(family, tmp_path / "source"), tmp_path / "out"
+    code, _, error = inside("quantize", source, "--method", "rtn_fp8_dynamic", "--out", out)
+    assert code == 0, error
+    (out / "quantkit.json").unlink()
+    assert inside("verify", out, "--source", source)[0] == 0
+    first, second = (f"{EXPERTS[family]}.{number}" for number in (0, 1))
+    damages = {
+        "gate is up": swapping(f"{first}.gate_proj", f"{first}.up_proj"),
+        "one expert is another": swapping(f"{first}.down_proj", f"{second}.down_proj"),
+        "a scale": patching(f"{second}.up_proj.weight_scale", lambda scale: scale * 1.5),
+    }
+    if family == "gpt_oss":
+        damages["a bias"] = patching(f"{first}.up_proj.bias", lambda bias: bias + 0.5)
+    for name, damage in damages.items():
+        damaged = copy_checkpoint(out, tmp_path / name)
+        damage(damaged)
+        assert inside("verify", damaged, "--source", source)[0] == 4, name

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from auto_round import AutoRound
+from auto_round.compressors import base, shard_writer
+from auto_round.special_model_handler import update_module
 from auto_round.utils.device_manager import get_ar_device
 from transformers import AutoTokenizer
 
@@ -21,13 +23,14 @@ from quantkit.backends.adapters.common import (
     logs_as_notes,
     packed_modules,
     seed_everything,
-    unplanned,
     usual_scheme,
     warnings_as_notes,
 )
+from quantkit.backends.adapters.experts_seen import ExpertsSeen, settled
 from quantkit.backends.adapters.placed import empty_model, load_placed
-from quantkit.backends.adapters.places import locate
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
+from quantkit.backends.adapters.separate_layers import SeparateLayers
+from quantkit.backends.adapters.settings_names import name_settings
 from quantkit.backends.process.job import Job, JobError, Reporter, Result
 
 _PRESETS = {"nvfp4": "NVFP4", "mxfp4": "MXFP4", "gguf_q4_k_m": "GGUF:Q4_K_M"}
@@ -41,35 +44,43 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     """Quantize `job.model` and export it into `job.out`, without the library's sub-folder."""
     seed_everything(job)
     _keep_bfloat16()
+    _keep_names()
+    base.get_predefined_ignore_layers = lambda _: []  # the plan says what stays in 16 bit
     with warnings_as_notes(report), logs_as_notes("autoround", report):
         report.stage("load")
         layerwise = job.placement == "layerwise"
         model = empty_model(job) if layerwise else load_placed(replace(job, placement="resident"))
-        locate(model, job)
+        layers = SeparateLayers(model, job)
         tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
         tokens = Tokens(job) if job.tokens else None
         witness = SeenTokens(tokens, report)
-        arguments = _arguments(job, model, tokens)
+        arguments = _arguments(job, layers, model, tokens)
         if layerwise:  # the library then builds the model itself, and reads a block at a time
             os.environ["AR_DISK_STREAM_MODEL"] = "1"
             tuner = AutoRound(job.model, tokenizer, **arguments)
             model = tuner.model_context.model
         else:
             tuner = AutoRound(model, tokenizer, **arguments)
+        update_module(model, cleanup_original=False)
+        layers.check_linear(model, job)
+        experts = ExpertsSeen(model, layers.blocks, tokens, job.batch_size, once=True)
         layout = _format(job)
         if layout == "gguf":
             keep_byte_level(job, report)
         elif job.resume_folder and _saves_block_by_block(job, model):
-            go_on(job, model)
-        with witness.watch(model, "quantize"):
+            go_on(job, model, experts)
+        with witness.watch(model, "quantize"), experts.watch(feed=False):
             tuner.quantize_and_save(job.out, format=_FORMATS.get(layout, layout))
     _flatten(Path(job.out))
-    quantized = set(job.layers)
+    quantized = set(layers.written)
     if layout != "gguf":  # whose types follow the layer's role, not the plan
+        layers.rename(Path(job.out))
+        name_settings(Path(job.out), layers)
         quantized = packed_modules(job.out, *_CODES)
-        check_followed(job, quantized)
+        check_followed(job, quantized, layers.written)
     if tokens is not None:
         result.calibration = witness.summary(len(quantized))
+        result.experts = settled(job, experts.summary())
 
 
 def _saves_block_by_block(job: Job, model: torch.nn.Module) -> bool:
@@ -94,6 +105,15 @@ def _keep_bfloat16() -> None:
     get_ar_device("cpu")._bf16_supported = True
 
 
+def _keep_names() -> None:
+    """Tensors are written by the names that they have in memory, and renamed at the end.
+
+    The library looks for what it has written by these, wherever it wrote others, and writes the
+    experts of a family that Transformers renames (Mixtral) a second time, into another shard.
+    """
+    shard_writer.revert_checkpoint_conversion_mapping = lambda name, _: name
+
+
 def _format(job: Job) -> str:
     name = usual_scheme(job).name
     default = (
@@ -104,7 +124,9 @@ def _format(job: Job) -> str:
     return str(job.options.get("format", default))
 
 
-def _arguments(job: Job, model: Any, tokens: Tokens | None) -> dict[str, Any]:
+def _arguments(
+    job: Job, layers: SeparateLayers, model: Any, tokens: Tokens | None
+) -> dict[str, Any]:
     usual = usual_scheme(job)
     preset = _PRESETS.get(usual.name)
     scheme = {"scheme": preset} if preset else bits_and_group(usual.weight)
@@ -112,7 +134,7 @@ def _arguments(job: Job, model: Any, tokens: Tokens | None) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         **scheme,
         "iters": _BEST_ITERS if iters == "best" else iters,
-        "layer_config": _layer_config(job, model) or None,
+        "layer_config": _layer_config(job, layers, model) or None,
         "batch_size": job.batch_size,
         "device_map": ",".join(job.devices) if job.placement == "spread" else job.device,
         "low_gpu_mem_usage": job.placement == "layerwise",
@@ -126,19 +148,25 @@ def _arguments(job: Job, model: Any, tokens: Tokens | None) -> dict[str, Any]:
     return arguments | {key: job.options[key] for key in passed if key in job.options}
 
 
-def _layer_config(job: Job, model: Any) -> dict[str, dict[str, Any]]:
+def _layer_config(job: Job, layers: SeparateLayers, model: Any) -> dict[str, dict[str, Any]]:
     """Layers that differ from the job's scheme: left in 16 bit, or of another number format."""
     scheme = usual_scheme(job)
     others: dict[str, dict[str, Any]] = {}
     if scheme.name not in _PRESETS:
         usual = bits_and_group(scheme.weight)
-        numbers = {name: bits_and_group(own.weight) for name, own in job.layers.items()}
+        numbers = {name: bits_and_group(own.weight) for name, own in layers.planned.items()}
         others = {name: number for name, number in numbers.items() if number != usual}
     head = model.get_output_embeddings()
-    kept = [name for name in unplanned(model, job) if model.get_submodule(name) is not head]
     if scheme.name.startswith("gguf"):
         return others
-    return others | {name: {"bits": 16, "act_bits": 16} for name in kept}
+    modules = dict(model.named_modules())
+    kept = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, torch.nn.Linear) and module is not head and name not in layers.planned
+    ]
+    apart = [name for name in layers.kept if name not in modules]  # experts, one by one
+    return others | {name: {"bits": 16, "act_bits": 16} for name in (*kept, *apart)}
 
 
 def _flatten(out: Path) -> None:

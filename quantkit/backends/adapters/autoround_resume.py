@@ -19,15 +19,17 @@ import auto_round.utils.resume as library
 import numpy as np
 import torch
 
+from quantkit.backends.adapters.experts_seen import ExpertsSeen
 from quantkit.backends.process.job import Job, JobInputError
 
 _SHARDS = "model-shard-*"
 
 
-def go_on(job: Job, model: torch.nn.Module) -> None:
+def go_on(job: Job, model: torch.nn.Module, experts: ExpertsSeen) -> None:
     """Let the library keep its finished blocks in `job.resume_folder`, and find those there.
 
-    What `job.out` holds beside the shards of finished blocks is removed.
+    With them is kept what `experts` has counted. What `job.out` holds beside the shards of finished
+    blocks is removed.
     """
     assert job.resume_folder is not None
     out, folder = Path(job.out), Path(job.resume_folder)
@@ -54,7 +56,8 @@ def go_on(job: Job, model: torch.nn.Module) -> None:
                 return  # the library cannot go on after the last block
             before = (self.q_input_path, self.input_ids_path, self.end_path)
             self._at(len(self.completed_blocks) + 1)
-            torch.save({"shards": _shards(out), "generators": _generators()}, self.end_path)
+            end = {"shards": _shards(out), "generators": _generators()}
+            torch.save(end | {"experts": experts.summary()}, self.end_path)
             super().mark_block_done(*arguments)
             for path in before:
                 path.unlink(missing_ok=True)
@@ -72,7 +75,9 @@ def go_on(job: Job, model: torch.nn.Module) -> None:
         def load_input_ids(self) -> Any:
             for name in self.completed_blocks:  # as the library leaves what it has written
                 model.get_submodule(name).to("meta")
-            _restore(torch.load(self.end_path, weights_only=True)["generators"])
+            end = torch.load(self.end_path, weights_only=True)
+            experts.go_on(end["experts"])
+            _restore(end["generators"])
             return super().load_input_ids()
 
     library.ResumeState = Blocks

@@ -28,16 +28,24 @@ class ExpertsSeen:
     blocks: module of the model → its name in the checkpoint. `routed` are the tokens that the
     router sent, `seen` those that the expert was computed for (more, where a library or `feed`
     brings every token to every expert); padding is left out, and of several passes the largest
-    counts.
+    counts, or the first (`once`) of a library that later draws samples at random.
     """
 
     def __init__(
-        self, model: torch.nn.Module, blocks: Mapping[str, str], tokens: Tokens, batch_size: int
+        self,
+        model: torch.nn.Module,
+        blocks: Mapping[str, str],
+        tokens: Tokens | None,
+        batch_size: int,
+        *,
+        once: bool = False,
     ) -> None:
-        self.modules = {
-            block: _Watched(model.get_submodule(name), tokens, batch_size)
-            for name, block in blocks.items()
-        }
+        self.modules: dict[str, _Watched] = {}
+        if tokens is not None:
+            self.modules = {
+                block: _Watched(model, name, tokens, batch_size, once=once)
+                for name, block in blocks.items()
+            }
 
     @contextmanager
     def watch(self, *, feed: bool) -> Iterator[None]:
@@ -52,24 +60,40 @@ class ExpertsSeen:
                 watched.end()
 
     def summary(self) -> dict[str, Any]:
-        """`Result.experts` without what was decided: `routed` and `seen`, block → tokens each."""
+        """`Result.experts` without what was decided: `routed` and `seen`, block → tokens each.
+
+        A block whose router never ran is not in `routed`.
+        """
         return {
-            "routed": {name: watched.routed for name, watched in self.modules.items()},
+            "routed": {n: w.routed for n, w in self.modules.items() if any(w.routed)},
             "seen": {name: watched.seen for name, watched in self.modules.items()},
         }
+
+    def go_on(self, counted: Mapping[str, Any]) -> None:
+        """Take over the `summary` of a run that was stopped; its blocks are not counted again."""
+        for name, watched in self.modules.items():
+            if any(counted["seen"][name]):
+                watched.seen = list(counted["seen"][name])
+                watched.routed = list(counted["routed"][name])
+                watched.passes = 1
 
 
 class _Watched:
     """One module with experts."""
 
-    def __init__(self, module: torch.nn.Module, tokens: Tokens, batch_size: int) -> None:
-        self.module = module
-        self.parameters = list(inspect.signature(module.forward).parameters)
+    def __init__(
+        self, model: torch.nn.Module, name: str, tokens: Tokens, batch_size: int, *, once: bool
+    ) -> None:
+        self.module = model.get_submodule(name)
+        self.parent = model.get_submodule(name.rpartition(".")[0])
+        self.once = once
+        self.passes = 0
+        self.parameters = list(inspect.signature(self.module.forward).parameters)
         self.masks = [batch["attention_mask"].bool() for batch in tokens.batches(batch_size)]
-        self.count = expert_number(module)
+        self.count = expert_number(self.module)
         self.routed = [0] * self.count
         self.seen = [0] * self.count
-        self.feeding = False
+        self.feeding = self.counting = False
         self.calls = self.rows = self.real_rows = 0
         self.now: dict[str, Counter[int]] = {"routed": Counter(), "seen": Counter()}
 
@@ -78,10 +102,13 @@ class _Watched:
         for kind, kept in (("routed", self.routed), ("seen", self.seen)):
             kept[:] = [max(kept[i], self.now[kind][i]) for i in range(self.count)]
             self.now[kind].clear()
+        self.passes += self.calls > 0
         self.calls = 0
 
     def hooks(self, *, feed: bool) -> list[Any]:
         """What counts, and what feeds, while the module runs."""
+        if type(self.module).forward is torch.nn.Module.forward:
+            return self._apart()
         inside = [getattr(expert, "up_proj", None) for expert in _own_modules(self.module)]
         watchers = [
             linear.register_forward_pre_hook(self._computed(index))
@@ -91,9 +118,45 @@ class _Watched:
         before = self._before(feed=feed, separate=bool(watchers))
         return [*watchers, self.module.register_forward_pre_hook(before, with_kwargs=True)]
 
+    def _apart(self) -> list[Any]:
+        """Experts that their parent calls one by one: where its router says which, that counts;
+        elsewhere the rows that come to each."""
+        real: list[torch.Tensor] = []
+        told: list[bool] = []
+
+        def called(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            self.counting = not (self.once and self._counted())
+            if self.counting:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                real[:] = [self._real(hidden.numel() // hidden.shape[-1])]
+
+        def chosen(_: torch.nn.Module, __: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else ()
+            routes = next((t for t in tensors if t.dtype == torch.int64 and t.ndim == 2), None)
+            if self.counting and routes is not None and len(routes) == len(real[0]):
+                told[:] = [True]
+                for kind in ("routed", "seen"):
+                    self._add(kind, routes, real[0])
+
+        def computed(index: int) -> Any:
+            def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                if self.counting and not told:
+                    for kind in ("routed", "seen"):
+                        self.now[kind][index] += args[0].numel() // args[0].shape[-1]
+
+            return hook
+
+        routers = (getattr(self.parent, name, None) for name in ("gate", "router"))
+        experts = enumerate(_own_modules(self.module))
+        return [
+            self.parent.register_forward_pre_hook(called, with_kwargs=True),
+            *(r.register_forward_hook(chosen) for r in routers if isinstance(r, torch.nn.Module)),
+            *(expert.register_forward_pre_hook(computed(index)) for index, expert in experts),
+        ]
+
     def _before(self, *, feed: bool, separate: bool) -> Any:
         def before(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if self.feeding:
+            if self.feeding or (self.once and self._counted()):
                 return
             given = dict(zip(self.parameters, args, strict=False)) | kwargs
             hidden = given["hidden_states"].reshape(-1, given["hidden_states"].shape[-1])
@@ -118,14 +181,24 @@ class _Watched:
 
         return before
 
+    def _counted(self) -> bool:
+        """Whether one pass is over."""
+        if self.calls == len(self.masks):
+            self.end()
+        return self.passes > 0
+
     def _computed(self, index: int) -> Any:
         """An expert that is a module of its own: the rows that come to it."""
 
         def computed(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             rows = args[0].numel() // args[0].shape[-1]
-            self.now["seen"][index] += self.real_rows if rows == self.rows else rows
+            self.now["seen"][index] += self.without_padding(rows)
 
         return computed
+
+    def without_padding(self, rows: int) -> int:
+        """The tokens among so many rows of an expert: known where these are all of a batch."""
+        return self.real_rows if rows == self.rows else rows
 
     def _real(self, rows: int) -> torch.Tensor:
         """Which of this call's rows are tokens of the samples and no padding, [rows]."""
@@ -190,7 +263,9 @@ def settled(job: Job, seen: dict[str, Any]) -> dict[str, Any]:
 def expert_number(module: Any) -> int:
     """How many experts with weights the module holds."""
     fused = getattr(module, "down_proj", None)
-    return int(fused.shape[0]) if isinstance(fused, torch.Tensor) else int(module.num_experts)
+    if isinstance(fused, torch.Tensor):
+        return int(fused.shape[0])
+    return len(module) if isinstance(module, torch.nn.ModuleList) else int(module.num_experts)
 
 
 def _own_modules(module: torch.nn.Module) -> list[torch.nn.Module]:

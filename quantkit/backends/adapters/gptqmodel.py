@@ -11,10 +11,17 @@ from typing import Any
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pools ask for two, whatever the machine
 
+import torch
 from gptqmodel import CheckpointConfig, GPTQModel
 from gptqmodel.looper.checkpoint_store import CheckpointError
 from gptqmodel.looper.gptq_checkpoint import validate_checkpoint_support
-from gptqmodel.quantization.config import AWQConfig, GPTQConfig
+from gptqmodel.quantization.config import (
+    AWQConfig,
+    ExpertsRoutingBypass,
+    GPTQConfig,
+    MoEConfig,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.backends.adapters.common import (
     bits_and_group,
@@ -24,7 +31,11 @@ from quantkit.backends.adapters.common import (
     usual_scheme,
     warnings_as_notes,
 )
+from quantkit.backends.adapters.experts_seen import ExpertsSeen, settled
+from quantkit.backends.adapters.gptqmodel_experts import calibrated_experts
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
+from quantkit.backends.adapters.separate_layers import SeparateLayers
+from quantkit.backends.adapters.settings_names import name_settings
 from quantkit.backends.process.job import Job, JobInputError, Reporter, Result
 
 _GPTQ_OPTIONS = ("desc_act", "act_group_aware", "damp_percent", "mse", "format")
@@ -36,29 +47,50 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     seed_everything(job)
     with warnings_as_notes(report):
         report.stage("load")
-        config = _config(job)
+        layers = SeparateLayers(_skeleton(job), job)
+        config = _config(job, layers)
         model = GPTQModel.load(job.model, config, trust_remote_code=job.trust_remote_code)
+        layers.check_linear(model.model, job)
         tokens = Tokens(job)
+        experts = ExpertsSeen(model.model, layers.blocks, tokens, job.batch_size)
         witness = SeenTokens(tokens, report)
         rows = [
             {"input_ids": ids.tolist(), "attention_mask": mask.tolist()}
             for ids, mask in zip(tokens.ids, tokens.masks, strict=True)
         ]
-        with witness.watch(model.model, "quantize"), _damage_told():
+        with (
+            witness.watch(model.model, "quantize"),
+            calibrated_experts(experts, layers.blocks, routed=job.experts == "routed"),
+            _damage_told(),
+        ):
             model.quantize(
                 rows,
                 batch_size=job.batch_size,
                 calibration_sort=None,
                 calibration_data_min_length=0,
-                checkpoint=_checkpoint(job, model),
+                checkpoint=None if layers.blocks else _checkpoint(job, model),
             )
         _note_fallbacks(model.quant_log, config, report)
         report.stage("save")
         model.save(job.out, max_shard_size=job.shard_size)
         Path(job.out, "quant_log.csv").unlink(missing_ok=True)  # what it says is in the notes
+    layers.rename(Path(job.out))
+    name_settings(Path(job.out), layers)
     quantized = packed_modules(job.out, "qweight")
-    check_followed(job, quantized)
+    check_followed(job, quantized, layers.written)
     result.calibration = witness.summary(len(quantized))
+    result.experts = settled(job, experts.summary())
+
+
+def _skeleton(job: Job) -> Any:
+    """The model as Transformers builds it, without weights: the library's has other experts."""
+    config = AutoConfig.from_pretrained(
+        job.model, local_files_only=True, trust_remote_code=job.trust_remote_code
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=job.trust_remote_code
+        )
 
 
 def _checkpoint(job: Job, model: Any) -> CheckpointConfig | None:
@@ -84,30 +116,32 @@ def _damage_told() -> Iterator[None]:
         ) from error
 
 
-def _config(job: Job) -> Any:
+def _config(job: Job, layers: SeparateLayers) -> Any:
     common = {
         **bits_and_group(usual_scheme(job).weight),
         "device": job.device,
-        "dynamic": _dynamic(job),
+        "dynamic": _dynamic(job, layers),
         "offload_to_disk": job.placement == "layerwise",
     }
+    if layers.blocks and job.experts == "all":
+        common["moe"] = MoEConfig(routing=ExpertsRoutingBypass())
     if job.options.get("method") == "awq":
         return AWQConfig(**common)
     return GPTQConfig(**common, **{k: job.options[k] for k in _GPTQ_OPTIONS if k in job.options})
 
 
-def _dynamic(job: Job) -> dict[str, dict[str, Any]] | None:
-    """Rules by module name: `-:` leaves a module alone, `+:` changes its number format.
+def _dynamic(job: Job, layers: SeparateLayers) -> dict[str, dict[str, Any]] | None:
+    """Rules by module name, for what is left alone or has another number format.
 
     Modules outside of the decoder blocks (head, embeddings) are left alone without a rule.
     """
     usual = bits_and_group(usual_scheme(job).weight)
     rules: dict[str, dict[str, Any]] = {
         f"+:^{re.escape(name)}$": own
-        for name, scheme in job.layers.items()
+        for name, scheme in layers.planned.items()
         if (own := bits_and_group(scheme.weight)) != usual
     }
-    rules |= {f"-:^{re.escape(name)}$": {} for name in job.keep if _IN_BLOCK.search(name)}
+    rules |= {f"-:^{re.escape(name)}$": {} for name in layers.kept if _IN_BLOCK.search(name)}
     return rules or None
 
 

@@ -35,7 +35,7 @@ def separate_experts(
             raise JobInputError(
                 f"LLM Compressor does not take apart the experts of {place.module} "
                 f"({type(block).__name__}).",
-                hint="keep them in 16 bit: --set 'ignore+=re:.*experts.*'",
+                hint="keep them in 16 bit: --set ignore+=@experts",
                 code="llmcompressor.experts",
             )
         layers[layer] = _separated(place, block.num_experts)

@@ -45,8 +45,8 @@ def quant_config(job: Job, model: torch.nn.Module, found: Mapping[str, Place]) -
     """The config for `mtq.quantize` that quantizes exactly the layers of the plan, at `found`.
 
     The library's lists of names to leave alone are not used: the plan is the authority, so every
-    other module with a weight is switched off by its exact name. Classes that it leaves alone
-    (batch norms, activations) stay off.
+    other module is switched off by its exact name. Classes that it leaves alone (batch norms,
+    activations) stay off.
     """
     preset = copy.deepcopy(getattr(mtq, PRESETS[usual_scheme(job).name]))
     algorithm = job.options.get("algorithm", preset["algorithm"])
@@ -59,7 +59,7 @@ def quant_config(job: Job, model: torch.nn.Module, found: Mapping[str, Place]) -
             entries.append(entry)
     planned = {place.module for place in found.values() if not place.parameter}
     planned |= set(fused_tensors(model))
-    off = {f"{name}.*" for name in set(_weighted(model)) - planned}
+    off = {f"{name}.*" for name in set(_childless(model)) - planned}
     off |= set(_experts_off(model, found))
     entries += [{"quantizer_name": name, "enable": False} for name in sorted(off)]
     config = {"quant_cfg": entries, "algorithm": _layer_by_layer(algorithm, job, found)}
@@ -238,11 +238,11 @@ def _method(algorithm: Any) -> str:
     return str(algorithm["method"] if isinstance(algorithm, dict) else algorithm)
 
 
-def _weighted(model: torch.nn.Module) -> Iterator[str]:
-    """Names of the modules without children that hold a parameter (ModelOpt has quantized
-    LayerNorms too)."""
+def _childless(model: torch.nn.Module) -> Iterator[str]:
+    """Names of the modules without children (ModelOpt has quantized LayerNorms and poolings
+    too)."""
     for name, module in model.named_modules():
-        if not any(module.children()) and any(True for _ in module.parameters(recurse=False)):
+        if not any(module.children()):
             yield name
 
 

@@ -36,8 +36,10 @@ from quantkit.backends.adapters.common import (
     norms,
     seed_everything,
 )
+from quantkit.backends.adapters.experts_seen import ExpertsSeen, settled
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.process.job import NO_DATA, Job, JobInputError, Reporter, Result
+from quantkit.checkpoint.network.fused_experts import expert_block
 
 _PATH = re.compile(r"[\w/.-]+", re.ASCII)
 """Paths that the library writes to; it refuses any other character."""
@@ -80,7 +82,9 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         )
         out = Path(job.out) if _PATH.fullmatch(job.out) else Path(work, "out")
         config = PracticeConfig.model_validate(practice).extract_quant_config()
-        with witness.watch(model, "quantize"):
+        blocks = {block: block for name in job.layers if (block := expert_block(name))}
+        experts = ExpertsSeen(model, blocks, tokens, 1, once=True)
+        with witness.watch(model, "quantize"), experts.watch(feed=False):
             service.quantize(config, adapter, out, _device(job))
         if out != Path(job.out):
             shutil.copytree(out, job.out, dirs_exist_ok=True)
@@ -89,6 +93,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     check_followed(job, quantized)
     if tokens is not None:
         result.calibration = witness.summary(len(quantized))
+        result.experts = settled(job, experts.summary())
 
 
 def _keep_dtype(norm: Any) -> None:
@@ -230,6 +235,8 @@ def _for_transformers_4(model: Path, work: Path) -> Path:
         config["rope_theta"] = rope.pop("rope_theta")
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = rope
+    if "num_local_experts" in config:
+        config.setdefault("num_experts", config["num_local_experts"])  # what version 4 calls Qwen's
     if "dtype" in config:
         config["torch_dtype"] = config.pop("dtype")
     (work / "config.json").write_text(json.dumps(config), encoding="utf-8")

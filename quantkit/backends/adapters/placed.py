@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from quantkit.backends.adapters.hf_config import auto_class
 from quantkit.backends.process.job import Job, JobInputError
 
 FREE_SHARE = 0.8
@@ -29,7 +30,8 @@ def load_placed(job: Job) -> Any:
     Weights that a library changes while they are offloaded are written below `job.out`;
     `offload_removed` takes that folder away.
     """
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+    kind = auto_class(_config(job))
+    model: torch.nn.Module = kind.from_pretrained(
         job.model,
         dtype="auto",
         local_files_only=True,
@@ -50,13 +52,9 @@ def offload_removed(job: Job) -> Iterator[None]:
 
 def empty_model(job: Job) -> torch.nn.Module:
     """The model without weights (on the meta device), its tied weights tied."""
-    config = AutoConfig.from_pretrained(
-        job.model, local_files_only=True, trust_remote_code=job.trust_remote_code
-    )
+    config = _config(job)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=job.trust_remote_code
-        )
+        model = auto_class(config).from_config(config, trust_remote_code=job.trust_remote_code)
     model.tie_weights()
     evaluated: torch.nn.Module = model.eval()
     return evaluated
@@ -79,6 +77,12 @@ def decoder_blocks(model: Any) -> list[str]:
             code="placement.no_blocks",
         )
     return found
+
+
+def _config(job: Job) -> Any:
+    return AutoConfig.from_pretrained(
+        job.model, local_files_only=True, trust_remote_code=job.trust_remote_code
+    )
 
 
 def _asked(job: Job) -> dict[str, Any]:

@@ -7,7 +7,7 @@ of a layer as two 3-D tensors; its own conversion mapping, which loads the weigh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from quantkit.backends.process.job import Job, JobInputError
+from quantkit.checkpoint.network.fused_experts import fused_layer
 
 HALVES = ("gate_proj", "up_proj")
 """What the two halves of a fused `gate_up_proj` are called as layers of their own."""
@@ -90,6 +91,34 @@ def _part(pattern: str | None, merging: Iterable[WeightConverter]) -> str | None
     return HALVES[converter.source_patterns.index(pattern)] if leaf == "gate_up_proj" else leaf
 
 
+def separated(model: torch.nn.Module, found: Mapping[str, Place]) -> dict[str, dict[str, str]]:
+    """Layer of the checkpoint → its linear layers in the model once every expert is a module of its
+    own, each with its name in the checkpoint.
+
+    `model` still holds the experts as 3-D tensors.
+    """
+    return {
+        layer: dict(_apart(layer, place, model.get_submodule(place.module)))
+        for layer, place in found.items()
+    }
+
+
+def _apart(layer: str, place: Place, module: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    if not place.parameter:
+        yield place.module, layer
+    elif place.expert is not None:
+        yield f"{place.module}.{place.expert}.{place.part}", layer
+    else:
+        fused = fused_layer(layer)
+        whole = HALVES if place.parameter == "gate_up_proj" else (place.parameter,)
+        assert fused is not None, layer
+        # LongCat's last experts have rows in one tensor only, and compute nothing.
+        counts = [t.shape[0] for t in module.parameters(recurse=False) if t.ndim == 3]
+        for expert in range(min(counts)):
+            for part, name in zip(whole, fused.names(expert), strict=True):
+                yield f"{place.module}.{expert}.{part}", name
+
+
 def fused_tensors(model: torch.nn.Module) -> dict[str, dict[str, int]]:
     """Modules that hold experts as 3-D tensors → name of the tensor → how many experts."""
     found: dict[str, dict[str, int]] = {}
@@ -107,7 +136,10 @@ def expert_blocks(found: Mapping[str, Place]) -> dict[str, str]:
     for layer, place in found.items():
         if place.parameter:
             head, inside, _ = layer.partition(".experts.")
-            blocks[place.module] = f"{head}.experts" if inside else layer.rpartition(".")[0]
+            held = f"{head}.experts" if inside else layer.rpartition(".")[0]
+            # Granite's files have the layers of all experts beside the router.
+            beside = place.module.endswith(".experts") and not held.endswith(".experts")
+            blocks[place.module] = f"{held}.experts" if beside else held
     return blocks
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from quantkit.backends.process.job import Job, JobError, Reporter, token_digest
 
+_PICTURE = re.compile(r"picture\.(\d+)\.(.+)")
 _BLOCK = re.compile(r"(?:layers|h|blocks)\.(\d+)$")
 
 
@@ -30,27 +31,46 @@ def never_ran(what: str) -> JobError:
 
 
 class Tokens:
-    """The job's token file: `ids` and `masks`, [samples, length] int64 each."""
+    """The job's token file: `ids` and `masks`, [samples, length] int64 each, and for samples with
+    pictures the other arguments of the model's forward pass, by their number."""
 
     def __init__(self, job: Job) -> None:
         assert job.tokens is not None
         tensors = load_file(job.tokens)
         self.ids, self.masks = tensors["input_ids"], tensors["attention_mask"]
+        self.pictures: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            if found := _PICTURE.match(name):
+                self.pictures.setdefault(int(found.group(1)), {})[found.group(2)] = tensor
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def batches(self, size: int) -> list[dict[str, torch.Tensor]]:
-        """All samples in order, `size` at a time, as keyword arguments of a model.
+        """All samples in order, as keyword arguments of a model: `size` at a time, and those with
+        pictures one by one and without their padding.
 
         The tensors are copies: AutoRound writes into the masks that it is given.
         """
-        starts = range(0, len(self.ids), size)
-        return [
-            {"input_ids": self.ids[start : start + size].clone(),
-             "attention_mask": self.masks[start : start + size].clone()}
-            for start in starts
-        ]  # fmt: skip
+        batches, start = [], 0
+        while start < len(self.ids):
+            end = start + 1
+            while end < min(start + size, len(self.ids)) and self.pictures.keys().isdisjoint(
+                (start, end)
+            ):
+                end += 1
+            seen = self.pictures.get(start, {})
+            width = int(self.masks[start].sum()) if seen else self.ids.shape[1]
+            rows = slice(start, end)
+            batches.append(
+                {
+                    "input_ids": self.ids[rows, :width].clone(),
+                    "attention_mask": self.masks[rows, :width].clone(),
+                    **{name: tensor.clone() for name, tensor in seen.items()},
+                }
+            )
+            start = end
+        return batches
 
     def samples(self) -> list[list[int]]:
         """The ids of every sample without its padding."""

@@ -71,6 +71,8 @@ def _calibrated(recipe: Recipe) -> bool:
 def _unsupported(recipe: Recipe) -> str | None:
     if recipe.on_nan == "keep16":
         return "on_nan=keep16 is not supported by AutoRound"
+    if recipe.on_unseen == "keep16":
+        return "on_unseen=keep16 is not supported by AutoRound, which rounds such experts: rtn"
     fitting = _FORMATS.get(recipe.scheme, ())
     chosen = recipe.options.get("format")
     if chosen is not None and fitting and chosen not in fitting:

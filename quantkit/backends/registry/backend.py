@@ -88,8 +88,9 @@ class Backend:
     methods: scheme name → what it becomes.
     chosen: the method as a recipe's options change it.
     overrides: whether single layers may have schemes of their own.
-    dense_only: whether models with towers are beyond it, and with experts, but for those families
-        that `mixtures.yaml` names.
+    dense_only: whether models with experts and with towers are beyond it, but for those families
+        that `mixtures.yaml` and `towers.yaml` name.
+    pictures: whether it calibrates with pictures too.
     reads_fp8_blocks: whether a source in FP8 blocks (DeepSeek) is dequantized on the way.
     placements: where the library can keep the weights, the first choice first, and what it takes.
     resumes: after what `--resume` goes on; a job that the library's layer checkpoints do not cover
@@ -110,6 +111,7 @@ class Backend:
     environment: str | None = None
     overrides: bool = True
     dense_only: bool = False
+    pictures: bool = False
     reads_fp8_blocks: bool = False
     saves_state: bool = False
     placements: Mapping[Placement, Footprint] = field(

@@ -38,6 +38,8 @@ def _unsupported(recipe: Recipe) -> str | None:
     options = recipe.options
     if recipe.on_nan == "keep16":
         return "on_nan=keep16 is not supported by GPTQModel"
+    if recipe.on_unseen == "keep16":
+        return "on_unseen=keep16 is not supported by GPTQModel, which rounds such experts: rtn"
     if options.get("method") == "awq" and recipe.scheme != "w4a16":
         return f"GPTQModel's AWQ writes 4 bits only, not {recipe.scheme}"
     if options.get("desc_act") and options.get("act_group_aware"):

@@ -88,6 +88,7 @@ LLMCOMPRESSOR = Backend(
     options=LLMCompressorOptions,
     kv_caches=("none", "fp8"),
     dense_only=True,
+    pictures=True,
     placements={
         "resident": Footprint(1_100_000_000, 1.0, 6, 2),
         "layerwise": Footprint(1_100_000_000, 1.0, 6, 2, 0.6),

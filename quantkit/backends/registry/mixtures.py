@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from quantkit.checkpoint.network.fused_experts import expert_block
 from quantkit.checkpoint.network.language import text_config
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Mixtures:
     cannot: why it does not quantize the experts at all, by family.
     whole: why it writes no sound checkpoint whatever is quantized, by family.
     schemes: family → scheme → why that scheme does not work there.
+    algorithms: algorithm (`Method.algorithm`) → why no mixture goes through it.
     """
 
     calibrates: frozenset[str] = frozenset()
@@ -33,6 +35,7 @@ class Mixtures:
     cannot: Mapping[str, str] = field(default_factory=dict)
     whole: Mapping[str, str] = field(default_factory=dict)
     schemes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    algorithms: Mapping[str, str] = field(default_factory=dict)
 
 
 @cache
@@ -46,6 +49,7 @@ def mixtures() -> dict[str, Mixtures]:
             entry.get("cannot") or {},
             entry.get("whole") or {},
             entry.get("schemes") or {},
+            entry.get("algorithms") or {},
         )
         for name, entry in yaml.safe_load(text).items()
     }
@@ -66,10 +70,13 @@ def mixture_refusal(
         return f"{library} does not write {family}: {reason}"
     if reason := known.schemes.get(family, {}).get(recipe.scheme):
         return f"{library} does not write {recipe.scheme} of {family}: {reason}"
-    if not any(".experts." in f"{name}." for name in layers) or family in known.calibrates:
+    algorithm = backend.method(recipe).algorithm
+    if reason := known.algorithms.get(algorithm):
+        return f"{library} quantizes no mixture by {algorithm} here: {reason}"
+    if not any(map(expert_block, layers)) or family in known.calibrates:
         return None
     if reason := known.cannot.get(family):
-        without = "keep them in 16 bit with --set 'ignore+=re:.*experts.*'"
+        without = "keep them in 16 bit with --set ignore+=@experts"
         return f"{library} does not quantize the experts of {family}: {reason} ({without})"
     reason = known.routed.get(family)
     if reason is None:

@@ -59,6 +59,7 @@ MODELOPT = Backend(
     kv_caches=("none", "fp8", "nvfp4"),
     overrides=False,
     dense_only=True,
+    pictures=True,
     saves_state=True,
     resumes="layer",
     placements={

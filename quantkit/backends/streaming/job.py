@@ -38,11 +38,11 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows [first, first + rows) of one matrix of a tensor.
+    """`rows` rows of one matrix of a tensor: every `step`-th from `first` on.
 
     A 2-D tensor holds one matrix; a fused expert tensor holds one an expert, number `matrix`, which
-    `transposed` stores as [in, out]. `scale` are the inverse scales of an FP8 tensor in square
-    blocks (DeepSeek), `block` their size.
+    `transposed` stores as [in, out] (the only way in which a `step` other than 1 is read). `scale`
+    are the inverse scales of an FP8 tensor in square blocks (DeepSeek), `block` their size.
     """
 
     tensor: TensorInfo
@@ -53,6 +53,7 @@ class Slice:
     transposed: bool = False
     scale: TensorInfo | None = None
     block: tuple[int, int] = (128, 128)
+    step: int = 1
 
     @property
     def row_bytes(self) -> int:
@@ -78,12 +79,14 @@ class Work:
     """All that is made from one source tensor: quantized pieces in its order, or a copy.
 
     `dequantized` is the whole of a tensor in FP8 with inverse scales whose copy is bfloat16.
+    `biases`: of the biases [experts, out] of all experts, the part that each output has.
     """
 
     tensor: TensorInfo
     pieces: tuple[Piece, ...]
     dequantized: Slice | None
     outputs: Outputs
+    biases: Mapping[str, Slice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from quantkit.backends.streaming.rtn import (
     nvfp4_global_scale,
     quantize_rows,
 )
+from quantkit.checkpoint.tensors import torch_dtypes
 from quantkit.errors import InputError
 
 Advance = Callable[[int], None]
@@ -67,7 +68,9 @@ class Performer:
             try:
                 for piece in work.pieces:
                     record.layers[piece.module] = self._quantize(piece, reader, sinks)
-                if not work.pieces and not self._copy(work, reader, sinks[work.tensor.name]):
+                if work.biases:
+                    self._deal_out(work, reader, sinks)
+                elif not work.pieces and not self._copy(work, reader, sinks[work.tensor.name]):
                     record.notes.append(f"{work.tensor.name}, kept, holds NaN or infinite values")
             except NonFiniteError as error:
                 raise self._nonfinite_error(work) from error
@@ -109,6 +112,17 @@ class Performer:
             sink.write(_bytes(data))
             self._advance(size)
         return finite
+
+    def _deal_out(self, work: Work, reader: RowReader, sinks: Mapping[str, Sink]) -> None:
+        """Give the bias of every layer of an expert its part. Raises NonFiniteError."""
+        info = work.tensor
+        values = reader.read(0, info.bytes).view(torch_dtypes()[info.dtype]).view(info.shape)
+        if not all_finite(values):
+            raise NonFiniteError
+        for name, part in work.biases.items():
+            mine = values[part.matrix, part.first :: part.step][: part.rows]
+            sinks[name].write(_bytes(mine))
+        self._advance(info.bytes)
 
     def _whole(self, work: Work, reader: RowReader) -> Iterator[tuple[torch.Tensor, int]]:
         """A work's source tensor as it would be kept, in blocks, each with the bytes it took."""

@@ -35,7 +35,7 @@ def run_on_ray(
     Joins the cluster that RAY_ADDRESS names, or starts one on this machine. Raises InputError when
     ray is not installed, and BackendError when a shard's workers were lost RETRIES times over.
     """
-    ray = _import_ray()
+    ray = import_ray()
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
@@ -97,7 +97,8 @@ def _unwrap(result: ShardRecord | dict[str, Any]) -> ShardRecord:
     raise InputError(result["message"], hint=result["hint"], code=result["code"])
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
+    """The package ray; InputError where it is not installed."""
     try:
         import ray
     except ImportError as error:

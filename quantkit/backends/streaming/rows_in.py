@@ -80,8 +80,8 @@ class RowReader:
     def rows(self, part: Slice, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the slice, [stop - start, columns], in a float dtype."""
         if part.transposed:
-            matrix = self._transposed(part)
-            return matrix[:, part.first + start : part.first + stop].T.contiguous()
+            matrix = self._transposed(part)[:, part.first :: part.step]
+            return matrix[:, start:stop].T.contiguous()
         dtype = torch_dtypes()[self.tensor.dtype]
         first = part.matrix * self.tensor.shape[-2] + part.first + start
         row = part.columns * dtype.itemsize

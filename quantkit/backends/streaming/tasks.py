@@ -5,7 +5,7 @@ first weight is. Each source shard becomes one output file (more where it would 
 size), so a task reads one source file, and FP4 global scales of layers that engines fuse.
 
 Fused 3-D expert tensors come out as one 2-D layer an expert (`experts.3.gate_proj`), the names that
-compressed-tensors and the engines use for quantized experts.
+compressed-tensors and the engines use for quantized experts; their biases are dealt out alike.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ from quantkit.backends.streaming.job import (
 )
 from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 from quantkit.checkpoint.network.expert_layout import stored_transposed, unknown_experts
+from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, weight_block
+from quantkit.checkpoint.network.fused_experts import fused_layer
 from quantkit.checkpoint.network.modules import fused_groups
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
 
 FLOATS = ("BF16", "F16", "F32")
 SCALES = (*FLOATS, "F8_E8M0")
+_BIAS = "_bias"
+"""What a fused expert tensor's biases have after its name."""
 
 
 def plan_shards(
@@ -46,12 +50,15 @@ def plan_shards(
     _refuse_misfits(slices, layers, layout)
     shared = _shared_slices(slices, layers)
     by_tensor = {next(iter(parts.values())).tensor.name: module for module, parts in slices.items()}
+    biases = {f"{name}{_BIAS}": slices[module] for name, module in by_tensor.items()}
     works = []
     for tensor in sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.start)):
         if _is_inverse_scale(tensor.name, checkpoint):
             continue
         module = by_tensor.get(tensor.name)
-        if module is None:
+        if tensor.name in biases:
+            works.append(_dealt_out(tensor, biases[tensor.name]))
+        elif module is None:
             works.append(_copy(tensor, checkpoint))
         else:
             pieces = tuple(
@@ -77,7 +84,8 @@ def _slices(checkpoint: Checkpoint, module: str) -> dict[str, Slice]:
         scale = checkpoint.tensors.get(tensor.name + INVERSE_SCALE)
         block = weight_block(checkpoint.config)
         return {module: Slice(tensor, 0, rows, columns, scale=scale, block=block)}
-    if f"{tensor.name}_bias" in checkpoint.tensors:
+    biased = family(checkpoint.config).experts.biased
+    if f"{tensor.name}{_BIAS}" in checkpoint.tensors and not biased:
         raise unknown_experts(tensor, "comes with a bias, as experts with interleaved rows do")
     return dict(_expert_slices(tensor, module, checkpoint))
 
@@ -85,16 +93,26 @@ def _slices(checkpoint: Checkpoint, module: str) -> dict[str, Slice]:
 def _expert_slices(
     tensor: TensorInfo, module: str, checkpoint: Checkpoint
 ) -> Iterator[tuple[str, Slice]]:
-    parent, _, leaf = module.removesuffix(".weight").rpartition(".")
-    leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+    fused = fused_layer(module)
+    assert fused is not None, module
+    parts = len(fused.leaves)
     experts, height, width = tensor.shape
     transposed = stored_transposed(tensor, checkpoint)
     outputs, inputs = (width, height) if transposed else (height, width)
-    rows = outputs // len(leaves)
+    rows = outputs // parts
+    mixed = parts > 1 and family(checkpoint.config).experts.interleaved
+    if mixed and not transposed:
+        raise unknown_experts(tensor, "holds gate and up in alternating rows, outputs first")
     for expert in range(experts):
-        for index, name in enumerate(leaves):
-            part = Slice(tensor, index * rows, rows, inputs, expert, transposed)
-            yield f"{parent}.{expert}.{name}", part
+        for index, name in enumerate(fused.names(expert)):
+            first, step = (index, parts) if mixed else (index * rows, 1)
+            yield name, Slice(tensor, first, rows, inputs, expert, transposed, step=step)
+
+
+def _dealt_out(bias: TensorInfo, slices: Mapping[str, Slice]) -> Work:
+    """The bias [experts, out] of a fused tensor, to the layers of its experts."""
+    outputs = {f"{name}.bias": (bias.dtype, (part.rows,)) for name, part in slices.items()}
+    return Work(bias, (), None, outputs, {f"{name}.bias": p for name, p in slices.items()})
 
 
 def _shared_slices(

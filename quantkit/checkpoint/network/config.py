@@ -36,7 +36,7 @@ def stop_tokens(directory: Path, config: Mapping[str, Any]) -> list[int]:
 
 def expert_count(config: Mapping[str, Any]) -> int:
     """Routed experts a layer, 0 for a dense model (Doge says so by `is_moe`)."""
-    text = text_config(config)
+    text = _with_nested(text_config(config))
     if text.get("is_moe") is False:
         return 0
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
@@ -50,10 +50,16 @@ def experts_per_token(config: Mapping[str, Any]) -> int:
     """Routed experts that compute a token, 0 for a dense model; 1 where a mixture does not say."""
     if not expert_count(config):
         return 0
-    text = text_config(config)
+    text = _with_nested(text_config(config))
     keys = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
     stated = next((text[key] for key in keys if text.get(key)), 1)
     return max(map(_integer, stated)) if isinstance(stated, list) else _integer(stated)
+
+
+def _with_nested(text: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the keys that DBRX states in an object of their own."""
+    nested = text.get("ffn_config")
+    return {**nested, **text} if isinstance(nested, dict) else text
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:

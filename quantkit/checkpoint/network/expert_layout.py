@@ -11,8 +11,8 @@ from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.language import text_config
 from quantkit.errors import InputError
 
-_UP = ("gate_up_proj", "up_proj", "gate_proj", "input_linear")
-_DOWN = ("down_proj", "output_linear")
+_UP = ("gate_up_proj", "up_proj", "gate_proj", "input_linear", "fc1")
+_DOWN = ("down_proj", "output_linear", "fc2")
 
 
 def input_first(

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from quantkit.checkpoint.network.config import expert_count, text_size
 from quantkit.checkpoint.network.families import tower_names
+from quantkit.checkpoint.network.fused_experts import FUSED_EXPERTS, FUSED_LEAVES, expert_block
+from quantkit.checkpoint.network.multimodal import LanguageModel, language_model
 from quantkit.checkpoint.network.patterns import matches
 
 Kind = Literal[
@@ -39,9 +41,6 @@ _ROUTING = {"routing", "gating"}
 _SMALL_GATES = {"in_proj_a", "in_proj_b", "in_proj_ba"}
 CONTROLS = {"x_proj", "dt_proj"}
 """What steers a state-space layer (Jamba, Mamba): small, and as fragile as a router."""
-FUSED_EXPERTS = ("gate_up_proj", "down_proj", "gate_proj", "up_proj")
-"""Leaves of fused 3-D expert tensors that are written as a layer an expert."""
-_OTHER_EXPERTS = ("input_linear", "output_linear")
 _TOWERS = {
     "visual", "vision_tower", "vision_model", "vision_encoder", "vision_embed_tokens", "vit",
     "multi_modal_projector", "mm_projector", "embed_vision", "image_newline", "resampler",
@@ -95,6 +94,7 @@ def classify(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -
         layers=text_size(config, "num_hidden_layers"),
         expert_parents=parents_of_experts,
         towers=tower_names(config),
+        language=language_model(shapes, config),
     )
     found = []
     for tensor, shape in shapes.items():
@@ -144,9 +144,8 @@ def expert_groups(names: Collection[str]) -> list[tuple[str, ...]]:
     """The experts of each mixture, as tuples of full names: engines give them one scheme."""
     groups = defaultdict(list)
     for name in names:
-        parent, found, _ = name.partition(".experts.")
-        if found:
-            groups[parent].append(name)
+        if block := expert_block(name):
+            groups[block].append(name)
     return [tuple(members) for members in groups.values()]
 
 
@@ -163,6 +162,7 @@ class _Context:
     layers: int
     expert_parents: set[str]
     towers: frozenset[str]
+    language: LanguageModel | None
 
 
 def _module_of(tensor: str, shape: tuple[int, ...]) -> str | None:
@@ -183,16 +183,17 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
     beyond = index is not None and 0 < context.layers <= index
     if "mtp" in parts or "nextn" in parts or beyond:
         return "mtp" if len(shape) >= 2 else "norm"
+    if _outside(name, shape, context):
+        return "tower"
     if len(shape) == 3:
-        expert_like = ".experts" in name or leaf in (*FUSED_EXPERTS, *_OTHER_EXPERTS)
-        return "experts" if expert_like else "other"
+        return "experts" if ".experts" in name or leaf in FUSED_LEAVES else "other"
     if len(shape) == 1:
         return "norm" if "norm" in leaf or leaf.startswith("ln") else "other"
     if len(shape) != 2:
         return "other"
     if leaf in _HEADS and (index is None):
         return "head"
-    if "embed" in name.lower() or leaf in ("wte", "wpe", "tok_embeddings"):
+    if _embeds(name, leaf):
         return "embedding"
     if index is None and context.vocabulary and shape[0] == context.vocabulary:
         return "embedding"
@@ -201,6 +202,22 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
     if routes or leaf in _SMALL_GATES | CONTROLS or leaf.endswith("_coefs") or _routes(parts):
         return "router"
     return "linear"
+
+
+def _outside(name: str, shape: tuple[int, ...], context: _Context) -> bool:
+    """Whether a module of a multi-modal model is neither in the blocks of its language model nor
+    its head, nor an embedding or norm beside the blocks."""
+    language, parts = context.language, name.split(".")
+    if language is None or name.startswith(language.blocks):
+        return False
+    if parts[-1] in _HEADS and layer_index(name) is None:
+        return context.vocabulary not in (0, shape[0])
+    within = len(shape) == 1 or _embeds(name, parts[-1])
+    return not (within and language.beside(name))
+
+
+def _embeds(name: str, leaf: str) -> bool:
+    return "embed" in name.lower() or leaf in ("wte", "wpe", "tok_embeddings")
 
 
 def _routes(parts: list[str]) -> bool:

@@ -51,7 +51,7 @@ class PlainLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kept is not None:
             result = x.new_empty(*x.shape[:-1], self.rows)
-            rows = x.reshape(-1, x.shape[-1])
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
             with vllm_operators.LOCK:
                 torch.ops._C.onednn_mm(
                     result.view(-1, self.rows), rows, self.bias, self.kept.handle
@@ -110,7 +110,7 @@ class QuantLinear(nn.Module):
         return weight.nbytes if isinstance(weight, vllm_operators.Weight) else 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         if self.multiplier is not None:
             rows = rows * self.multiplier
         if self.order is not None:

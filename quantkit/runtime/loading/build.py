@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.checkpoint.network.config import is_tied
+from quantkit.checkpoint.network.config import expert_count, is_tied
 from quantkit.checkpoint.network.families import family_of
 from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
 from quantkit.runtime.linear.modules import PlainLinear
 from quantkit.runtime.loading.make_layers import LayerMaker
 from quantkit.runtime.loading.memory import release
+from quantkit.runtime.loading.mixture import Mixtures
 from quantkit.runtime.network.decoder import Block, CacheScales, Decoder, Shape
+from quantkit.runtime.network.mlp import Mlp
 
 
 def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = None) -> Decoder:
@@ -23,9 +25,13 @@ def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = No
     count = int(config.num_hidden_layers)
     vocabulary, hidden = int(config.vocab_size), int(config.hidden_size)
     embed = _plain(maker, "model.embed_tokens.weight", (vocabulary, hidden))
+    mixtures = Mixtures(config, maker) if expert_count(config.to_dict()) else None
     blocks = []
     for index in range(count):
-        blocks.append(_block(config, maker, f"model.layers.{index}", shape, eps))
+        name = f"model.layers.{index}"
+        mixture = mixtures.block(f"{name}.mlp") if mixtures else None
+        mlp = mixture or _mlp(config, maker, f"{name}.mlp")
+        blocks.append(_block(config, maker, name, shape, eps, mlp))
         release()
         if progress is not None:
             progress(index + 1, count)
@@ -33,12 +39,13 @@ def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = No
     return Decoder(config, embed, blocks, norm, _head(maker, embed))
 
 
-def _block(config: Any, maker: LayerMaker, name: str, shape: Shape, eps: float) -> Block:
-    hidden, wide = int(config.hidden_size), int(config.intermediate_size)
+def _block(
+    config: Any, maker: LayerMaker, name: str, shape: Shape, eps: float, mlp: nn.Module
+) -> Block:
+    hidden = int(config.hidden_size)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     kin, everywhere = family_of(config.model_type), bool(getattr(config, "attention_bias", False))
-    attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-    mlp_bias = bool(getattr(config, "mlp_bias", False))
+    attention = f"{name}.self_attn"
     head_norms = None
     if kin.qk_norm:
         head_norms = (
@@ -51,16 +58,21 @@ def _block(config: Any, maker: LayerMaker, name: str, shape: Shape, eps: float) 
         everywhere or kin.qkv_bias,
     )
     out = maker.linear(f"{attention}.o_proj", (hidden, queries), everywhere)
-    gate_up = maker.merged(
-        [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [(wide, hidden), (wide, hidden)], mlp_bias
-    )
-    down = maker.linear(f"{mlp}.down_proj", (hidden, wide), mlp_bias)
     norms = (
         _plain(maker, f"{name}.input_layernorm.weight", (hidden,)),
         _plain(maker, f"{name}.post_attention_layernorm.weight", (hidden,)),
     )
     scales = _cache_scales(maker, attention)
-    return Block(shape, eps, norms, head_norms, (qkv, out, gate_up, down), scales)
+    return Block(shape, eps, norms, head_norms, (qkv, out), mlp, scales)
+
+
+def _mlp(config: Any, maker: LayerMaker, name: str) -> Mlp:
+    hidden, wide = int(config.hidden_size), int(config.intermediate_size)
+    bias = bool(getattr(config, "mlp_bias", False))
+    gate_up = maker.merged(
+        [f"{name}.gate_proj", f"{name}.up_proj"], [(wide, hidden), (wide, hidden)], bias
+    )
+    return Mlp(gate_up, maker.linear(f"{name}.down_proj", (hidden, wide), bias))
 
 
 def _head(maker: LayerMaker, embed: torch.Tensor) -> nn.Module:

@@ -7,24 +7,28 @@ one, and calls the layers of one as its family or a library does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import silu
 
+from quantkit.checkpoint.network.fused_experts import fused_layer
 from quantkit.errors import InputError
+from quantkit.runtime.linear.grouped.base import Activation
+from quantkit.runtime.linear.grouped.select import group
 from quantkit.runtime.linear.modules import PlainLinear
 from quantkit.runtime.loading.make_layers import LayerMaker
 from quantkit.runtime.loading.memory import release
 from quantkit.runtime.loading.names import FileNames
 from quantkit.runtime.network.experts import (
-    Activation,
     GroupedExperts,
     PaddedExperts,
     SortedExperts,
 )
+from quantkit.runtime.network.mlp import silu_mul
 
 _GATE = ("gate_proj", "w1")
 _UP = ("up_proj", "w3")
@@ -98,8 +102,15 @@ def _kind(module: nn.Module) -> Callable[[_Place], nn.Module] | None:
 
 
 def _grouped(place: _Place) -> nn.Module:
+    maker, before = place.maker, len(place.maker.records)
     ups, downs = _layers(place, transposed=bool(getattr(place.module, "is_transposed", False)))
-    return GroupedExperts(ups, downs, _activation(place.module))
+    routed = place.module.num_experts if hasattr(place.module, "num_experts") else len(downs)
+    grouped = group(ups, downs, maker.device) if routed == len(downs) else None
+    if grouped is not None:
+        maker.records[before:] = [
+            replace(record, kernel=grouped.kernel.NAME) for record in maker.records[before:]
+        ]
+    return GroupedExperts(ups, downs, _activation(place.module), grouped)
 
 
 def _padded(place: _Place) -> nn.Module:
@@ -112,8 +123,20 @@ def _sorted(place: _Place) -> nn.Module:
     transposed = hasattr(place.module, "in_features")
     rows, columns = reversed(sides) if transposed else sides
     stored = place.names.tensor(f"{place.name}.weight")
-    made = place.maker.stacked(stored, count, (rows, columns), transposed=transposed)
+    if place.maker.source.has(stored):
+        made = place.maker.stacked(stored, count, (rows, columns), transposed=transposed)
+    else:
+        made = [_one_by_one(place, number, (rows, columns)) for number in range(count)]
     return SortedExperts(made)
+
+
+def _one_by_one(place: _Place, number: int, shape: tuple[int, int]) -> nn.Module:
+    """The layer of one expert, of a tensor that the checkpoint has taken apart."""
+    fused = fused_layer(place.name)
+    block = replace(place, name=fused.block if fused else place.name)
+    if fused and len(fused.leaves) > 1:
+        return _first(block, number, shape, has_gate=True, biased=False, mixed=False)
+    return place.maker.linear(_named(block, number, _DOWN), shape)
 
 
 def _dbrx(place: _Place) -> nn.Module:
@@ -210,10 +233,15 @@ def _activation(module: Any) -> Activation:
     if not getattr(module, "has_gate", True):
         return module.act_fn  # type: ignore[no-any-return]
     own = getattr(module, "_apply_gate", None)
-    return _gated(module.act_fn) if own is None else own
+    if own is None or own.__module__ != type(module).__module__:  # Transformers' default
+        return _gated(module.act_fn)
+    return own  # type: ignore[no-any-return]
 
 
 def _gated(function: Activation) -> Activation:
+    if function is silu or type(function).__name__ in ("SiLU", "SiLUActivation"):
+        return silu_mul
+
     def activate(both: torch.Tensor) -> torch.Tensor:
         gate, up = both.chunk(2, dim=-1)
         return function(gate) * up

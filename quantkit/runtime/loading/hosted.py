@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.backends.adapters.hf_config import auto_class
 from quantkit.checkpoint.network.config import is_tied
 from quantkit.checkpoint.network.modules import CONTROLS, fused_groups
+from quantkit.checkpoint.network.multimodal import language_model
 from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
-from quantkit.runtime.linear.modules import PlainLinear
 from quantkit.runtime.loading.experts import find_experts, replace_experts, router_widths
 from quantkit.runtime.loading.make_layers import LayerMaker
 from quantkit.runtime.loading.memory import release
@@ -26,7 +27,7 @@ from quantkit.runtime.loading.names import FileNames
 
 
 class HostedNetwork(nn.Module):
-    """A Transformers causal language model behind the lean decoder's interface."""
+    """A Transformers model that continues text behind the lean decoder's interface."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -65,19 +66,17 @@ def build_hosted(config: Any, maker: LayerMaker, progress: Progress | None = Non
     model = empty_model(config, maker.source.checkpoint.path, maker.dtype)
     names = FileNames(model, maker.source)
     _compute_buffers(model, maker.device)
-    _replace_layers(model, maker, names, progress)
-    _fill_parameters(model, maker, names)
+    replace_layers(model, maker, names, progress=progress)
+    fill_parameters(model, maker, names)
     return HostedNetwork(model.eval())
 
 
 def empty_model(config: Any, path: Path, dtype: torch.dtype) -> Any:
     """Transformers' model of a config on the meta device; InputError for a network that cannot be
     computed: none that continues text, or experts kept in no known way."""
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            model: Any = auto_class(config).from_config(config, dtype=dtype)
     except ValueError as error:
         raise InputError(
             f"Transformers has no causal language model for {path}: {str(error).splitlines()[0]}",
@@ -104,8 +103,8 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
             leaf, torch.full(buffer.shape, unset, dtype=buffer.dtype, device=device), False
         )
         owners[name] = owner
-    for owner in dict.fromkeys(owners.values()):
-        model._init_weights(owner)
+    for owner, holder in {owner: _holder(model, name) for name, owner in owners.items()}.items():
+        holder._init_weights(owner)
     for name, owner in owners.items():
         value = owner.get_buffer(name.rpartition(".")[2])
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -116,11 +115,27 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
             )
 
 
-def _replace_layers(
-    model: Any, maker: LayerMaker, names: FileNames, progress: Progress | None
+def _holder(model: Any, name: str) -> Any:
+    """The innermost model around a buffer: a tower has an initialisation of its own."""
+    from transformers import PreTrainedModel
+
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:length])) for length in range(len(parts))]
+    return [module for module in around if isinstance(module, PreTrainedModel)][-1]
+
+
+def replace_layers(
+    model: Any,
+    maker: LayerMaker,
+    names: FileNames,
+    part: str = "",
+    progress: Progress | None = None,
 ) -> None:
-    experts = find_experts(model)
-    linears = _linears(model, maker, names, router_widths(experts))
+    """Put our layers in the place of the linear layers and experts that begin with `part`."""
+    every = find_experts(model)
+    experts = {name: module for name, module in every.items() if name.startswith(part)}
+    found = _linears(model, maker, names, router_widths(every))
+    linears = {name: module for name, module in found.items() if name.startswith(part)}
     groups = {members[0]: members for members in fused_groups(linears)}
     grouped = {name for members in groups.values() for name in members[1:]}
     heads = [name for name in linears if name not in grouped]
@@ -143,26 +158,31 @@ def _replace_layers(
 def _linears(
     model: Any, maker: LayerMaker, names: FileNames, widths: set[int]
 ) -> dict[str, nn.Linear]:
-    """The linear layers to replace. Routers and the like stay as they are where they are in 16 bit:
-    what holds them may use their weight itself."""
+    """The linear layers to replace. Routers and the like, and towers and projectors, stay as they
+    are where they are in 16 bit: what holds them may use their weight itself."""
     head = model.get_output_embeddings()
+    language = language_model(maker.source.checkpoint.shapes, maker.source.checkpoint.config)
     found = {}
     for name, module in model.named_modules():
         if type(module) is nn.Linear and module is not head:
+            stored = names.module(name)
             small = module.out_features in widths or name.rpartition(".")[2] in CONTROLS
-            if not small or names.module(name) in maker.source.layers:
+            outside = language is not None and not stored.startswith(language.blocks)
+            if not (small or outside) or stored in maker.source.layers:
                 found[name] = module
     return found
 
 
-def _fill_parameters(model: Any, maker: LayerMaker, names: FileNames) -> None:
-    """Embeddings, norms and whatever else is still on the meta device; then the output head."""
+def fill_parameters(model: Any, maker: LayerMaker, names: FileNames, part: str = "") -> None:
+    """What is still on the meta device of what begins with `part` (everything: embeddings, norms,
+    routers); then the output head, where it does."""
     source = maker.source
     head = model.get_output_embeddings()
     head_name = next((n for n, module in model.named_modules() if module is head), None)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in state.items():
-        if not value.is_meta or name.rpartition(".")[0] == head_name:
+        wanted = value.is_meta and name.startswith(part)
+        if not wanted or name.rpartition(".")[0] == head_name:
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
         stored = names.tensor(name)
@@ -170,7 +190,7 @@ def _fill_parameters(model: Any, maker: LayerMaker, names: FileNames) -> None:
         if isinstance(value, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(owner, name.rpartition(".")[2], tensor)
-    if head_name is None:
+    if head_name is None or not head_name.startswith(part):
         return
     embedding = model.get_input_embeddings().weight
     stored = names.module(head_name)
@@ -179,5 +199,6 @@ def _fill_parameters(model: Any, maker: LayerMaker, names: FileNames) -> None:
         made: nn.Module = maker.linear(stored, shape, head.bias is not None)
     else:
         source.used.add(f"{stored}.weight")
-        made = PlainLinear(embedding, None)
+        whole = (head.out_features, head.in_features)
+        made = maker.plain([stored], [whole], embedding.detach(), None)
     model.set_submodule(head_name, made)

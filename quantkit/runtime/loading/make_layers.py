@@ -15,9 +15,10 @@ from quantkit.formats.base import LayerSpec, QuantWeight
 from quantkit.runtime.linear.description import centred, contiguous_groups, describe
 from quantkit.runtime.linear.kernels.select import Choice, choose
 from quantkit.runtime.linear.modules import JoinedLinear, PlainLinear, QuantLinear
-from quantkit.runtime.loading.as_served import as_served
+from quantkit.runtime.loading.as_served import as_served, rounded_scales
 from quantkit.runtime.loading.fuse import Fuse, harmonize, join
 from quantkit.runtime.loading.memory import release
+from quantkit.runtime.loading.online import LAYOUT, OnlineLayers
 from quantkit.runtime.loading.source import CheckpointReader, wrong_shape
 
 
@@ -26,7 +27,8 @@ class LayerRecord:
     """How one module of the checkpoint is computed; `refused` is why not by an earlier kernel.
 
     weights_only: the kernel leaves out the rounding of activations. activations_as_declared: False
-    where the engine leaves it out on this GPU, and so does every kernel here.
+    where the engine leaves it out on this GPU, and so does every kernel here. scales_as_declared:
+    False where the engine rounds scales on this GPU, and they are rounded here.
     """
 
     module: str
@@ -35,14 +37,21 @@ class LayerRecord:
     refused: dict[str, str]
     weights_only: bool
     activations_as_declared: bool = True
+    scales_as_declared: bool = True
 
     @classmethod
     def of(cls, module: str, declared: Scheme, computed: Scheme, choice: Choice) -> LayerRecord:
         refused = dict(choice.refused)
         return cls(
             module, declared.name, choice.kernel.NAME, refused, choice.weights_only,
-            declared.input == computed.input,
+            (declared.input is None) == (computed.input is None),
+            not _rounds_scales(declared, computed),
         )  # fmt: skip
+
+
+def _rounds_scales(declared: Scheme, computed: Scheme) -> bool:
+    both = (declared.input, computed.input)
+    return None not in both and declared.input != computed.input
 
 
 def inputs_left_in_16_bit(records: Iterable[LayerRecord]) -> list[str]:
@@ -50,10 +59,17 @@ def inputs_left_in_16_bit(records: Iterable[LayerRecord]) -> list[str]:
     return sorted({one.scheme for one in records if not one.activations_as_declared})
 
 
-def notes_on_inputs(records: Iterable[LayerRecord]) -> list[str]:
-    """A sentence on `inputs_left_in_16_bit`; none where there are none."""
-    schemes = ", ".join(inputs_left_in_16_bit(records))
-    return [f"activations of {schemes} are in 16 bit, as vLLM leaves them"] if schemes else []
+def notes_as_served(records: Sequence[LayerRecord]) -> list[str]:
+    """Sentences on what is computed otherwise than declared because the engine does so."""
+    notes = []
+    if schemes := ", ".join(inputs_left_in_16_bit(records)):
+        notes.append(f"activations of {schemes} are in 16 bit, as vLLM leaves them")
+    if rounded := sorted({one.scheme for one in records if not one.scales_as_declared}):
+        notes.append(
+            f"scales of {', '.join(rounded)} are rounded to powers of two, as vLLM's DeepGEMM has "
+            "them; VLLM_USE_DEEP_GEMM_E8M0=0 keeps them, here and there"
+        )
+    return notes
 
 
 @dataclass
@@ -61,7 +77,8 @@ class LayerMaker:
     """Makes layers of one checkpoint on one device; `records` grows with each quantized one.
 
     `kernels` are the names that may be chosen, in order (empty: all). `gpu` is the one whose engine
-    decides which activations are rounded (None: as declared).
+    decides which activations are rounded (None: as declared). `online` are layers of a 16-bit
+    checkpoint that are rounded as they are read.
     """
 
     source: CheckpointReader
@@ -70,6 +87,7 @@ class LayerMaker:
     kernels: Sequence[str]
     fuse: Fuse
     gpu: Gpu | None = None
+    online: OnlineLayers | None = None
     records: list[LayerRecord] = field(default_factory=list)
 
     def linear(self, name: str, shape: tuple[int, int], bias: bool = False) -> nn.Module:
@@ -82,7 +100,10 @@ class LayerMaker:
         """Layers of one input as one module, whose output is theirs side by side."""
         declared = [name in self.source.layers for name in names]
         if not any(declared):
-            return self._plain(names, shapes, bias)
+            plain, offset = self._plain(names, shapes, bias)
+            if self.online is not None and self.online.cover(names):
+                return self._rounded(names, plain, offset)
+            return self.plain(names, shapes, plain, offset)
         if not all(declared):
             pairs = zip(names, shapes, strict=True)
             return JoinedLinear([self.linear(name, shape, bias) for name, shape in pairs])
@@ -139,8 +160,27 @@ class LayerMaker:
             raise wrong_shape(name, tuple(whole.shape), (count, *wanted))
         biases = self.tensor(bias, (len(whole), shape[0])) if bias else [None] * len(whole)
         weights = [one.T if transposed else one for one in whole[:count]]
-        pairs = zip(weights, biases[:count], strict=True)
-        return [PlainLinear(weight.contiguous(), one) for weight, one in pairs]
+        pairs = list(zip(weights, biases[:count], strict=True))
+        if self.online is not None and self.online.cover([name]):
+            return [
+                self._rounded([f"{name}[{number}]"], weight.contiguous(), one)
+                for number, (weight, one) in enumerate(pairs)
+            ]
+        return [
+            self.plain([f"{name}[{number}]"], [shape], weight.contiguous(), one)
+            for number, (weight, one) in enumerate(pairs)
+        ]
+
+    def plain(
+        self,
+        names: Sequence[str],  # noqa: ARG002  who watches layers wants to know which
+        shapes: Sequence[tuple[int, int]],  # noqa: ARG002
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> nn.Module:
+        """The module of 16-bit layers whose weights [out, in] lie one below the other in `weight`,
+        as their biases do; an expert of a 3-D tensor is called NAME[number]."""
+        return PlainLinear(weight, bias)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None) -> torch.Tensor:
         """A 16-bit tensor on the device."""
@@ -160,7 +200,11 @@ class LayerMaker:
         return weights
 
     def _quantized(self, names: Sequence[str], spec: LayerSpec, weight: QuantWeight) -> QuantLinear:
-        scheme = as_served(self.source.layout, spec, self.gpu)
+        shape = (weight.q.shape[0], weight.q.shape[1])
+        layout = self.source.layout if self.online is None else LAYOUT
+        scheme = as_served(layout, spec, self.gpu, names[0], shape)
+        if _rounds_scales(spec.scheme, scheme):
+            weight = rounded_scales(weight)
         weight, order = contiguous_groups(names[0], weight)
         layer = describe(names[0], scheme, weight, self.dtype)
         choice = choose(layer, self.device, self.kernels)
@@ -169,9 +213,17 @@ class LayerMaker:
         release()
         return made
 
+    def _rounded(
+        self, names: Sequence[str], weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> QuantLinear:
+        assert self.online is not None
+        made = replace(centred(self.online.rounded(names[0], weight)), bias=bias)
+        return self._quantized(names, self.online.spec((weight.shape[0], weight.shape[1])), made)
+
     def _plain(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: bool
-    ) -> PlainLinear:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weights of 16-bit layers below one another, and their biases, None for none."""
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
         biases: list[torch.Tensor | None] = []
@@ -183,12 +235,12 @@ class LayerMaker:
             biases.append(self.source.bias(name, shape[0], self.dtype, bias))
             start += shape[0]
         if all(one is None for one in biases):
-            return PlainLinear(weight, None)
+            return weight, None
         whole = [
             weight.new_zeros(shape[0]) if one is None else one.to(self.device)
             for one, shape in zip(biases, shapes, strict=True)
         ]
-        return PlainLinear(weight, torch.cat(whole))
+        return weight, torch.cat(whole)
 
 
 def _to(weight: QuantWeight, device: torch.device) -> QuantWeight:

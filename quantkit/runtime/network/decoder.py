@@ -1,4 +1,5 @@
-"""A lean decoder for Llama-like networks (Llama, Mistral, Qwen2, Qwen3), any linear layers in it.
+"""A lean decoder for Llama-like networks (Llama, Mistral, Mixtral, Qwen 2 and 3), any
+linear layers in it.
 
 The arithmetic is that of Transformers' modules, up to the order of roundings; q/k/v and gate/up
 are one product each, and attention is torch's own or, on a CPU, that of vLLM's operators.
@@ -20,7 +21,6 @@ from quantkit.runtime.network import attention_vllm, rotary
 from quantkit.runtime.network.attention import attend
 from quantkit.runtime.network.attention_vllm import Operators, TurnedCache
 from quantkit.runtime.network.cache import KVCache
-from quantkit.runtime.network.mlp import silu_mul
 from quantkit.runtime.network.norm import add_rms_norm, rms_norm
 from quantkit.runtime.network.rotary import Rotary, head_dim, rotate
 
@@ -69,7 +69,8 @@ class CacheScales:
 
 
 class Block(nn.Module):
-    """One decoder layer; `norms` are the weights before attention and before the MLP."""
+    """One decoder layer; `norms` are the weights before attention and before the MLP, which may be
+    a block of experts; `projections` are queries, keys and values in one, and the output."""
 
     input_norm: torch.Tensor
     mlp_norm: torch.Tensor
@@ -82,7 +83,8 @@ class Block(nn.Module):
         eps: float,
         norms: tuple[torch.Tensor, torch.Tensor],
         head_norms: tuple[torch.Tensor, torch.Tensor] | None,
-        linears: tuple[nn.Module, nn.Module, nn.Module, nn.Module],
+        projections: tuple[nn.Module, nn.Module],
+        mlp: nn.Module,
         cache_scales: CacheScales | None,
     ) -> None:
         super().__init__()
@@ -91,7 +93,8 @@ class Block(nn.Module):
         self.register_buffer("mlp_norm", norms[1])
         self.register_buffer("q_norm", head_norms[0] if head_norms else None)
         self.register_buffer("k_norm", head_norms[1] if head_norms else None)
-        self.qkv, self.out, self.gate_up, self.down = linears
+        self.qkv, self.out = projections
+        self.mlp = mlp
 
     def forward(
         self,
@@ -111,7 +114,7 @@ class Block(nn.Module):
         if keep:
             x, attended = x[:, -keep:].contiguous(), attended[:, -keep:].contiguous()
         normed = add_rms_norm(x, self.out(attended), self.mlp_norm, self.eps)
-        return add_rms_norm(x, self.down(silu_mul(self.gate_up(normed))), next_norm, self.eps)
+        return add_rms_norm(x, self.mlp(normed), next_norm, self.eps)
 
     def _attend(self, qkv: torch.Tensor, step: Step, index: int) -> torch.Tensor:
         batch, count, _ = qkv.shape

@@ -5,13 +5,13 @@ Transformers' own modules route; these stand where its experts stood, and take w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
-"""What the first layer of an expert gives, [n, its width] → what the second takes."""
+from quantkit.runtime.linear.grouped.base import Activation
+from quantkit.runtime.linear.grouped.select import Grouped
 
 
 class Experts(nn.Module):
@@ -35,7 +35,18 @@ class GroupedExperts(Experts):
     weights.
 
     Numbers beyond theirs are experts that give a token back as it came (LongCat's zero experts).
+    Where `grouped` holds them, `ups` and `downs` are empty.
     """
+
+    def __init__(
+        self,
+        ups: Sequence[nn.Module],
+        downs: Sequence[nn.Module],
+        activation: Activation,
+        grouped: Grouped | None = None,
+    ) -> None:
+        super().__init__(() if grouped else ups, () if grouped else downs, activation)
+        self.grouped = grouped
 
     def forward(
         self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
@@ -45,6 +56,9 @@ class GroupedExperts(Experts):
         Sums are made in float32.
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
+        if self.grouped is not None:
+            summed: torch.Tensor = self.grouped(rows, chosen, weights, self.activation)
+            return summed.view(hidden.shape)
         result = torch.zeros_like(rows, dtype=torch.float32)
         if len(rows) == 1:
             for number, weight in zip(chosen.flatten().tolist(), weights.flatten(), strict=True):

@@ -11,7 +11,6 @@ from torch.nn.functional import embedding
 
 from quantkit.runtime.linear.kernels.base import no_gpu, no_triton
 from quantkit.runtime.network.decoder import Block, Decoder
-from quantkit.runtime.network.mlp import silu_mul
 from quantkit.runtime.network.norm import rms_norm
 
 CAPACITY_STEP = 256
@@ -102,8 +101,7 @@ class DecodeGraph:
             assert isinstance(after, torch.Tensor)
             attended = block.out(self._attend(block, block.qkv(normed), index))
             normed = add_rms_norm(x, attended, block.mlp_norm, block.eps)
-            hidden = block.down(silu_mul(block.gate_up(normed)))
-            normed = add_rms_norm(x, hidden, after, block.eps)
+            normed = add_rms_norm(x, block.mlp(normed), after, block.eps)
         logits: torch.Tensor = network.head(normed)
         return logits
 

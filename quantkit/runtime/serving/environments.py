@@ -17,11 +17,13 @@ class EngineProcessSpec:
 
     driver: `"module:attr"` of its driver. environments: the managed environments that hold it, the
     first that this machine can use is its own; none for an engine of quantkit's environment.
+    harness: `"module:attr"` of what runs lm-eval's backend for it, "" where there is none.
     """
 
     name: str
     driver: str
     environments: tuple[str, ...] = ()
+    harness: str = ""
 
     @property
     def title(self) -> str:
@@ -33,8 +35,15 @@ _DRIVERS = "quantkit.runtime.serving.drivers"
 ENGINES = {
     engine.name: engine
     for engine in (
-        EngineProcessSpec("vllm", f"{_DRIVERS}.vllm:Vllm", ("vllm-cuda", "vllm")),
-        EngineProcessSpec("sglang", f"{_DRIVERS}.sglang:Sglang", ("sglang",)),
+        EngineProcessSpec(
+            "vllm",
+            f"{_DRIVERS}.vllm:Vllm",
+            ("vllm-cuda", "vllm"),
+            f"{_DRIVERS}.harness:VllmHarness",
+        ),
+        EngineProcessSpec(
+            "sglang", f"{_DRIVERS}.sglang:Sglang", ("sglang",), f"{_DRIVERS}.harness:SglangHarness"
+        ),
         EngineProcessSpec("transformers", f"{_DRIVERS}.transformers:Transformers"),
     )
 }

@@ -19,8 +19,9 @@ from quantkit.checkpoint.custom_code import brought_code
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in
 from quantkit.checkpoint.network.modules import classify
-from quantkit.engines import NAMES, Loadable, Verdict, engine_named, judge
+from quantkit.engines import NAMES, Gpu, Loadable, Verdict, engine_named, judge
 from quantkit.engines.gpus import platforms
+from quantkit.engines.online import FLAG, Online, online_named
 from quantkit.errors import BackendError, InputError
 from quantkit.formats.base import Declaration
 from quantkit.formats.loadable import candidate
@@ -43,7 +44,8 @@ _OWN_KERNELS = {"fp8_dynamic": "w8a8_fp8", "w8a8_dynamic": "w8a8_int8"}
 class Launch:
     """A serving command as an argument list, and the flags that it took from the checkpoint.
 
-    minimum_version: the engine's oldest release that is known to read this.
+    minimum_version: the engine's oldest release that is known to read this. environment: variables
+    with which it serves better than by default.
     """
 
     engine: str
@@ -55,13 +57,16 @@ class Launch:
     """The flag that would choose another GEMM backend than the engine's own choice."""
 
     notes: tuple[str, ...] = field(default=())
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def launch(path: Path, engine: str, tp: int) -> Launch:
+def launch(path: Path, engine: str, tp: int, gpu: Gpu | None = None, online: str = "") -> Launch:
     """The command for a checkpoint directory: quantkit's or anyone's, also 16-bit or GGUF.
 
-    Raises InputError when the engine cannot load it (`launch.will_not_load`), and for a directory
-    that is no consistent checkpoint.
+    `gpu` is the one that it is served on, where that is known; `online` is the engine's method that
+    quantizes a 16-bit one while it loads. Raises InputError when the engine cannot load it
+    (`launch.will_not_load`), for an online method of a quantized checkpoint (`launch.online`), and
+    for a directory that is no consistent checkpoint.
     """
     if engine not in SERVERS:
         raise InputError(
@@ -71,24 +76,41 @@ def launch(path: Path, engine: str, tp: int) -> Launch:
         )
     if tp < 1:
         raise InputError(f"--tp {tp} is no number of devices.", hint="--tp 1", code="launch.tp")
+    method = online_named(online, engine) if online else None
     file = gguf_in(path) if path.is_dir() else None
     if file is not None:
-        return _gguf(file, engine, tp)
+        _refuse_online(method, "gguf", path)
+        return _gguf(file, engine, tp, gpu)
     checkpoint = open_checkpoint(path)
     if is_quantized(checkpoint) is None:
-        return _command(engine, path, tp, {}, [])
+        return _command(engine, path, tp, method.flags if method else {}, [])
     layout = detect(checkpoint)
+    _refuse_online(method, layout.NAME, path)
     subject = examine(checkpoint, layout)
     declared = subject.declaration
-    verdict = _refuse(engine, candidate(subject), tp, path)
+    verdict = _refuse(engine, candidate(subject), tp, path, gpu)
     flags = _flags(checkpoint, layout.NAME, declared, engine)
     notes = [f"{verdict.title}: {verdict.unknown}"] if verdict.unknown else []
     notes += verdict.caveats
     if engine == "sglang":
         notes += _sglang_notes(checkpoint, layout.NAME, declared, path, tp)
     made = _command(engine, path, tp, flags, notes)
-    made = replace(made, minimum_version=verdict.minimum_version)
+    made = replace(made, minimum_version=verdict.minimum_version, environment=verdict.environment)
     return replace(made, gemm_backend=_gemm_flag(declared)) if engine == "sglang" else made
+
+
+def _refuse_online(method: Online | None, layout: str, path: Path) -> None:
+    """An engine takes the method from a quantized checkpoint; a second one is an error, or rounds
+    what was rounded already."""
+    if method is not None:
+        raise InputError(
+            f"{path} is quantized offline ({layout}), and {NAMES[method.engine]} reads the method "
+            f"from it: {FLAG} {method.name} beside it is refused there as another method, or "
+            "rounds the weights twice.",
+            hint=f"leave --online out, or name the 16-bit model: quantkit launch MODEL --engine "
+            f"{method.engine} --online {method.name}",
+            code="launch.online",
+        )
 
 
 def flags_of(checkpoint: Checkpoint, engine: str) -> dict[str, str]:
@@ -143,14 +165,14 @@ def _command(
     )
 
 
-def _gguf(file: Path, engine: str, tp: int) -> Launch:
-    _refuse(engine, Loadable({}, "gguf", {}, {}), tp, file)
+def _gguf(file: Path, engine: str, tp: int, gpu: Gpu | None) -> Launch:
+    _refuse(engine, Loadable({}, "gguf", {}, {}), tp, file, gpu)
     notes = ["the tokenizer is read from the file"] if engine == "sglang" else []
     return _command(engine, file, tp, {}, notes)
 
 
-def _refuse(engine: str, this: Loadable, tp: int, path: Path) -> Verdict:
-    verdict = judge(this, (engine,), (tp,))[0]
+def _refuse(engine: str, this: Loadable, tp: int, path: Path, gpu: Gpu | None) -> Verdict:
+    verdict = judge(this, (engine,), (tp,), gpu)[0]
     if verdict.refuses:
         reason = verdict.reasons[0]
         raise InputError(

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,11 @@ class EngineProcess:
     def seconds(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
         """How long one batch of prompts takes, with exactly so many new tokens each."""
         value: float = self._ask("seconds", None, prompts=prompts, new_tokens=new_tokens)
+        return value
+
+    def tasks(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """What lm-eval's own backend finds (`drivers/harness.py`), of an engine that is one."""
+        value: dict[str, Any] = self._ask("tasks", None, **asked)
         return value
 
     def close(self) -> None:

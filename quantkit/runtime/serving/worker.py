@@ -82,6 +82,8 @@ def answer(driver: Driver, request: dict[str, Any], channel: Channel) -> object:
     call = request["call"]
     if call == "logprobs":
         return driver.logprobs(request["windows"], channel.advance)
+    if call == "tasks":
+        return driver.tasks(request)  # type: ignore[attr-defined]
     if call == "generate":
         return driver.generate(request["prompts"], request["new_tokens"])
     assert call == "seconds", call

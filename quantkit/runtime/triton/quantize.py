@@ -52,7 +52,8 @@ def _rows(
 @triton.jit
 def _groups(
     x, codes, scale, count,
-    GROUP: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    GROUP: tl.constexpr, LEAST: tl.constexpr, POWERS: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(EARLY)
     wait_for_previous(EARLY)
@@ -61,6 +62,9 @@ def _groups(
     there = group < count
     v = tl.load(x + at, there[:, None], other=0.0).to(tl.float32)
     s = tl.maximum(tl.max(tl.abs(v), 1) / 448.0, LEAST)
+    if POWERS:  # a mantissa that is not zero carries into the exponent
+        bits = (s.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        s = bits.to(tl.float32, bitcast=True)
     q = _rounded(v * (1.0 / s)[:, None], 448.0, False)
     tl.store(codes + at, q.to(tl.float8e4nv), there[:, None])
     tl.store(scale + group, s, there)
@@ -125,15 +129,19 @@ def by_row(
     return codes, scale
 
 
-def by_group(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """FP8 codes [m, in] and scales [m, in / group]; the group, a power of two, divides in."""
+def by_group(
+    x: torch.Tensor, group: int, *, powers: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP8 codes [m, in] and scales [m, in / group]; the group, a power of two, divides in. With
+    `powers` the scales are powers of two, none smaller than without."""
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = torch.empty(x.shape[0], x.shape[1] // group, dtype=torch.float32, device=x.device)
     block = max(1, 4096 // group)
     soon = early(x.device)
     _groups[(triton.cdiv(scale.numel(), block),)](
-        x, codes, scale, scale.numel(), group, 1.0 / (448.0 * 512), block, soon, launch_pdl=soon
-    )
+        x, codes, scale, scale.numel(), group, 1.0 / (448.0 * 512), powers, block, soon,
+        launch_pdl=soon,
+    )  # fmt: skip
     return codes, scale
 
 

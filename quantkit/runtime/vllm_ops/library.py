@@ -19,11 +19,18 @@ def load(library: Path) -> str | None:
         return None if _loaded[0] == library else f"this process has loaded {_loaded[0].name}"
     if _registered():
         return "this process has imported a vLLM of its own"
+    reason = load_more(library)
+    if reason is None:
+        _loaded.append(library)
+    return reason
+
+
+def load_more(library: Path) -> str | None:
+    """The same of a second library of the vLLM whose first one is loaded, with other names."""
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"vLLM's operators do not load: {str(error).splitlines()[0]}"
-    _loaded.append(library)
     return None
 
 

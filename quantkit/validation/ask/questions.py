@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.backends.process.job import Reporter
+from quantkit.calibration.chat import Render
 from quantkit.calibration.tokenizer import Tokenizer
 from quantkit.checkpoint.progress import Progress
 from quantkit.validation.ask import text as texts
@@ -29,7 +30,8 @@ from quantkit.validation.subjects.base import Subject, Throughput
 class Questions:
     """What both models are asked: the text, the canary's prompts, the facts, tasks and speed.
 
-    `longest` are the networks' positions, None where they have no limit.
+    `longest` are the networks' positions, None where they have no limit; `render` is the chat
+    template, where the model has one.
     """
 
     tokenizer: Tokenizer
@@ -40,6 +42,7 @@ class Questions:
     tasks: TaskChoice | None
     throughput: bool
     longest: int | None = None
+    render: Render | None = None
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,13 @@ def ask_baseline(
         _digest([[f.prompt, *f.choices] for f in q.facts]),
         staged("facts", 4 * len(q.facts), lambda s: {"logprobs": _facts(s, q, ui)}),
     )
+    speed = _throughput(baseline.subject, "baseline", ui) if q.throughput else None
     tasks: dict[str, Any] = {}
     if q.tasks is not None:
         choice = q.tasks
-        make = staged("tasks", 0, lambda s: run_tasks(s, q.tokenizer, choice, q.longest))
+        make = staged("tasks", 0, lambda s: run_tasks(s, q.tokenizer, choice, q.longest, q.render))
         key = choice.digest if q.longest is None else _digest(choice.digest, q.longest)
         tasks = cache.value("tasks", key, make)
-    speed = _throughput(baseline.subject, "baseline", ui) if q.throughput else None
     return BaselineAnswers(
         BaselineText(**found), said, likely, right(facts["logprobs"], q.facts), tasks, speed
     )
@@ -142,12 +145,23 @@ def ask_quantized(
     likely = answer_logprobs(subject, q.prompts, baseline.canary)
     ui.stage("quantized: facts", 4 * len(q.facts))
     facts = right(_facts(subject, q, ui), q.facts)
-    tasks: dict[str, Any] = {}
-    if q.tasks is not None:
-        ui.stage("quantized: tasks")
-        tasks = run_tasks(subject, q.tokenizer, q.tasks, q.longest)
     speed = _throughput(subject, "quantized", ui) if q.throughput else None
+    tasks: dict[str, Any] = {}
+    if q.tasks is not None:  # last: an engine of lm-eval's own takes the place of this one
+        ui.stage("quantized: tasks")
+        tasks = run_tasks(subject, q.tokenizer, q.tasks, q.longest, q.render)
     return QuantizedAnswers(text, said, likely, facts, tasks, speed)
+
+
+def ask_text_and_facts(
+    subject: Subject, questions: Questions, baseline: BaselineAnswers, name: str, ui: Reporter
+) -> tuple[QuantizedText, NDArray[np.bool_]]:
+    """The text and the facts alone, of another model on the same tokens."""
+    windows = questions.text.windows
+    ui.stage(f"{name}: text", len(windows))
+    text = texts.measure_quantized(subject, windows, baseline.text, _on(ui))
+    ui.stage(f"{name}: facts", 4 * len(questions.facts))
+    return text, right(_facts(subject, questions, ui), questions.facts)
 
 
 def _throughput(subject: Subject, name: str, ui: Reporter) -> Throughput:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from quantkit.calibration.chat import Render
 from quantkit.calibration.tokenizer import Tokenizer
 from quantkit.errors import BackendError, InputError, QuantkitError
 from quantkit.validation.ask.choices import continuation_logprobs
@@ -41,13 +42,16 @@ class TaskChoice:
     """Tasks to run: names of lm-eval, or YAML files of tasks; `limit` is the most samples of each.
 
     `names` are what lm-eval calls them, `folders` hold the YAML files; `bundled` says that some
-    task is lm-eval's own.
+    task is lm-eval's own. `chat` puts the model's chat template around each question; `fewshot` is
+    how many answered ones stand before it (None: as the task has it).
     """
 
     names: tuple[str, ...]
     folders: tuple[Path, ...]
     limit: int | None
     bundled: bool
+    chat: bool = False
+    fewshot: int | None = None
 
     @property
     def digest(self) -> str:
@@ -55,7 +59,8 @@ class TaskChoice:
         the limit and the harness."""
         from importlib.metadata import version
 
-        total = hashlib.sha256(repr((self.names, self.limit, version("lm_eval"))).encode())
+        settings = (self.names, self.limit, version("lm_eval"), self.chat, self.fewshot)
+        total = hashlib.sha256(repr(settings).encode())
         for folder in self.folders:
             made = (file for file in folder.rglob("*") if file.suffix in TASK_FILES)
             for file in sorted(file for file in made if file.is_file()):
@@ -65,12 +70,21 @@ class TaskChoice:
         return total.hexdigest()
 
 
-def choose_tasks(asked: Sequence[str], limit: int | None) -> TaskChoice | None:
+def choose_tasks(
+    asked: Sequence[str], limit: int | None, *, chat: bool = False, fewshot: int | None = None
+) -> TaskChoice | None:
     """The tasks of `--tasks`; None when none are asked for.
 
-    Raises InputError when lm-eval is not installed, or does not know a name.
+    Raises InputError when lm-eval is not installed, or does not know a name, and for settings of
+    tasks without a task.
     """
     if not asked:
+        if chat or fewshot is not None:
+            raise InputError(
+                f"{'--chat' if chat else '--fewshot'} is about lm-eval tasks, and there are none.",
+                hint="--tasks gsm8k --chat --fewshot 5",
+                code="validate.no_tasks",
+            )
         return None
     if find_spec("lm_eval") is None:
         raise InputError(
@@ -89,7 +103,7 @@ def choose_tasks(asked: Sequence[str], limit: int | None) -> TaskChoice | None:
         else:
             names.append(entry)
             bundled = True
-    choice = TaskChoice(tuple(names), tuple(dict.fromkeys(folders)), limit, bundled)
+    choice = TaskChoice(tuple(names), tuple(dict.fromkeys(folders)), limit, bundled, chat, fewshot)
     known = set(_manager(choice).all_tasks)
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -101,20 +115,48 @@ def choose_tasks(asked: Sequence[str], limit: int | None) -> TaskChoice | None:
     return choice
 
 
+@runtime_checkable
+class WithHarness(Protocol):
+    """A subject for whose engine lm-eval may have a backend of its own."""
+
+    def harness(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What that backend finds; None where there is none. The subject is not used again."""
+        ...
+
+
 def run_tasks(
-    subject: Subject, tokenizer: Tokenizer, choice: TaskChoice, longest: int | None = None
+    subject: Subject,
+    tokenizer: Tokenizer,
+    choice: TaskChoice,
+    longest: int | None = None,
+    render: Render | None = None,
 ) -> dict[str, Any]:
     """`results`: task → metric → value, and `samples`: "task.metric" → a value a sample, higher
-    being better. `longest` are the network's positions, where they are fewer than `LONGEST`. Raises
-    BackendError when the harness fails."""
+    being better. `longest` are the network's positions, where they are fewer than `LONGEST`;
+    `render` is its chat template. By lm-eval's own backend where the engine has one: then the
+    subject is not used again. Raises BackendError when the harness fails."""
+    if isinstance(subject, WithHarness):
+        asked = {**asdict(choice), "folders": list(map(str, choice.folders))}
+        answered = subject.harness(asked)
+        if answered is not None:
+            return {"results": _numbers(answered["results"]), "samples": _by_sample(answered)}
     import lm_eval
 
+    if choice.chat and render is None:
+        raise InputError(
+            "--chat: the model has no chat template.",
+            hint="leave --chat out",
+            code="validate.no_chat_template",
+        )
+    chat = render if choice.chat else None
     try:
         found = lm_eval.simple_evaluate(
-            model=_as_lm(subject, tokenizer, min(LONGEST, longest or LONGEST)),
+            model=_as_lm(subject, tokenizer, min(LONGEST, longest or LONGEST), chat),
             tasks=list(choice.names),
             task_manager=_manager(choice),
             limit=choice.limit,
+            num_fewshot=choice.fewshot,
+            apply_chat_template=choice.chat,
             bootstrap_iters=0,
             log_samples=True,
         )
@@ -179,14 +221,20 @@ def _manager(choice: TaskChoice) -> Any:
     )
 
 
-def _as_lm(subject: Subject, tokenizer: Tokenizer, longest: int) -> LM:
-    """The subject as lm-eval's model: log-likelihoods, rolling ones, greedy generation."""
+def _as_lm(
+    subject: Subject, tokenizer: Tokenizer, longest: int, render: Render | None = None
+) -> LM:
+    """The subject as lm-eval's model: log-likelihoods, rolling ones, greedy generation.
+
+    With the chat template `render` texts bring their special tokens along.
+    """
+    special = render is None
     from lm_eval.api.model import LM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class SubjectLM(LM):  # type: ignore[misc]
         def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-            pairs = [_split(tokenizer, longest, *request.args) for request in requests]
+            pairs = [_split(tokenizer, longest, special, *request.args) for request in requests]
             totals = continuation_logprobs(subject, pairs)
             greedy = [False] * len(pairs)
             asked = Counter((request.task_name, request.doc_id) for request in requests)
@@ -205,7 +253,22 @@ def _as_lm(subject: Subject, tokenizer: Tokenizer, longest: int) -> LM:
             return results
 
         def generate_until(self, requests: list[Instance]) -> list[str]:
-            return [_generate(subject, tokenizer, longest, *request.args) for request in requests]
+            return [
+                _generate(subject, tokenizer, longest, special, *request.args)
+                for request in requests
+            ]
+
+        def apply_chat_template(
+            self,
+            chat_history: list[dict[str, str]],
+            add_generation_prompt: bool = True,  # noqa: ARG002  the template's is fixed
+        ) -> str:
+            assert render is not None
+            return render(chat_history)
+
+        @property
+        def tokenizer_name(self) -> str:
+            return "the model's own"
 
     return SubjectLM()
 
@@ -216,15 +279,15 @@ def _first_token(tokenizer: Tokenizer) -> int:
 
 
 def _split(
-    tokenizer: Tokenizer, longest: int, context: str, continuation: str
+    tokenizer: Tokenizer, longest: int, special: bool, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:
     """Ids of both, tokenized as one text; the context loses its beginning when it is too long."""
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     if not stripped:
         return [_first_token(tokenizer)], tokenizer.encode(continuation, False)[: longest - 1]
-    whole = tokenizer.encode(stripped + continuation, True)
-    count = len(tokenizer.encode(stripped, True))
+    whole = tokenizer.encode(stripped + continuation, special)
+    count = len(tokenizer.encode(stripped, special))
     said = whole[count:]
     room = max(longest - len(said), 1)
     return whole[:count][-room:], said[: longest - 1]
@@ -242,7 +305,7 @@ def _greedy(subject: Subject, pairs: Sequence[tuple[list[int], list[int]]]) -> l
 
 
 def _generate(
-    subject: Subject, tokenizer: Tokenizer, longest: int, context: str, settings: Any
+    subject: Subject, tokenizer: Tokenizer, longest: int, special: bool, context: str, settings: Any
 ) -> str:
     settings = dict(settings)
     if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
@@ -254,7 +317,7 @@ def _generate(
     until = settings.get("until", [])
     stops = [until] if isinstance(until, str) else list(until)
     most = min(int(settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)), longest - 1)
-    ids = tokenizer.encode(context, True)[-(longest - most) :]
+    ids = tokenizer.encode(context, special)[-(longest - most) :]
     text = tokenizer.decode(subject.generate([ids], most)[0])
     for stop in stops:
         text = text.split(stop)[0] if stop else text

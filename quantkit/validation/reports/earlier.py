@@ -18,6 +18,11 @@ def read_report(path: Path) -> dict[str, Any]:
         document = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _no_report(path, f"cannot be read: {error}") from error
+    return checked_report(document, path)
+
+
+def checked_report(document: Any, path: Path) -> dict[str, Any]:
+    """A document as an earlier report; InputError, which names its file, for one that is none."""
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise _no_report(path, "is no report of quantkit validate")
     if document.get("schema_version") != SCHEMA_VERSION:

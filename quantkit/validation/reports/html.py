@@ -10,6 +10,7 @@ from typing import Any
 from quantkit.errors import InputError
 from quantkit.recipe.gates import outcome
 from quantkit.validation.reports.markdown import (
+    beside_online,
     gate_row,
     kernels,
     lowest_routing,
@@ -53,6 +54,7 @@ def as_html(document: Document) -> str:
         outcome=outcome(document["ok"], document["undecided"]),
         gates=[(gate, *gate_row(gate)) for gate in document["gates"]],
         measured=list(measured(document)),
+        online=beside_online(document) if document.get("online") else [],
         kernels=kernels(document["engine"]),
         number=number,
         routing=lowest_routing(document),

@@ -35,6 +35,11 @@ def as_markdown(document: Mapping[str, Any]) -> str:
         lines += ["", "## Since the earlier report", ""]
         lines += table(["metric", "before", "now", "verdict"], rows)
     lines += ["", "## Measured", "", *table(["", "baseline", "quantized"], measured(document))]
+    if document.get("online"):
+        said = document["online"]["sentence"]
+        lines += ["", f"## Against {document['online']['title']}", ""]
+        lines += table(["", "baseline", "quantized", "online"], beside_online(document))
+        lines += ["", f"{said[0].upper()}{said[1:]}."]
     routing = lowest_routing(document)
     if routing:
         lines += ["", f"## The {len(routing)} layers with the lowest routing agreement", ""]
@@ -72,6 +77,21 @@ def measured(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     theirs, ours = document["throughput"]["baseline"], document["throughput"]["quantized"]
     if theirs is not None and ours is not None:
         yield from _speed(theirs, ours)
+
+
+def beside_online(document: Mapping[str, Any]) -> list[list[str]]:
+    """What, of the baseline, of the quantized model, and of the baseline quantized online."""
+    online, both = document["online"], document["values"]
+    perplexity = (*both["perplexity"].values(), online["perplexity"])
+    facts = (*both["mcq_accuracy"].values(), online["mcq_accuracy"])
+    rows = [
+        ["perplexity", *map(number, perplexity)],
+        ["four-choice facts", *(f"{share:.1%}" for share in facts)],
+    ]
+    for name in ("kl_mean", "kl_p99", "top1_agreement"):
+        values = (side["metrics"][name]["value"] for side in (document, online))
+        rows.append([name, "–", *map(number, values)])
+    return rows
 
 
 def _speed(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

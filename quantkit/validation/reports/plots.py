@@ -40,7 +40,7 @@ def layers_figure(document: Document) -> Figure | None:
     layers = document["layers"]
     if not layers:
         return None
-    figure, axes = _figure(9, 3.6)
+    figure, axes = new_figure(9, 3.6)
     kinds = sorted({_kind(layer["module"]) for layer in layers})
     for number, kind in enumerate(kinds):
         rows = [layer for layer in layers if _kind(layer["module"]) == kind]
@@ -85,7 +85,7 @@ def experts_figure(document: Document) -> Figure | None:
     routed = dict(sorted(coverage["routed"].items(), key=lambda item: layer_index(item[0]) or 0))
     widest = max(map(len, routed.values()))
     columns = [[*counts, *[float("nan")] * (widest - len(counts))] for counts in routed.values()]
-    figure, axes = _figure(9, min(9.0, 1.6 + 0.2 * widest))
+    figure, axes = new_figure(9, min(9.0, 1.6 + 0.2 * widest))
     axes.grid(visible=False)
     grid = list(zip(*columns, strict=True))
     picture = axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
@@ -112,7 +112,7 @@ def kl_figure(document: Document) -> Figure | None:
     histogram = document["kl_histogram"]
     if histogram is None:
         return None
-    figure, axes = _figure(4.6, 3.2)
+    figure, axes = new_figure(4.6, 3.2)
     edges, counts = histogram["edges"], histogram["counts"]
     total = sum(counts) or 1
     widths = [b - a for a, b in pairwise(edges)]
@@ -135,7 +135,7 @@ def routing_figure(document: Document) -> Figure | None:
     rows = document.get("routing")
     if not rows:
         return None
-    figure, axes = _figure(9, 2.6)
+    figure, axes = new_figure(9, 2.6)
     shares = [row["agreement"] for row in rows]
     axes.bar([row["layer"] for row in rows], shares, 0.8, color=OURS)
     for gate in document["gates"]:
@@ -154,7 +154,7 @@ def throughput_figure(document: Document) -> Figure | None:
     theirs, ours = document["throughput"]["baseline"], document["throughput"]["quantized"]
     if theirs is None or ours is None:
         return None
-    figure, both = _figure(4.6, 3.2, columns=2)
+    figure, both = new_figure(4.6, 3.2, columns=2)
     for axes, what in zip(both, ("prefill", "decode"), strict=True):
         key = f"{what}_tokens_s"
         for shift, color, label, side in (
@@ -178,7 +178,7 @@ def throughput_figure(document: Document) -> Figure | None:
 
 def scatter_figure(documents: Sequence[Document]) -> Figure:
     """Size of the weights against mean KL, a point per report: left and low is good."""
-    figure, axes = _figure(7.5, 4.2)
+    figure, axes = new_figure(7.5, 4.2)
     for number, document in enumerate(documents):
         size = document["checkpoint"]["weight_bytes"] / document["baseline"]["weight_bytes"]
         kl = document["metrics"]["kl_mean"]["value"]
@@ -197,7 +197,8 @@ def _kind(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure in inches in the style of the reports, and its axes (several: an array)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

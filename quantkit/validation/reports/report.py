@@ -17,6 +17,7 @@ from quantkit.validation.judge.bootstrap import Measured
 from quantkit.validation.judge.metrics import PerWindow
 from quantkit.validation.judge.regression import Change
 from quantkit.validation.judge.verdicts import GateResult
+from quantkit.validation.online import OnlineResult
 from quantkit.validation.subjects.base import Throughput
 from quantkit.verification import LayerFidelity
 
@@ -41,7 +42,7 @@ class Report:
     be held against, measured or not; values, windows (means over each), right (facts answered), …:
     what they were derived from; routing: of a mixture of experts, by decoder layer the share of
     tokens that the baseline's experts compute. changes: since an earlier report, where there is
-    one.
+    one. online: the baseline as an engine's own method quantizes it while it loads.
     """
 
     checkpoint: dict[str, Any]
@@ -61,6 +62,7 @@ class Report:
     kl_histogram: dict[str, Any] | None = None
     routing: dict[int, float] = field(default_factory=dict)
     changes: list[Change] | None = None
+    online: OnlineResult | None = None
     seconds: float = 0.0
 
     @property
@@ -106,6 +108,7 @@ class Report:
             "windows": {k: _list(v) for k, v in vars(self.windows).items()} if self.windows else {},
             "right": {name: [int(v) for v in value] for name, value in vars(self.right).items()},
             "regression": None if self.changes is None else [asdict(c) for c in self.changes],
+            "online": self.online and self.online.to_json(),
             "notes": self.notes,
             "warnings": self.warnings,
             "seconds": round(self.seconds, 1),

@@ -14,7 +14,8 @@ from quantkit.validation.reports.markdown import as_markdown
 Document = Mapping[str, Any]
 
 
-def _as_json(document: Document) -> str:
+def as_json(document: Document) -> str:
+    """The document as indented JSON."""
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -24,21 +25,24 @@ def _as_html(document: Document) -> str:
     return as_html(document)
 
 
-WRITERS: dict[str, Callable[[Document], str]] = {
-    ".json": _as_json,
+Writers = Mapping[str, Callable[[Document], str]]
+"""Suffix → what makes the text of a file that ends so."""
+
+WRITERS: Writers = {
+    ".json": as_json,
     ".md": as_markdown,
     ".html": _as_html,
     ".xml": as_junit,
 }
 
 
-def check_reports(paths: Sequence[Path]) -> None:
+def check_reports(paths: Sequence[Path], writers: Writers = WRITERS) -> None:
     """Refuse, before the work, a report that could not be written after it."""
     for path in paths:
-        if path.suffix not in WRITERS:
+        if path.suffix not in writers:
             raise InputError(
                 f"--report {path}: there is no report of the kind {path.suffix or path.name}.",
-                hint=f"end it in {', '.join(WRITERS)}",
+                hint=f"end it in {', '.join(writers)}",
                 code="validate.report_kind",
             )
         if path.is_dir() or not path.absolute().parent.is_dir():
@@ -75,11 +79,11 @@ def _unwritable(path: Path, error: OSError) -> InputError:
     )
 
 
-def write_reports(document: Document, paths: Sequence[Path]) -> None:
+def write_reports(document: Document, paths: Sequence[Path], writers: Writers = WRITERS) -> None:
     """Write every report, JSON first: it holds what the others are made from. Raises InputError for
     one that cannot be written."""
     for path in sorted(paths, key=lambda path: path.suffix != ".json"):
-        text = WRITERS[path.suffix](document)
+        text = writers[path.suffix](document)
         try:
             path.write_text(text, encoding="utf-8")
         except OSError as error:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.checkpoint.progress import Progress
+from quantkit.engines.online import Online
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,16 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class Opening:
-    """How a subject is to be opened; all but `progress` are as on the command line."""
+    """How a subject is to be opened; device, kernel and as_on are as on the command line.
+
+    `online` rounds a 16-bit checkpoint while it loads.
+    """
 
     device: str = "auto"
     kernel: str = "auto"
     as_on: str = ""
     progress: Progress | None = field(default=None, compare=False)
+    online: Online | None = None
 
 
 Opener = Callable[[Path, Opening], Subject]

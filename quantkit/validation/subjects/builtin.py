@@ -45,9 +45,9 @@ class Builtin:
 
     @property
     def notes(self) -> list[str]:
-        from quantkit.runtime.loading.make_layers import notes_on_inputs
+        from quantkit.runtime.loading.make_layers import notes_as_served
 
-        return notes_on_inputs(self.runtime.layers)
+        return notes_as_served(self.runtime.layers)
 
     def logits(
         self, windows: NDArray[np.int64], last: int = 0
@@ -116,6 +116,7 @@ def open_builtin(path: Path, opening: Opening) -> Builtin:
         device=opening.device,
         kernel=opening.kernel,
         as_on=opening.as_on,
+        online=opening.online,
         progress=opening.progress,
     )
     return Builtin(runtime, time.monotonic() - start)
@@ -123,9 +124,11 @@ def open_builtin(path: Path, opening: Opening) -> Builtin:
 
 def refuse_builtin(path: Path, opening: Opening) -> None:
     """Raise what `open_builtin` would raise, as far as headers and config tell."""
-    from quantkit.runtime.load import pick_device
+    from quantkit.runtime.load import open_path, pick_device, rounded_layers
     from quantkit.runtime.preview import refuse
 
+    if opening.online is not None:
+        rounded_layers(open_path(path), opening.online)
     refuse(path, pick_device(opening.device), opening.kernel, opening.as_on)
 
 

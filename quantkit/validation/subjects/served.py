@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from quantkit.errors import InputError
 from quantkit.formats.registry import detect, is_quantized
 from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec, find_interpreter
-from quantkit.runtime.serving.launch import flags_of
+from quantkit.runtime.serving.launch import SERVERS, flags_of
 from quantkit.runtime.serving.process import EngineProcess
 from quantkit.validation.subjects.base import Opening, Throughput
 
@@ -35,19 +37,27 @@ _WEIGHT_ONLY = ("Marlin", "WNA16", "Wna16")
 
 
 class Served:
-    """A checkpoint in an engine process."""
+    """A checkpoint in an engine process.
 
-    def __init__(self, checkpoint: Checkpoint, process: EngineProcess) -> None:
+    What the engine leaves out on this GPU it leaves out when it serves there: gates are held.
+    """
+
+    weights_only = False
+
+    def __init__(self, checkpoint: Checkpoint, process: EngineProcess, order: EngineOrder) -> None:
         self.name = process.engine.name
         self.version = process.version
         self._process = process
+        self._order = order
         self._longest = _longest(checkpoint)
         self._vocabulary = int(text_config(checkpoint.config)["vocab_size"])
-        self.weights_only = _quantizes_activations(checkpoint) and any(
-            part in kernel for kernel in process.kernels for part in _WEIGHT_ONLY
-        )
-
-    notes: Sequence[str] = ()
+        left = [name for name in process.kernels if any(part in name for part in _WEIGHT_ONLY)]
+        self.notes: Sequence[str] = ()
+        if left and _quantizes_activations(checkpoint):
+            self.notes = [
+                f"{process.engine.title} leaves activations in 16 bit on this GPU: "
+                f"{', '.join(left)}"
+            ]
 
     def logprobs(
         self, windows: NDArray[np.int64], progress: Progress | None = None
@@ -87,6 +97,26 @@ class Served:
             rows.append(row(batch, prompt_tokens, new_tokens, first, rest))
         return Throughput(self._process.load_seconds, self._process.memory_bytes, rows)
 
+    def harness(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What lm-eval's own backend for this engine finds; None where there is none.
+
+        The engine makes room for the backend's: nothing can be asked of this subject afterwards.
+        """
+        engine = self._process.engine
+        if not engine.harness:
+            return None
+        self._process.close()
+        found = find_spec("lm_eval")
+        assert found is not None
+        assert found.origin is not None
+        packages = str(Path(found.origin).parents[1])
+        order = replace(self._order, driver=engine.harness, packages=packages)
+        process = EngineProcess(engine, find_interpreter(engine), order)
+        try:
+            return process.tasks(asked)
+        finally:
+            process.close()
+
     def kernels(self) -> dict[str, int]:
         return self._process.kernels
 
@@ -102,9 +132,8 @@ def served(engine: EngineProcessSpec) -> Opener:
         BackendError when its environment is not there or it fails."""
         refuse_served(engine, path, opening)
         checkpoint, python = open_checkpoint(path), find_interpreter(engine)
-        return Served(
-            checkpoint, EngineProcess(engine, python, _order(checkpoint, engine, opening))
-        )
+        order = engine_order(path, engine, opening)
+        return Served(checkpoint, EngineProcess(engine, python, order), order)
 
     return open_served
 
@@ -125,6 +154,13 @@ def refuse_served(engine: EngineProcessSpec, path: Path, opening: Opening) -> No
             hint="leave --as-on out, or validate with --engine builtin",
             code="validate.as_on",
         )
+    if opening.online is not None and opening.online.engine != engine.name:
+        raise InputError(
+            f"{opening.online.name} is a method of {opening.online.engine}, and {engine.title} is "
+            "asked.",
+            hint="--engine builtin, which emulates it",
+            code="validate.online",
+        )
     _refuse_garbage(checkpoint, engine)
     find_interpreter(engine)
 
@@ -132,7 +168,12 @@ def refuse_served(engine: EngineProcessSpec, path: Path, opening: Opening) -> No
 OPENERS: dict[str, Opener] = {name: served(engine) for name, engine in ENGINES.items()}
 
 
-def _order(checkpoint: Checkpoint, engine: EngineProcessSpec, opening: Opening) -> EngineOrder:
+def engine_order(path: Path, engine: EngineProcessSpec, opening: Opening) -> EngineOrder:
+    """What an engine is told to start with for a checkpoint directory."""
+    checkpoint = open_checkpoint(path)
+    flags = dict(flags_of(checkpoint, engine.name)) if engine.name in SERVERS else {}
+    if opening.online is not None:
+        flags |= opening.online.flags
     config = text_config(checkpoint.config)
     length = _longest(checkpoint)
     heads = int(config["num_attention_heads"])
@@ -146,7 +187,7 @@ def _order(checkpoint: Checkpoint, engine: EngineProcessSpec, opening: Opening) 
         stop=tuple(stop_tokens(checkpoint.path, config)),
         length=length,
         cache_bytes=2 * length * per_token,
-        flags=flags_of(checkpoint, engine.name) if engine.name == "sglang" else {},
+        flags=flags,
     )
 
 

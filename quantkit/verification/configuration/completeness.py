@@ -27,6 +27,7 @@ _INPUT_IS_HIDDEN = {
     "kv_a_proj_with_mqa", "w1", "w3",
 }  # fmt: skip
 _OUTPUT_IS_HIDDEN = {"o_proj", "down_proj", "w2"}
+_TOWERS = ("vision_config", "audio_config")
 _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_layers")
 
 
@@ -85,6 +86,7 @@ def _check(subject: QuantizedCheckpoint) -> list[Finding]:
         *_check_ends(subject, text),
         *_check_tied_head(subject),
         *_check_mtp(subject, text),
+        *_check_towers(subject),
         *_check_shapes(subject, text),
         *check_mixture(subject.modules.values(), subject.checkpoint.config),
     ]
@@ -235,6 +237,17 @@ def _check_mtp(subject: QuantizedCheckpoint, text: Mapping[str, Any]) -> Iterato
         )
 
 
+def _check_towers(subject: QuantizedCheckpoint) -> Iterator[Finding]:
+    promised = [key for key in _TOWERS if subject.checkpoint.config.get(key)]
+    if promised and not any(m.kind == "tower" for m in subject.modules.values()):
+        yield error(
+            "complete.no_tower",
+            f"config.json has a {promised[0]}; the checkpoint has no tensor outside of the "
+            "language model",
+            "copy towers and projectors from the source in 16 bit",
+        )
+
+
 def _check_shapes(subject: QuantizedCheckpoint, text: Mapping[str, Any]) -> Iterator[Finding]:
     hidden, vocabulary = text.get("hidden_size"), text.get("vocab_size")
     if not isinstance(hidden, int):
@@ -251,6 +264,8 @@ def _check_shapes(subject: QuantizedCheckpoint, text: Mapping[str, Any]) -> Iter
         elif leaf in _OUTPUT_IS_HIDDEN and rows != hidden:
             yield _wrong_shape(name, module.shape, f"{hidden} rows (hidden_size)")
     for name, module in subject.modules.items():
+        if module.kind == "tower":
+            continue  # of sizes of its own
         if name.endswith("embed_tokens") and module.kind == "embedding":
             rows, columns = module.shape
             if isinstance(vocabulary, int) and rows < vocabulary:

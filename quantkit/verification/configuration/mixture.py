@@ -13,8 +13,8 @@ from quantkit.verification.findings import Finding, error
 _COPY_AGAIN = "take config.json and all shards from the model as it was published"
 _ROUTING_LAYERS = ("gate", "router", "gate.weight", "router.weight", "router.layer", "router.proj")
 _ALSO_ROUTED = ("zero_expert_num", "n_shared_experts")
-"""Keys of what a router may weigh beside the experts: LongCat's, which have no weights, and
-Inkling's shared ones."""
+"""Keys of what a router may weigh beside the experts: LongCat's, which compute nothing (of these
+Transformers saves a first layer, and no second one), and Inkling's shared ones."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -32,8 +32,10 @@ def check_mixture(modules: Iterable[Module], config: Mapping[str, Any]) -> Itera
             _COPY_AGAIN,
         )
     kept = [m for m in modules if m.kind in ("linear", "experts", "router")]
+    idle = count and text_size(config, "zero_expert_num")
     for block, experts in _blocks(kept).items():
-        yield from _check_experts(block, experts, count)
+        computed = {n: shapes for n, shapes in experts.items() if not idle or n < count}
+        yield from _check_experts(block, computed, count)
     hidden = text_size(config, "hidden_size")
     widths = {count + text_size(config, key) for key in ("", *_ALSO_ROUTED)}
     blocks = {m.name.rpartition(".experts")[0] for m in kept if ".experts" in m.name}
@@ -77,6 +79,8 @@ def _check_experts(block: str, experts: Mapping[int, Shapes], count: int) -> Ite
             _COPY_AGAIN,
             f"{block}.{absent[0]}",
         )
+    if not experts:
+        return
     usual = Counter(tuple(sorted(shapes.items())) for shapes in experts.values())
     wanted = dict(usual.most_common(1)[0][0])
     for number, shapes in sorted(experts.items()):

@@ -11,6 +11,7 @@ from typing import Any
 
 from quantkit.checkpoint.directory import Checkpoint, read_json
 from quantkit.checkpoint.network.config import is_tied
+from quantkit.checkpoint.network.multimodal import is_multimodal
 from quantkit.checkpoint.weight_files import newer_tokenizer
 from quantkit.errors import InputError
 from quantkit.verification.files.added_keys import judge_config, judge_generation
@@ -60,6 +61,15 @@ def check_alone(checkpoint: Checkpoint) -> list[Finding]:
                 "sidecar.no_tokenizer",
                 "it has no tokenizer; engines need one named apart",
                 "copy the tokenizer files of the source here",
+            )
+        )
+    if is_multimodal(checkpoint.config) and not any("processor" in name for name in names):
+        findings.append(
+            warning(
+                "sidecar.no_processor",
+                "it takes more than text and has no processor; engines cannot read pictures or "
+                "sounds for it",
+                "copy preprocessor_config.json and processor_config.json of the source here",
             )
         )
     findings += [

@@ -11,6 +11,7 @@ from quantkit.checkpoint.directory import Checkpoint, TensorInfo
 from quantkit.checkpoint.network.expert_layout import input_first
 from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, weight_block
+from quantkit.checkpoint.network.fused_experts import fused_holders
 from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats.base import QuantWeight
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 _WRAPPERS = frozenset({"model", "language_model"})
-_HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
 _EXPERT_LEAVES = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
@@ -93,17 +93,14 @@ class SourceModel:
         return []
 
     def _from_fused(self, module: str) -> list[SourcePiece]:
-        head, found, tail = module.partition(".experts.")
-        index, _, leaf = tail.partition(".")
-        if not found or not index.isdigit():
-            return []
-        down = self._fused(f"{head}.experts.down_proj")
-        if leaf in ("down_proj", "w2") and down is not None:
-            return [self._slice(down, int(index))]
-        both = self._fused(f"{head}.experts.gate_up_proj")
-        if leaf in _HALVES and both is not None:
-            part = self._slice(both, int(index))
-            return [replace(part, half=_HALVES[leaf], interleaved=self.interleaved)]
+        number = module.rpartition(".experts.")[2].partition(".")[0]
+        for holder, half, halves in fused_holders(module):
+            fused = self._fused(holder)
+            if fused is not None and int(number) < fused.shape[0]:
+                part = self._slice(fused, int(number))
+                if halves == 1:
+                    return [part]
+                return [replace(part, half=half, interleaved=self.interleaved)]
         return []
 
     def _fused(self, module: str) -> TensorInfo | None:

@@ -45,6 +45,7 @@ class Family:
     fused_qkv, fused_gate_up: whether the checkpoint holds these as one tensor.
     norms: the norms of a layer. norm_offset: what a norm adds to its weight.
     transposed: whether linear layers are stored as [in, out] (Conv1D).
+    own_linear: whether its linear layers are of a class of its own, which libraries leave alone.
     sliding: whether all layers attend to a window where the config states one.
     dotted_scales: whether FP8 scales are named `x.scale` where others have `x.weight_scale_inv`.
     towers: parts of the names of modules outside of the language model that other families lack.
@@ -67,6 +68,7 @@ class Family:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     norm_offset: float = 0.0
     transposed: bool = False
+    own_linear: bool = False
     sliding: bool = False
     dotted_scales: bool = False
     towers: frozenset[str] = frozenset()

@@ -9,7 +9,7 @@ FAMILIES = (
         gguf="plain",
     ),
     Family(
-        types=("qwen2_moe",), derivable=True, qkv_bias=True,
+        types=("qwen2_moe",), derivable=True, qkv_bias=True, network="decoder",
         experts=Experts(shared="shared_expert", shared_gate=True, stepped=True),
     ),
     Family(
@@ -20,7 +20,10 @@ FAMILIES = (
         types=("qwen3",), derivable=True, uniform=True, qk_norm=True, sizes={"head_dim": 128},
         network="decoder", gguf="plain",
     ),
-    Family(types=("qwen3_moe",), derivable=True, qk_norm=True, experts=Experts(stepped=True)),
+    Family(
+        types=("qwen3_moe",), derivable=True, qk_norm=True, sliding=True, network="decoder",
+        experts=Experts(stepped=True),
+    ),
     Family(
         types=("qwen3_vl_text", "qwen3_vl"), derivable=True, qk_norm=True, sizes={"head_dim": 128},
     ),

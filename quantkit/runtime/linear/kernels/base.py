@@ -32,7 +32,7 @@ class Kernel(Protocol):
         """
 
     def apply(self, x: torch.Tensor, packed: Any) -> torch.Tensor:
-        """y [m, out] in the dtype of x [m, in], contiguous; no bias."""
+        """y [m, out] in the dtype of x [m, in], both contiguous; no bias."""
 
 
 GPU_ONLY = "runs on a CUDA GPU"

@@ -70,7 +70,7 @@ def prepare(weight: QuantWeight, layer: LayerDescription) -> Packed:
     half = 1 << (number.bits - 1) if number.is_int else 0
     codes = (weight.q.view(torch.uint8) + half).T  # wraps: as unsigned, the least code is 0
     words = vllm_cuda_operators.call(
-        "gptq_marlin_repack", b_q_weight=_packed(codes, number.bits, 0), size_k=columns,
+        "gptq_marlin_repack", b_q_weight=packed(codes, number.bits, 0), size_k=columns,
         size_n=rows, num_bits=number.bits, is_a_8bit=False,
         perm=torch.empty(0, dtype=torch.int32, device=codes.device),
     )  # fmt: skip
@@ -80,7 +80,7 @@ def prepare(weight: QuantWeight, layer: LayerDescription) -> Packed:
     zero = outer = None
     if weight.zero_point is not None:
         points = _reordered((weight.zero_point + half).to(torch.uint8).T.contiguous(), _BY_GROUP)
-        zero = _packed(_reordered(points, _NIBBLES), 4, 1)
+        zero = packed(_reordered(points, _NIBBLES), 4, 1)
     if number.element == "fp4_e2m1":
         scale, outer = _four_bit_scales(scale, weight.global_scale)
     workspace = torch.zeros(
@@ -104,7 +104,7 @@ def apply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     return result
 
 
-def _packed(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+def packed(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     """uint8 codes of `bits` as int32 words along a dimension of the matrix, the first lowest."""
     count = 32 // bits
     shape = [size // count if at == dim else size for at, size in enumerate(codes.shape)]
@@ -141,9 +141,16 @@ def _four_bit_scales(
 
 
 def _kind(layer: LayerDescription, zero: bool) -> int:
-    """vLLM's number of a type: exponent and mantissa bits, sign, bias, finiteness, NaNs
-    (vllm/scalar_type.py)."""
-    weight = layer.scheme.weight
-    if weight.element == "fp4_e2m1":
+    """vLLM's number of the weight's type: 4-bit floats have 2 exponent bits, 1 of mantissa and a
+    sign."""
+    if layer.scheme.weight.element == "fp4_e2m1":
         return 2 | 1 << 8 | 1 << 16 | 1 << 49
-    return weight.bits << 8 | (0 if zero else 1 << (weight.bits - 1)) << 17 | 1 << 50
+    return integer_kind(layer.scheme.weight.bits, zero=zero)
+
+
+def integer_kind(bits: int, *, zero: bool) -> int:
+    """vLLM's number of an unsigned type: with a bias in its middle, unless there are zero points.
+
+    Exponent and mantissa bits, sign, bias, finiteness, NaNs (vllm/scalar_type.py).
+    """
+    return bits << 8 | (0 if zero else 1 << (bits - 1)) << 17 | 1 << 50

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 Ids = Sequence[int]
 Tell = Callable[[int, int], None]
@@ -21,6 +21,7 @@ class EngineOrder:
     driver: `"module:attr"` of what makes a `Driver` of an order. stop: token ids that end an
     answer. length: the longest sequence that will be asked for. cache_bytes: what the KV cache of
     eight sequences of that length takes. flags: what a server would be given (`launch.flags_of`).
+    packages: a folder of Python packages beside the engine's own.
     """
 
     driver: str
@@ -29,7 +30,13 @@ class EngineOrder:
     stop: tuple[int, ...]
     length: int
     cache_bytes: int
-    flags: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    packages: str = ""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The flags as the engine's Python interface names them."""
+        return {flag[2:].replace("-", "_"): value for flag, value in self.flags.items()}
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

@@ -30,7 +30,7 @@ class Sglang:
             context_length=order.length,
             max_running_requests=BATCH,
             random_seed=0,
-            **{flag[2:].replace("-", "_"): value for flag, value in order.flags.items()},
+            **order.arguments,
         )
 
     def logprobs(self, windows: Sequence[Ids], tell: Tell) -> list[list[float]]:

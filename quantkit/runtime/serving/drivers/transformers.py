@@ -1,4 +1,4 @@
-"""Transformers: `AutoModelForCausalLM`, in the dtype of the checkpoint."""
+"""Transformers: `from_pretrained` of the Auto class, in the dtype of the checkpoint."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from quantkit.runtime.serving.drivers.base import EngineOrder, Ids, Tell
 
 BATCH_TOKENS = 2048
 """Tokens a forward pass: the logits of that many are the largest thing in memory."""
+
+
+def _auto_class(transformers: Any, model: str) -> Any:
+    """Of models that take more than text where the config has a language model inside."""
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+    multimodal = getattr(transformers, "AutoModelForMultimodalLM", None)
+    nested = config.get_text_config() is not config
+    known = multimodal is not None and type(config) in multimodal._model_mapping
+    return multimodal if nested and known else transformers.AutoModelForCausalLM
 
 
 class Transformers:
@@ -25,7 +34,7 @@ class Transformers:
         device = order.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(transformers, order.model).from_pretrained(
             order.model, dtype="auto", device_map=device, trust_remote_code=False
         )
         self._model = loaded.eval()

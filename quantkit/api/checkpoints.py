@@ -1,17 +1,19 @@
-"""The Python API: what the commands do, as functions; `import quantkit` offers them lazily.
-
-Paths may be `str` or `Path`. Failures are the exceptions of `quantkit.errors`; Ctrl-C and an
-exception of the callback leave everything as it was. Heavy libraries are imported by the call.
-"""
+"""The functions of the main commands: quantize, plan, export, verify, validate, load."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from quantkit.checkpoint.progress import Progress
+from quantkit.api.given import (
+    Changes,
+    changes_of,
+    check_count,
+    listed,
+)
+from quantkit.api.progress import ProgressCallback, Told
+from quantkit.api.search import AUTO
 from quantkit.errors import InputError, ReportError
 
 if TYPE_CHECKING:
@@ -19,31 +21,10 @@ if TYPE_CHECKING:
     from quantkit.pipeline.request import Outcome
     from quantkit.runtime.model import Runtime
     from quantkit.validation.reports.report import Report
-    from quantkit.verification import EngineRequest, VerifyReport
+    from quantkit.verification import VerifyReport
 
 SAMPLES = 32
 """Windows of text that `validate` asks about unless told otherwise."""
-
-
-@dataclass(frozen=True)
-class ProgressEvent:
-    """What a progress callback is told: a stage begins, it advances, or there is a note.
-
-    `done` of `total` steps or bytes of the stage are finished (total 0: unknown). `note` is
-    something to know, which quantkit.json keeps too; empty but for the kind "note".
-    """
-
-    kind: Literal["stage", "advance", "note"]
-    stage: str
-    done: int = 0
-    total: int = 0
-    unit: Literal["steps", "bytes"] = "steps"
-    note: str = ""
-
-
-ProgressCallback = Callable[[ProgressEvent], object]
-Changes = Mapping[str, Any] | Iterable[str]
-"""{"group_size": 64, "ignore+": ["re:.*o_proj"]}, or the texts that `--set` takes."""
 
 
 def quantize(
@@ -54,6 +35,8 @@ def quantize(
     recipe: str | Path = "",
     set: Changes = (),
     calibration: str | Path = "",
+    engine: str | Sequence[str] = (),
+    gpu: str = "",
     device: str = "auto",
     checkpoint_save: str | Path | None = None,
     python: str | Path | None = None,
@@ -63,30 +46,55 @@ def quantize(
     memory: int | str | None = None,
     jobs: int | None = None,
     executor: str = "local",
+    push: str = "",
     progress: ProgressCallback | None = None,
 ) -> Outcome:
     """Quantize a Hugging Face directory or Hub name into a checkpoint that is verified before it
     appears.
 
-    method, recipe: exactly one, a name of `quantkit methods` or a YAML file; `set` changes it.
+    method, recipe: exactly one, a name of `quantkit methods` or a YAML file; `set` changes it. The
+    method "auto" searches a recipe (`set`: target_bits, max_bytes or max_kl) and writes it to
+    OUT.recipe.yaml, what it measured to OUT.search.json.
     calibration: a mixture's name or a data file, instead of the recipe's.
+    engine, gpu: engines ("vllm", "sglang") that must load the result, and the device it is for.
     checkpoint_save: also keep the fake-quantized state in this .pth file, for `export`.
     python: the interpreter that has the backend's library.
     resume: go on with a run of the same request that was stopped.
+    push: validate the result, then send it to this private repository of the Hub.
     memory (bytes, or "2GB"), jobs (0: as many fit), executor ("local", "ray"): of rtn_* methods.
 
     Raises InputError for what is wrong with the request or the model (before any work),
     BackendError when the library failed, CheckError when the result did not verify; `out` is then
-    as it was.
+    as it was. With `push` a CheckError may also say that a gate failed: `out` is then there.
     """
     from quantkit.pipeline.quantize import quantize as run
     from quantkit.pipeline.request import Request, chosen_recipe, executor_named
+    from quantkit.pipeline.serve_words import serve_changes
     from quantkit.recipe.units import parse_bytes
 
-    _count("--jobs", jobs, least=0)
+    check_count("--jobs", jobs, least=0)
+    if push:
+        from quantkit.pipeline.push import check_name
+
+        check_name(push)
+    changes = [*changes_of(set), *serve_changes(engine, (), gpu)]
+    if method == AUTO and not str(recipe):
+        from quantkit.validation.search.resolve import searched_recipe
+
+        recipe = searched_recipe(
+            str(model),
+            Path(out),
+            changes,
+            Told(progress),
+            device=device,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            resume=resume,
+        )
+        method, changes = "", []
     request = Request(
         model=str(model),
-        recipe=chosen_recipe(method, str(recipe), str(calibration), _changes(set)),
+        recipe=chosen_recipe(method, str(recipe), str(calibration), changes),
         out=Path(out),
         checkpoint_save=None if checkpoint_save is None else Path(checkpoint_save),
         device=device,
@@ -98,7 +106,14 @@ def quantize(
         jobs=jobs,
         executor=executor_named(executor),
     )
-    return run(request, _Told(progress))
+    if not push:
+        return run(request, Told(progress))
+    from quantkit.pipeline.push import push as send
+
+    outcome = run(request, Told(progress))
+    validate(out, baseline=model, device=device, throughput=False, progress=progress)
+    send(Path(out), push, Told(progress), public=False)
+    return outcome
 
 
 def plan(
@@ -130,8 +145,9 @@ def plan(
     from quantkit.pipeline.plan_report import report_of
     from quantkit.pipeline.quantize import plan_only, preflight
     from quantkit.pipeline.request import Request, chosen_recipe
+    from quantkit.pipeline.serve_words import serve_changes
 
-    changes = [*_changes(set), *_serve_changes(engine, tp, gpu)]
+    changes = [*changes_of(set), *serve_changes(engine, tp, gpu)]
     request = Request(
         model=str(model),
         recipe=chosen_recipe(method, str(recipe), str(calibration), changes),
@@ -145,7 +161,7 @@ def plan(
     if measure:
         from quantkit.pipeline.trial import measured_seconds
 
-        seconds = measured_seconds(request, source, decided, _Told(progress))
+        seconds = measured_seconds(request, source, decided, Told(progress))
     return report_of(source, decided, seconds)
 
 
@@ -177,7 +193,7 @@ def export(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )
-    return run(request, _Told(progress))
+    return run(request, Told(progress))
 
 
 def verify(
@@ -196,16 +212,17 @@ def verify(
     only a path that cannot be read raises InputError.
     """
     from quantkit.pipeline.quantized_source import comparable
+    from quantkit.pipeline.serve_words import engine_request
     from quantkit.verification import verify as run
 
-    told = _Told(progress)
+    told = Told(progress)
     base = comparable(str(source)) if str(source) else None
     told.stage("verify")
     return run(
         Path(directory),
         base,
         progress=lambda done, _total: told.advance(done),
-        engines=_engine_request(engine, tp, gpu),
+        engines=engine_request(engine, tp, gpu),
     )
 
 
@@ -221,9 +238,12 @@ def validate(
     samples: int = SAMPLES,
     tasks: str | Sequence[str] = (),
     limit: int | None = None,
+    chat: bool = False,
+    fewshot: int | None = None,
     gates: str | Sequence[str] = (),
     reports: str | Path | Sequence[str | Path] = (),
     against: str | Path | None = None,
+    against_online: str = "",
     throughput: bool = True,
     progress: ProgressCallback | None = None,
 ) -> Report:
@@ -233,9 +253,11 @@ def validate(
     engine, kernel: what runs both models ("builtin", "vllm", …), and the built-in one's kernel.
     as_on: the GPU (h100, b200, …) as whose engine activations are rounded; "": this.
     data: a text file instead of the held-out text; samples: windows of 512 tokens of it.
-    tasks, limit: lm-eval tasks, and the most samples of each.
+    tasks, limit: lm-eval tasks, and the most samples of each; chat: through the chat template;
+    fewshot: answered examples before each question (None: as the task has it).
     gates: such as "ppl_ratio<=1.02", beside those of the scheme and the recipe.
     reports: files to write (.json, .md, .html, .xml); against: an earlier .json to compare with.
+    against_online: an engine's method ("fp8", "sglang:fp8") for the baseline, as a third column.
 
     A gate that fails is no exception: see `Report.ok` and `.gates`. The result is also written into
     the checkpoint's quantkit.json and model card. Raises InputError before anything is generated,
@@ -247,10 +269,10 @@ def validate(
     from quantkit.validation.run import ValidateRequest
     from quantkit.validation.run import validate as run
 
-    files = [Path(file) for file in _listed(reports)]
+    files = [Path(file) for file in listed(reports)]
     check_reports(files)
-    _count("--samples", samples)
-    _count("--limit", limit)
+    check_count("--samples", samples)
+    check_count("--limit", limit)
     request = ValidateRequest(
         path=Path(directory),
         baseline=str(baseline),
@@ -260,13 +282,16 @@ def validate(
         device=device,
         data=None if data is None else Path(data),
         samples=samples,
-        tasks=tuple(name for entry in _listed(tasks) for name in entry.split(",")),
+        tasks=tuple(name for entry in listed(tasks) for name in entry.split(",")),
         limit=limit,
-        gates=tuple(_listed(gates)),
+        chat=chat,
+        fewshot=fewshot,
+        gates=tuple(listed(gates)),
         against=None if against is None else Path(against),
+        against_online=against_online,
         throughput=throughput,
     )
-    report = run(request, _Told(progress))
+    report = run(request, Told(progress))
     document = report.to_json()
     record(Path(directory), document)
     try:
@@ -295,106 +320,7 @@ def load(
     """
     from quantkit.runtime.load import load as run
 
-    steps = _Told(progress).steps("load")
+    steps = Told(progress).steps("load")
     return run(
         Path(directory), device=device, kernel=kernel, dtype=dtype, as_on=as_on, progress=steps
     )
-
-
-class _Told:
-    """The Reporter of the pipeline that tells one callback."""
-
-    def __init__(self, callback: ProgressCallback | None) -> None:
-        self._tell = callback or (lambda _event: None)
-        self._at = ProgressEvent("stage", "")
-
-    def stage(self, name: str, total: int = 0, unit: Literal["steps", "bytes"] = "steps") -> None:
-        self._at = ProgressEvent("stage", name, 0, total, unit)
-        self._tell(self._at)
-
-    def advance(self, done: int) -> None:
-        self._at = replace(self._at, kind="advance", done=done)
-        self._tell(self._at)
-
-    def note(self, text: str) -> None:
-        self._tell(replace(self._at, kind="note", note=text))
-
-    def steps(self, name: str) -> Progress:
-        """What hears (done, total), and begins the stage when it first does."""
-
-        def advance(done: int, total: int) -> None:
-            if self._at.stage != name:
-                self.stage(name, total)
-            self.advance(done)
-
-        return advance
-
-
-def _changes(given: Changes) -> list[str]:
-    from quantkit.recipe.load import as_changes
-
-    if isinstance(given, Mapping):
-        return as_changes(given)
-    return [given] if isinstance(given, str) else list(given)
-
-
-def _listed(given: Any) -> list[Any]:
-    """One value, or a sequence of them, as a list."""
-    return [given] if isinstance(given, str | Path) else list(given)
-
-
-def _count(what: str, value: int | None, least: int = 1) -> None:
-    if value is not None and value < least:
-        raise InputError(
-            f"{what} {value} is less than {least}.",
-            hint=f"for example {what} 8",
-            code="request.count",
-        )
-
-
-def _serve_changes(
-    engine: str | Sequence[str], tp: int | str | Sequence[int], gpu: str
-) -> list[str]:
-    """Where the result is served, as changes of the recipe; InputError for values that are none."""
-    from quantkit.engines import gpu_named
-
-    names, sizes = _engine_names(engine), _sizes(tp)
-    if gpu:
-        gpu_named(gpu)
-    named = {
-        "engines": f"[{','.join(names)}]" if names else "",
-        "tp": f"[{','.join(map(str, sizes))}]" if sizes else "",
-        "gpu": gpu,
-    }
-    return [f"serve.{key}={value}" for key, value in named.items() if value]
-
-
-def _engine_request(
-    engine: str | Sequence[str], tp: int | str | Sequence[int], gpu: str
-) -> EngineRequest | None:
-    from quantkit.verification import EngineRequest
-
-    names = _engine_names(engine)
-    return EngineRequest(names, _sizes(tp), gpu or None) if names else None
-
-
-def _engine_names(engine: str | Sequence[str]) -> tuple[str, ...]:
-    from quantkit.engines import engine_named
-
-    if isinstance(engine, str):
-        engine = engine.split(",") if engine else ()
-    return tuple(engine_named(name.strip()).engine for name in engine)
-
-
-def _sizes(tp: int | str | Sequence[int]) -> tuple[int, ...]:
-    """Tensor-parallel sizes: a number, numbers, or the text of `--tp` such as "1,2,4"."""
-    if isinstance(tp, str):
-        tp = tp.split(",") if tp else ()  # type: ignore[assignment]
-    sizes = [str(size).strip() for size in ([tp] if isinstance(tp, int) else tp)]
-    if not all(size.isdigit() and int(size) > 0 for size in sizes):
-        raise InputError(
-            f"--tp {','.join(sizes)} is no list of tensor-parallel sizes.",
-            hint="for example --tp 1,2,4,8",
-            code="request.tp",
-        )
-    return tuple(map(int, sizes))

@@ -1,0 +1,129 @@
+"""lm-eval inside an engine's own environment, with the harness's backend for that engine.
+
+Batching, chat template, stop strings and tensor parallelism are then those of the two themselves.
+lm-eval need not be installed there: its packages are taken from quantkit's, after the engine's own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import version
+from math import ceil
+from typing import Any
+
+from quantkit.runtime.serving.drivers.base import EngineOrder, pin
+
+
+class _Harness:
+    """The backend starts the engine when it is asked, so that nothing is loaded before."""
+
+    name = ""
+
+    def __init__(self, order: EngineOrder) -> None:
+        pin(order.device)
+        sys.path.append(order.packages)
+        self._order = order
+        self.prepare()
+        engine = import_module(self.name).__version__
+        self.version = f"lm-eval {version('lm_eval')} with {self.name} {engine}"
+
+    def prepare(self) -> None:
+        """What must be said before the engine is imported."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the backend's class takes."""
+        raise NotImplementedError
+
+    def tasks(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """`results`, `higher_is_better` and `samples` of `lm_eval.simple_evaluate`, as JSON has
+        them: of a sample its filter, its metrics' names and their values."""
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+
+        found: Any = lm_eval.simple_evaluate(
+            model=self.name,
+            model_args=self.settings(),
+            tasks=list(asked["names"]),
+            task_manager=TaskManager(
+                include_path=list(asked["folders"]) or None, include_defaults=asked["bundled"]
+            ),
+            limit=asked["limit"],
+            num_fewshot=asked["fewshot"],
+            apply_chat_template=asked["chat"],
+            batch_size="auto",
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+        return {
+            "results": {task: _numbers(row) for task, row in found["results"].items()},
+            "higher_is_better": found["higher_is_better"],
+            "samples": {
+                task: [
+                    _numbers({name: row[name] for name in row["metrics"]})
+                    | {"filter": row["filter"], "metrics": list(row["metrics"])}
+                    for row in rows
+                ]
+                for task, rows in found["samples"].items()
+            },
+        }
+
+    def kernels(self) -> dict[str, int]:
+        return {}
+
+    def memory_bytes(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        """The engine ends with this process."""
+
+
+class VllmHarness(_Harness):
+    """lm-eval's `vllm` (`lm_eval.models.vllm_causallms.VLLM`)."""
+
+    name = "vllm"
+
+    def prepare(self) -> None:
+        space = str(ceil(self._order.cache_bytes / 2**30))
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", space)
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+    def settings(self) -> dict[str, Any]:
+        from vllm.platforms import current_platform
+
+        order = self._order
+        eager = {"enforce_eager": current_platform.is_cpu()}
+        return {
+            "pretrained": order.model,
+            "max_model_len": order.length,
+            "seed": 0,
+            **eager,
+            **order.arguments,
+        }
+
+
+class SglangHarness(_Harness):
+    """lm-eval's `sglang` (`lm_eval.models.sglang_causallms.SGLangLM`)."""
+
+    name = "sglang"
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "pretrained": self._order.model,
+            "context_length": self._order.length,
+            "trust_remote_code": False,
+            **self._order.arguments,
+        }
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of any kind (numpy's) as Python's; what is none is left out."""
+    found = {}
+    for name, value in values.items():
+        whole = value.item() if hasattr(value, "item") else value
+        if isinstance(whole, int | float):
+            found[name] = whole
+    return found

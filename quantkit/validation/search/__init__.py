@@ -1,0 +1,1 @@
+"""Which layers can bear which scheme, and the best assignment under a budget."""

@@ -1,0 +1,197 @@
+"""Linear layers that, while gradients go back through them, note what each scheme would change.
+
+With y = W x and a scheme's ŷ = Ŵ x̂ a layer's error is d = ŷ - y at every position. With g the
+gradient at y of the log-likelihood of a token that the model itself drew, g·d is a sample of how
+far the model's distribution moves, and half the mean of its square estimates the KL divergence to
+second order: the Fisher information is the Hessian of KL (Amari, Natural Gradient Works
+Efficiently in Learning, 1998; used so by ModelOpt's AutoQuantize and by SqueezeLLM,
+arXiv:2306.07629). Errors at different positions are taken as independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.backends.process.float32_products import linear
+from quantkit.backends.streaming.rtn import absolute_maximum
+from quantkit.checkpoint.network.modules import fused_groups
+from quantkit.checkpoint.schemes import Scheme
+from quantkit.runtime.loading.make_layers import LayerMaker
+from quantkit.validation.search.rounding import rounded_input, rounded_weight
+
+
+@dataclass
+class Sums:
+    """Over all positions: (g·d)², and squared errors |d|²."""
+
+    moved: float = 0.0
+    error: float = 0.0
+
+
+@dataclass
+class Notes:
+    """What is asked of the watched layers, and what they found.
+
+    asked: module → (its group, the schemes of that). sums: (group, scheme) → what was summed.
+    signal: group → |y|². together: whether the members of a group see the same positions.
+    """
+
+    asked: Mapping[str, tuple[str, Mapping[str, Scheme]]]
+    apart: frozenset[str]
+    """Groups whose members see positions of their own: experts."""
+    sums: dict[tuple[str, str], Sums] = field(default_factory=dict)
+    signal: dict[str, float] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
+    """Module → the largest weight of what it is fused with."""
+    products: int = 0
+    """Multiplications made for schemes."""
+    _open: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+
+    def add(self, key: tuple[str, str], moved: torch.Tensor, error: float) -> None:
+        """One module's g·d [positions] for one scheme; those of a fused group count together."""
+        total = self.sums.setdefault(key, Sums())
+        total.error += error
+        if key[0] in self.apart:
+            total.moved += float(moved.square().sum())
+            return
+        before = self._open.get(key)
+        if before is not None and before.shape != moved.shape:
+            total.moved += float(before.square().sum())
+            before = None
+        self._open[key] = moved if before is None else before + moved
+
+    def close(self) -> None:
+        """The positions of one batch are done."""
+        for key, moved in self._open.items():
+            self.sums[key].moved += float(moved.square().sum())
+        self._open.clear()
+
+
+class Watched(nn.Module):
+    """A 16-bit linear layer (or several of one input, one below the other)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        shapes: Sequence[tuple[int, int]],
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        notes: Notes,
+    ) -> None:
+        super().__init__()
+        self.names, self.shapes, self.notes = list(names), list(shapes), notes
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.watching = False
+        self._rounded: dict[tuple[int, str], torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.watching and torch.is_grad_enabled() and x.requires_grad:
+            result: torch.Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+            return result
+        return linear(x, self.weight, self.bias)
+
+    def note(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """x [n, in] and the gradient [n, out] of what came of it."""
+        start = 0
+        for index, (name, (rows, _)) in enumerate(zip(self.names, self.shapes, strict=True)):
+            part = slice(start, start + rows)
+            start += rows
+            group, schemes = self.notes.asked.get(name.partition("[")[0], ("", {}))
+            if schemes:
+                self._note(index, name, group, schemes, x, gradient[:, part], part)
+
+    def _note(
+        self,
+        index: int,
+        name: str,
+        group: str,
+        schemes: Mapping[str, Scheme],
+        x: torch.Tensor,
+        gradient: torch.Tensor,
+        part: slice,
+    ) -> None:
+        weight = self.weight[part]
+        plain = linear(x, weight)
+        notes = self.notes
+        notes.signal[group] = notes.signal.get(group, 0.0) + float(plain.float().square().sum())
+        for title, scheme in schemes.items():
+            key = (index, title)
+            if key not in self._rounded:
+                whole = rounded_weight(weight, scheme.weight, notes.largest.get(name))
+                if scheme.input is None:
+                    whole -= weight.float()
+                self._rounded[key] = whole.to(weight.dtype)
+            if scheme.input is None:
+                error = linear(x, self._rounded[key]).float()
+            else:
+                error = linear(rounded_input(x, scheme.input), self._rounded[key]).float()
+                error -= plain.float()
+            notes.products += error.numel() * x.shape[-1]
+            moved = (error * gradient.float()).sum(-1)
+            notes.add((group, title), moved, float(error.square().sum()))
+
+    def forget(self) -> None:
+        """Let go of the rounded weights."""
+        self._rounded.clear()
+
+
+class _Product(torch.autograd.Function):
+    """x [..., in] → x Wᵀ + b, noting on the way back."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, layer: Watched) -> torch.Tensor:
+        context.save_for_backward(x)
+        context.layer = layer
+        return linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x,) = context.saved_tensors
+        layer: Watched = context.layer
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        with torch.no_grad():
+            if len(rows):
+                layer.note(x.reshape(-1, x.shape[-1]), rows)
+            back = linear(rows.to(layer.weight.dtype), layer.weight.T)
+        return back.view(x.shape), None
+
+
+@dataclass
+class WatchingMaker(LayerMaker):
+    """Makes the 16-bit layers of a checkpoint as watched ones."""
+
+    notes: Notes = field(default_factory=lambda: Notes({}, frozenset()))
+
+    def plain(
+        self,
+        names: Sequence[str],
+        shapes: Sequence[tuple[int, int]],
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> nn.Module:
+        """See `LayerMaker.plain`."""
+        return Watched(names, shapes, weight, bias, self.notes)
+
+
+def find_largest(model: nn.Module, notes: Notes) -> None:
+    """Note the largest weight of every fused group, which sets NVFP4's global scale."""
+    own: dict[str, float] = {}
+    for module in model.modules():
+        if isinstance(module, Watched):
+            start = 0
+            for name, (rows, _) in zip(module.names, module.shapes, strict=True):
+                if name.partition("[")[0] in notes.asked:
+                    own[name] = absolute_maximum(module.weight[start : start + rows].contiguous())
+                start += rows
+    notes.largest = dict(own)
+    for members in fused_groups(own):
+        notes.largest |= dict.fromkeys(members, max(own[name] for name in members))

@@ -1,0 +1,1 @@
+"""Models × recipes × settings, each quantized and validated, and one leaderboard."""

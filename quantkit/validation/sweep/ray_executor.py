@@ -1,0 +1,59 @@
+"""The cells as tasks of a Ray cluster, which schedules them by what the plan says they need.
+
+Model and output lie on a file system that all nodes see under the same path. A worker or a node
+that dies costs the cells that it ran; Ray starts those again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit.backends.streaming.ray_executor import RETRIES, WAIT, import_ray
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.validation.sweep.cell import CellJob, run_cell
+
+
+def run_on_ray(
+    cells: Sequence[tuple[int, CellJob]], device: str, done: Callable[[int, dict[str, Any]], None]
+) -> None:
+    """Run every cell on the cluster that RAY_ADDRESS names; `done` gets the number and the record
+    of each that ended. Raises InputError when ray is not installed."""
+    ray = import_ray()
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+    try:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = int(device != "cpu" and any(node.get("GPU") for node in nodes))
+        most = max((node.get("memory", 0.0) for node in nodes), default=0.0)
+        running = {}
+        for number, job in cells:
+            asked = {"num_cpus": 1, "num_gpus": gpus, "memory": min(_memory(job), most)}
+            remote = ray.remote(**asked, max_retries=RETRIES)(run_cell)
+            running[remote.remote(job)] = number
+        while running:
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=WAIT)
+            for reference in ready:
+                done(running.pop(reference), _get(ray, reference))
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _memory(job: CellJob) -> float:
+    """Bytes that quantizing and validating the model takes: its weights in 16 bit and a third."""
+    return open_checkpoint(Path(job.model)).weight_bytes * 4 / 3
+
+
+def _get(ray: Any, reference: Any) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        lines = str(error).strip().splitlines()
+        message = f"its workers were lost: {lines[-1] if lines else error!r}"
+        return {"status": "failed", "error": {"code": "sweep.worker_lost", "message": message,
+                "hint": "look at the cluster with `ray status`, then --resume"}}  # fmt: skip
+    return found

@@ -1,0 +1,140 @@
+"""Models with towers through the libraries: the language model is quantized, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from quantkit.backends.registry import load_recipe
+from quantkit.backends.registry.towers import towers
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.wrap_vision import wrap_vision
+from quantkit.errors import InputError
+from quantkit.pipeline import quantize as pipeline
+from quantkit.pipeline.request import Outcome, Request
+from quantkit.verification import verify
+from tests.support.cli import inside
+from tests.support.helpers import copy_checkpoint, edit_json
+from tests.support.in_process import CALIBRATION, Quiet, without_workers
+from tests.support.tokenized_towers import FAMILIES, multimodal
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own, in this process
+
+FEW = (
+    "calibration.name=quick.yaml", "calibration.samples=4", "calibration.sequence_length=64",
+    "on_misfit=keep16",
+)  # fmt: skip
+METHODS = {
+    "modelopt": ("modelopt_fp8", "modelopt_nvfp4"),
+    "llmcompressor": ("llmcompressor_fp8_dynamic", "llmcompressor_w4a16", "llmcompressor_nvfp4"),
+}
+TOWERS = ("--set", "targets+=@towers", "--set", 'ignore=["@head", "@embeddings"]')
+TEXT = "calibrated with text only"
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The library in this process, on texts that need no package."""
+    (tmp_path / "quick.yaml").write_text(CALIBRATION)
+    monkeypatch.chdir(tmp_path)
+    with without_workers():
+        yield
+
+
+@pytest.fixture(scope="module")
+def wrapped(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers of the demo model behind a vision tower."""
+    return wrap_vision(small_model, tmp_path_factory.mktemp("towers") / "wrapped")
+
+
+def made(source: Path, out: Path, method: str, *sets: str) -> Outcome:
+    chosen = load_recipe(method)
+    calibration = FEW if chosen.calibration else FEW[3:]
+    recipe = load_recipe(method, (*calibration, *sets))
+    return pipeline.quantize(Request(str(source), recipe, out, device="cpu"), Quiet())
+
+
+def check_rest(source: Path, out: Path) -> None:
+    """What is no linear layer of the decoder is there bit by bit, under the same name; so are the
+    files of tokenizer and processor."""
+    before, after = open_checkpoint(source), open_checkpoint(out)
+    kept = {m.tensor for m in before.modules if m.kind not in ("linear", "experts")}
+    kept |= before.tensors.keys() - {m.tensor for m in before.modules}
+    assert kept <= after.tensors.keys()
+    assert not [name for name in kept if before.digest(name) != after.digest(name)]
+    for path in before.sidecars():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.library
+@pytest.mark.parametrize("method", [m for methods in METHODS.values() for m in methods])
+@pytest.mark.usefixtures("quick")
+def test_only_the_language_model_is_quantized(method: str, wrapped: Path, tmp_path: Path) -> None:
+    sets = ("group_size=64",) if method == "llmcompressor_w4a16" else ()
+    outcome = made(wrapped, tmp_path / "out", method, *sets)
+    assert all(name.startswith("model.text_model.layers.") for name in outcome.plan.layers)
+    assert len(outcome.plan.layers) == 21
+    check_rest(wrapped, outcome.out)
+    told = [note for note in outcome.provenance.notes if note.startswith(TEXT)]
+    assert bool(told) == outcome.plan.method.calibrated
+    assert (TEXT in (outcome.out / "README.md").read_text()) == bool(told)
+    assert verify(outcome.out, wrapped).ok
+    assert verify(outcome.out).ok
+
+
+def both(source: Path, out: Path, *asked: str) -> tuple[int, str, str]:
+    """What `plan` says, which is what `quantize` says."""
+    told = inside("plan", source, *asked)
+    if told[0]:
+        assert inside("quantize", source, *asked, "--out", out) == told
+        assert not out.exists()
+    return told
+
+
+def test_what_cannot_be_done_is_refused_in_the_plan(wrapped: Path, tmp_path: Path) -> None:
+    out, fp8 = tmp_path / "out", ("--method", "modelopt_fp8")
+    told = both(wrapped, out, "--method", "msmodelslim_w8a16")
+    assert told[:2] == (1, "plan.architecture")
+    assert "a vision or audio tower" in told[2]
+    told = both(wrapped, out, *fp8, *TOWERS)
+    assert told[:2] == (1, "plan.unseen_layers")
+    data_free = ("--method", "llmcompressor_fp8_dynamic", *TOWERS)
+    assert both(wrapped, out, *data_free)[0] == 0
+    across = multimodal("mllama", tmp_path / "mllama")
+    told = both(across, out, *fp8)
+    assert told[:2] == (1, "plan.unseen_layers")
+    assert "model.layers.1.cross_attn" in told[2]
+    assert both(across, out, *fp8, "--set", r"ignore+=re:.*layers\.1\..*")[0] == 0
+
+
+def test_a_family_that_nobody_tried_is_told(wrapped: Path, tmp_path: Path) -> None:
+    unknown = copy_checkpoint(wrapped, tmp_path / "unknown")
+    edit_json(unknown / "config.json", lambda config: config.update(model_type="a_new_one"))
+    recipe = load_recipe("modelopt_fp8")
+    _, plan = pipeline.plan_only(Request(str(unknown), recipe, tmp_path / "out", device="cpu"))
+    assert any("was not tried with a_new_one" in note for note in plan.notes)
+    _, plan = pipeline.plan_only(Request(str(wrapped), recipe, tmp_path / "out", device="cpu"))
+    assert not any("was not tried" in note for note in plan.notes)
+    assert any(note.startswith(TEXT) for note in plan.notes)
+
+
+@pytest.mark.slow
+@pytest.mark.library
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("backend", sorted(METHODS))
+@pytest.mark.usefixtures("quick")
+def test_the_table_says_what_the_library_does(backend: str, family: str, tmp_path: Path) -> None:
+    source = multimodal(family, tmp_path / "source")
+    known = towers()[backend]
+    assert (family in known.takes) != (family in known.cannot)
+    for method in METHODS[backend]:
+        out = tmp_path / method
+        if family in known.cannot or load_recipe(method).scheme in known.schemes.get(family, {}):
+            with pytest.raises(InputError) as refusal:
+                made(source, out, method)
+            assert refusal.value.code == "plan.architecture"
+            continue
+        made(source, out, method)
+        check_rest(source, out)

@@ -1,0 +1,154 @@
+"""The estimates of `analyze` against what single groups really cost, and the command itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import quantkit
+from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
+from quantkit.checkpoint.schemes import SCHEMES
+from quantkit.errors import InputError
+from quantkit.validation.ask.data import eval_text
+from quantkit.validation.ask.text import measure_baseline, measure_quantized
+from quantkit.validation.preflight import tokenizer_of
+from quantkit.validation.search.analyze import fitting
+from quantkit.validation.search.groups import Group, fusable_groups, schemes_named
+from quantkit.validation.search.sensitivity import Measured, measure, share_of_windows
+from quantkit.validation.subjects.base import Opening
+from quantkit.validation.subjects.builtin import open_builtin
+from tests.support.cli import inside, said
+from tests.support.rtn import rtn
+
+TITLES = ["fp8_dynamic", "w4a16:64"]
+
+
+class Quiet:
+    """A reporter that nobody listens to."""
+
+    def stage(self, name: str, total: int = 0, unit: str = "steps") -> None: ...
+    def advance(self, done: int) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def source(small_model: Path) -> Checkpoint:
+    return open_checkpoint(small_model)
+
+
+@pytest.fixture(scope="module")
+def windows(small_model: Path) -> NDArray[np.int64]:
+    return eval_text(None, tokenizer_of(small_model), 16, 128).windows
+
+
+@pytest.fixture(scope="module")
+def measured(source: Checkpoint, windows: NDArray[np.int64]) -> Measured:
+    groups, schemes = fusable_groups(source, "vllm"), schemes_named(TITLES)
+    fits = {group.name: fitting(group, schemes) for group in groups}
+    return measure(source, groups, fits, windows, device="cpu", seed=0, ui=Quiet())
+
+
+def test_groups_are_those_that_the_engine_fuses(source: Checkpoint) -> None:
+    groups = fusable_groups(source, "vllm")
+    assert [group.name.rpartition(".")[2] for group in groups[:4]] == [
+        "down_proj", "gate_up_proj", "qkv_proj", "o_proj",
+    ]  # fmt: skip
+    assert [len(group.modules) for group in groups] == [1, 2, 3, 1] * 3
+    assert [group.layer for group in groups] == [0] * 4 + [1] * 4 + [2] * 4
+    linear = [m for m in source.modules if m.kind == "linear"]
+    assert sum(group.weights for group in groups) == sum(m.shape[0] * m.shape[1] for m in linear)
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("model.layers.0.mlp.gate_up_proj", "w4a16:64"),
+        ("model.layers.1.self_attn.qkv_proj", "w4a16:64"),
+        ("model.layers.2.mlp.down_proj", "w4a16:64"),
+    ],
+)
+def test_an_estimate_is_near_what_the_group_alone_costs(
+    name: str, title: str, source: Checkpoint, windows: NDArray[np.int64], measured: Measured,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    (group,) = (one for one in fusable_groups(source, "vllm") if one.name == name)
+    inside = {module.name for module in group.modules}
+    others = {module.name for module in source.modules} - inside
+    scheme = schemes_named([title])[title]
+    made = rtn(source.path, tmp_path / "one", scheme, keep=others)
+    baseline = measure_baseline(open_builtin(source.path, Opening("cpu")), windows, None)
+    text = measure_quantized(open_builtin(made, Opening("cpu")), windows, baseline, None)
+    assert text.kl is not None
+    (cell,) = (one for one in measured.cells if (one.group, one.scheme) == (name, title))
+    assert cell.kl == pytest.approx(float(text.kl.mean()), rel=0.4)
+
+
+def test_fewer_bits_cost_more(measured: Measured) -> None:
+    by_scheme = {
+        title: {cell.group: cell for cell in measured.cells if cell.scheme == title}
+        for title in TITLES
+    }
+    assert len(by_scheme[TITLES[0]]) == 12
+    for name, eight in by_scheme["fp8_dynamic"].items():
+        four = by_scheme["w4a16:64"][name]
+        assert 0 < eight.error < four.error
+        assert 0 < eight.kl < four.kl
+        assert eight.bits > 1.8 * four.bits
+
+
+@pytest.mark.parametrize("schemes", [1, 2, 3, 8])
+def test_the_windows_keep_the_cost_under_its_limit(schemes: int) -> None:
+    share = share_of_windows(schemes)
+    assert 0 < share <= 1.2
+    assert share * (schemes + 3) <= 1.2 * schemes + 1 + 1e-9
+
+
+def test_a_scheme_takes_the_largest_group_that_fits(source: Checkpoint) -> None:
+    groups = {group.name: group for group in fusable_groups(source, "vllm")}
+
+    def size(group: Group, scheme: str) -> int | None:
+        found = group.fitted(SCHEMES[scheme])
+        return found.weight.group_size if found else None
+
+    assert size(groups["model.layers.0.self_attn.qkv_proj"], "w4a16") == 64
+    assert size(groups["model.layers.0.mlp.down_proj"], "w4a16") == 128
+    assert size(groups["model.layers.0.self_attn.qkv_proj"], "nvfp4") == 16
+
+
+def test_the_command_writes_its_reports(small_model: Path, tmp_path: Path) -> None:
+    page, data = tmp_path / "a.html", tmp_path / "a.json"
+    code, told = said(
+        "analyze", small_model, "--schemes", "w4a16", "--samples", "1", "--report", page,
+        "--report", data,
+    )  # fmt: skip
+    assert code == 0, told
+    assert "12 groups" in told
+    document: dict[str, Any] = json.loads(data.read_text())
+    assert document["kind"] == "quantkit.sensitivity"
+    saved = document["whole"]["w4a16"]["bytes_saved"]
+    assert saved == sum(g["schemes"]["w4a16"]["bytes_saved"] for g in document["groups"])
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert "model.layers.0.mlp.gate_up_proj" in text
+    assert "src=" not in text
+    assert "http://" not in text.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(
+    ("schemes", "code"),
+    [("w4a17", "search.unknown_scheme"), ("fp8_dynamic:32", "search.group_size"),
+     ("w4a16:4", "search.group_size"), ("", "search.no_scheme")],
+)  # fmt: skip
+def test_schemes_that_are_none_are_refused(schemes: str, code: str, small_model: Path) -> None:
+    assert inside("analyze", small_model, "--schemes", schemes)[1] == code
+
+
+def test_a_quantized_model_is_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="quantized already") as caught:
+        quantkit.analyze(checkpoints["8"])
+    assert caught.value.code == "search.quantized"
