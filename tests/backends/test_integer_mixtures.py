@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,7 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def outcome(request: pytest.FixtureRequest, source: Path) -> Iterator[Outcome]:
+def outcome(request: pytest.FixtureRequest, source: Path) -> Outcome:
     """A mixture quantized by each method, in files that tests copy."""
     method = str(request.param)
     calibration = source.with_name("quick.yaml")
@@ -57,7 +57,7 @@ def outcome(request: pytest.FixtureRequest, source: Path) -> Iterator[Outcome]:
     )  # fmt: skip
     job = Request(str(source), load_recipe(method, sets), source.with_name(method), device="cpu")
     with without_workers():
-        yield quantize(job, Quiet())
+        return quantize(job, Quiet())
 
 
 def test_experts_have_the_names_of_the_checkpoint_and_routers_stay(outcome: Outcome) -> None:

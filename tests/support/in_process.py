@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ class Quiet:
         """Nothing."""
 
 
-def in_this_process(job: Job, *, log: Path, **_: Any) -> Result:
+def in_this_process(job: Job, *, log: Path, work: Path | None = None, **_: Any) -> Result:
     """What `run_worker` does, without the twenty seconds that a library takes to start."""
     result = Result()
     log.write_text("")
     module, run = job.adapter.split(":")
     try:
-        with as_it_was(job.model):
+        with chdir(work or log.parent), as_it_was(job.model):  # GPTQModel leaves a log there
             getattr(import_module(module), run)(job, Quiet(), result)
     except JobInputError as error:
         raise InputError(error.message, hint=error.hint, code=error.code) from error
