@@ -65,9 +65,10 @@ def test_codes_that_share_a_byte_are_counted() -> None:
 
 
 def test_where_nothing_tells_the_family_does_or_nobody() -> None:
-    alone = {f"{PARENT}down_proj": (4, 64, 64)}
-    assert input_first(alone, CONFIG, *alone) is None
-    assert input_first(alone, {**CONFIG, "model_type": "gpt_oss"}, *alone) is True
+    name = f"{PARENT}down_proj"
+    alone = {name: (4, 64, 64)}
+    assert input_first(alone, CONFIG, name) is None
+    assert input_first(alone, {**CONFIG, "model_type": "gpt_oss"}, name) is True
 
 
 @pytest.mark.parametrize(
