@@ -52,7 +52,6 @@ class Measured:
     """All cells, and what they cost: seconds of the whole, and of its plain forward pass alone."""
 
     cells: list[Cell]
-    tokens: int
     seconds: float
     forward_seconds: float
 
@@ -106,7 +105,7 @@ def measure(
         for title, scheme in schemes[group.name].items()
         if (group.name, title) in notes.sums
     ]
-    return Measured(cells, tokens, seconds, forward)
+    return Measured(cells, seconds, forward)
 
 
 def _load(source: Checkpoint, notes: Notes, device: str, streamed: bool, ui: Reporter) -> nn.Module:

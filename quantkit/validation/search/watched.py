@@ -39,7 +39,7 @@ class Notes:
     """What is asked of the watched layers, and what they found.
 
     asked: module → (its group, the schemes of that). sums: (group, scheme) → what was summed.
-    signal: group → |y|². together: whether the members of a group see the same positions.
+    signal: group → |y|².
     """
 
     asked: Mapping[str, tuple[str, Mapping[str, Scheme]]]
@@ -49,8 +49,6 @@ class Notes:
     signal: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     """Module → the largest weight of what it is fused with."""
-    products: int = 0
-    """Multiplications made for schemes."""
     _open: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
     def add(self, key: tuple[str, str], moved: torch.Tensor, error: float) -> None:
@@ -159,7 +157,6 @@ class Watched(nn.Module):
             else:
                 error = linear(rounded_input(x, scheme.input), self._rounded[key]).float()
                 error -= plain.float()
-            notes.products += error.numel() * x.shape[-1]
             moved = (error * gradient.float()).sum(-1)
             notes.add((group, title), moved, float(error.square().sum()))
 
