@@ -211,12 +211,12 @@ def verify(
     the sizes `tp` on the device `gpu`. What is wrong is a finding (`VerifyReport.ok`, `.errors`);
     only a path that cannot be read raises InputError.
     """
-    from quantkit.checkpoint.hub import resolve_model
+    from quantkit.pipeline.quantized_source import comparable
     from quantkit.pipeline.serve_words import engine_request
     from quantkit.verification import verify as run
 
     told = Told(progress)
-    base = resolve_model(str(source)) if str(source) else None
+    base = comparable(str(source)) if str(source) else None
     told.stage("verify")
     return run(
         Path(directory),

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as hf
 
+from quantkit.backends.environments import room
 from quantkit.backends.registry import load_recipe
 from quantkit.calibration import build_tokens, load_calibration
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
@@ -310,7 +311,7 @@ def test_memory_is_estimated_before_loading(
 ) -> None:
     file = tmp_path / "meminfo"
     file.write_text("MemTotal: 1000 kB\nMemAvailable: 200000 kB\n")
-    monkeypatch.setattr(memory, "MEMINFO", file)
+    monkeypatch.setattr(room, "MEMINFO", file)
     ui = Quiet()
     with pytest.raises(InputError, match=r"needs about 0\.\d GB on cpu, where 0\.2 GB are free"):
         validate(ValidateRequest(checkpoints["8"], str(small_model), device="cpu"), ui)
