@@ -187,6 +187,7 @@ def test_an_engine_under_another_name_has_a_version_by_its_own(
     kept.cleanup()
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.usefixtures("vllm_python")
 def test_vllm_is_asked_by_the_harness_of_its_own(task, subject: Builtin, small_model: Path) -> None:
