@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.errors import BackendError, InputError
+from quantkit.runtime.serving.drivers.harness import name_distribution
 from quantkit.validation.ask.choices import choice_logprobs, facts, right
 from quantkit.validation.ask.tasks import choose_tasks, run_tasks
 from quantkit.validation.preflight import chat_of, tokenizer_of
@@ -171,6 +174,20 @@ def test_chat_and_examples_reach_the_model(task, subject: Builtin, small_model: 
         run_tasks(subject, tokenizer, chat)
 
 
+def test_an_engine_under_another_name_has_a_version_by_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert name_distribution("pytest", "1.0") is None
+    with pytest.raises(PackageNotFoundError):
+        version("anengine")
+    kept = name_distribution("anengine", "0.32.0")
+    assert kept is not None
+    assert version("anengine") == "0.32.0"
+    kept.cleanup()
+
+
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.usefixtures("vllm_python")
 def test_vllm_is_asked_by_the_harness_of_its_own(task, subject: Builtin, small_model: Path) -> None:

