@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.offload import load_offloaded_model
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import repack_moe
@@ -23,7 +24,6 @@ from transformers import AutoTokenizer
 from quantkit.backends.adapters.common import (
     check_followed,
     folded,
-    load_model,
     modules_by_scheme,
     norms,
     seed_everything,
@@ -38,6 +38,7 @@ from quantkit.backends.adapters.linear_experts import (
     others,
     separate_experts,
 )
+from quantkit.backends.adapters.placed import load_placed, offload_removed
 from quantkit.backends.adapters.places import expert_blocks, kept_layers, locate
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.process.job import Job, JobInputError, Reporter, Result
@@ -47,9 +48,9 @@ from quantkit.checkpoint.schemes import NumberFormat
 def run(job: Job, report: Reporter, result: Result) -> None:
     """Quantize `job.model` and save it, compressed, into `job.out`."""
     seed_everything(job)
-    with warnings_as_notes(report), _log_as_notes(report):
+    with warnings_as_notes(report), _log_as_notes(report), offload_removed(job):
         report.stage("load")
-        model = load_model(job)
+        model = _load(job)
         found, kept = locate(model, job), kept_layers(model, job)
         mixture = any(place.parameter for place in found.values())
         layers = separate_experts(model, found, rename=mixture)
@@ -72,7 +73,15 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         if not mixture:
             repack_moe(model)
         model.save_pretrained(job.out, save_compressed=True, max_shard_size=job.shard_size)
-        complete_lists(Path(job.out), kept, checkpoint_names(model, {**found, **kept}))
+        complete_lists(Path(job.out), kept, checkpoint_names({**found, **kept}))
+
+
+def _load(job: Job) -> Any:
+    """The model, offloaded in the library's own way where its weights do not stay on the device."""
+    if job.placement == "resident":
+        return load_placed(job)
+    with load_offloaded_model(extra_cpu_mem=0):
+        return load_placed(job)
 
 
 def _calibrate(
