@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.backends.registry.mixtures import mixture_refusal
+from quantkit.backends.registry.mixtures import family_refusal, mixture_refusal
 from quantkit.backends.registry.towers import tower_refusal
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import expert_count
@@ -38,6 +38,8 @@ def refuse_beyond_dense(checkpoint: Checkpoint, plan: Plan, model: str) -> None:
     reason = mixture_refusal(plan.backend, plan.recipe, plan.layers, checkpoint.config)
     if experts and reason:
         raise _refusal(checkpoint, plan, model, f"{experts}; {reason}")
+    if reason := family_refusal(plan.backend, plan.recipe, checkpoint.config):
+        raise _refusal(checkpoint, plan, model, f"layers that the library cannot take; {reason}")
 
 
 def _refuse_unseen_layers(checkpoint: Checkpoint, plan: Plan) -> None:

@@ -14,8 +14,9 @@ from quantkit.backends.registry import backends, load_recipe
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.pipeline.plan import make_plan
-from tests.support.cli import QUICK, command, quantkit, refused
-from tests.support.helpers import alone
+from tests.support.cli import QUICK, command, inside, quantkit, refused
+from tests.support.families import model
+from tests.support.helpers import alone, edit_json
 
 
 def refusal(model: Path, method: str, *sets: str, device: str = "cpu") -> str:
@@ -123,6 +124,30 @@ def test_a_library_without_its_environment_names_the_command(
     assert row["needs"] == ["environment msmodelslim"]
     assert not row["available"]
     assert "quantkit env create msmodelslim" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "telling"),
+    [
+        ("falcon", "modelopt_fp8", "linear layers of a class of its own"),
+        ("falcon", "llmcompressor_fp8_dynamic", "which llmcompressor leaves in 16 bit"),
+        ("phi3", "gptqmodel_w4a16", "takes gate_up_proj apart"),
+        ("glm4", "gptqmodel_w4a16", "takes gate_up_proj apart"),
+        ("lfm2", "autoround_w4a16", "the inputs of the first"),
+        ("qwen3_5_text", "autoround_w4a16", "the inputs of the first"),
+    ],
+)
+def test_a_dense_family_that_a_library_cannot_do_is_refused_in_the_plan(
+    family: str, method: str, telling: str, tmp_path: Path
+) -> None:
+    source = model("llama", tmp_path / "source")
+    edit_json(source / "config.json", lambda config: config.update(model_type=family))
+    asked = (source, "--method", method)
+    told = inside("plan", *asked)
+    assert told[:2] == (1, "plan.architecture")
+    assert telling in told[2]
+    assert inside("quantize", *asked, "--out", tmp_path / "out") == told
+    assert inside("plan", source, "--method", "rtn_fp8_dynamic")[0] == 0
 
 
 def test_an_unknown_device_is_refused(small_model: Path, tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         tokens = Tokens(job) if job.tokens else None
         witness = SeenTokens(tokens, report)
         arguments = _arguments(job, layers, model, tokens)
+        if model.config.get_text_config() is not model.config:
+            # Asked for with such models, and used by data sets of the library's own alone.
+            arguments["processor"] = tokenizer
         if layerwise:  # the library then builds the model itself, and reads a block at a time
             os.environ["AR_DISK_STREAM_MODEL"] = "1"
             tuner = AutoRound(job.model, tokenizer, **arguments)

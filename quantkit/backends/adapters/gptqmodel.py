@@ -21,7 +21,7 @@ from gptqmodel.quantization.config import (
     GPTQConfig,
     MoEConfig,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from quantkit.backends.adapters.common import (
     bits_and_group,
@@ -33,6 +33,7 @@ from quantkit.backends.adapters.common import (
 )
 from quantkit.backends.adapters.experts_seen import ExpertsSeen, settled
 from quantkit.backends.adapters.gptqmodel_experts import calibrated_experts
+from quantkit.backends.adapters.hf_config import auto_class
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.adapters.separate_layers import SeparateLayers
 from quantkit.backends.adapters.settings_names import name_settings
@@ -88,9 +89,7 @@ def _skeleton(job: Job) -> Any:
         job.model, local_files_only=True, trust_remote_code=job.trust_remote_code
     )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=job.trust_remote_code
-        )
+        return auto_class(config).from_config(config, trust_remote_code=job.trust_remote_code)
 
 
 def _checkpoint(job: Job, model: Any) -> CheckpointConfig | None:

@@ -55,6 +55,17 @@ def mixtures() -> dict[str, Mixtures]:
     }
 
 
+def family_refusal(backend: Backend, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
+    """Why the library writes no sound checkpoint of this family, a dense one too, or None."""
+    known = mixtures().get(backend.name, Mixtures())
+    family, library = str(text_config(config).get("model_type")), backend.distribution
+    if reason := known.whole.get(family):
+        return f"{library} does not write {family}: {reason}"
+    if reason := known.schemes.get(family, {}).get(recipe.scheme):
+        return f"{library} does not write {recipe.scheme} of {family}: {reason}"
+    return None
+
+
 def mixture_refusal(
     backend: Backend, recipe: Recipe, layers: Iterable[str], config: Mapping[str, Any]
 ) -> str | None:
@@ -65,11 +76,9 @@ def mixture_refusal(
     known = mixtures().get(backend.name)
     if known is None:
         return f"{backend.name} quantizes dense language models here"
+    if reason := family_refusal(backend, recipe, config):
+        return reason
     family, library = str(text_config(config).get("model_type")), backend.distribution
-    if reason := known.whole.get(family):
-        return f"{library} does not write {family}: {reason}"
-    if reason := known.schemes.get(family, {}).get(recipe.scheme):
-        return f"{library} does not write {recipe.scheme} of {family}: {reason}"
     algorithm = backend.method(recipe).algorithm
     if reason := known.algorithms.get(algorithm):
         return f"{library} quantizes no mixture by {algorithm} here: {reason}"
