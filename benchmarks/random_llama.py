@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 SIZES: dict[str, dict[str, int]] = {
+    "0.01": {"hidden": 256, "inner": 1024, "layers": 4, "kv": 64, "vocab": 4096, "heads": 4},
     "0.3": {"hidden": 1024, "inner": 4096, "layers": 16, "kv": 256, "vocab": 32000, "heads": 16},
     "1.1": {"hidden": 2048, "inner": 5632, "layers": 22, "kv": 256, "vocab": 32000, "heads": 32},
     "3": {"hidden": 3072, "inner": 8192, "layers": 28, "kv": 1024, "vocab": 128256, "heads": 24},
@@ -66,9 +67,9 @@ def write_shard(
                 left, place = left - len(piece), 0
 
 
-def make(path: Path, size: str = "1.1", shards: int = 5) -> int:
-    """Write the checkpoint; its bytes of weights."""
-    chosen = SIZES[size]
+def make(path: Path, size: str = "1.1", shards: int = 5, **others: int) -> int:
+    """Write the checkpoint, with `others` in place of what `SIZES` says; its bytes of weights."""
+    chosen = SIZES[size] | others
     shapes, numbers = shapes_of(chosen), pool()
     total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
     path.mkdir(parents=True)

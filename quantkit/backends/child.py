@@ -40,11 +40,13 @@ class Ending:
     """How a child ended by itself.
 
     `status` is its exit status, or the negative number of the signal that killed it;
-    `out_of_memory` whether that was the kernel's, because memory ran out.
+    `out_of_memory` whether that was the kernel's, because memory ran out; `peak_bytes` the most
+    that its own process was seen to hold in memory.
     """
 
     status: int
     out_of_memory: bool
+    peak_bytes: int
 
     @property
     def killer(self) -> str:
@@ -83,6 +85,7 @@ class Child:
         self._mark = secrets.token_hex(16)
         self._kills, self._last_kill = oom_kills(), -math.inf
         self._looked = -math.inf
+        self._peak = 0
         try:
             self._process = subprocess.Popen(
                 arguments,
@@ -131,12 +134,13 @@ class Child:
                     yield json.loads(line)
 
     def look(self, every: float = POLL_SECONDS) -> None:
-        """Notice whether the kernel has killed for want of memory since the last look, unless that
-        was less than so many seconds ago."""
+        """Notice whether the kernel has killed for want of memory since the last look, and what the
+        child holds, unless that was less than so many seconds ago."""
         now = time.monotonic()
         if now - self._looked < every:
             return
         self._looked = now
+        self._peak = max(self._peak, _held(self._process.pid))
         if self._kills != (kills := oom_kills()):
             self._kills, self._last_kill = kills, now
 
@@ -148,7 +152,8 @@ class Child:
     def ending(self) -> Ending:
         """Wait until the child itself has ended; how it did."""
         status = self._process.wait()
-        return Ending(status, status == -signal.SIGKILL and self.memory_ran_out())
+        out_of_memory = status == -signal.SIGKILL and self.memory_ran_out()
+        return Ending(status, out_of_memory, self._peak)
 
     def end(self, patience: float = 0.0) -> None:
         """Give the child so many seconds to leave by itself, then end what there is of its tree:
@@ -203,6 +208,14 @@ def oom_kills(vmstat: Path = VMSTAT) -> int:
         for line in vmstat.read_text().splitlines():
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
+    return 0
+
+
+def _held(pid: int) -> int:
+    """Resident bytes of a process; 0 where the kernel does not tell, or when it has ended."""
+    with suppress(OSError, ValueError):
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
     return 0
 
 

@@ -127,6 +127,7 @@ class Provenance:
     """The content of quantkit.json: what was asked for, what did it, and what came out.
 
     `recipe` is the recipe as resolved; `versions` of Python and the libraries by distribution;
+    `placement` says where the weights lay, why, and what was expected to be needed;
     `compute` says how bfloat16 was computed where that is not the CPU's own; `folds` names the
     modules that the method rewrote; `tensors` and `files` hold SHA-256 by name.
     """
@@ -138,6 +139,7 @@ class Provenance:
     source: Source | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     compute: str = ""
+    placement: Mapping[str, Any] | None = None
     seed: int | None = None
     calibration: Calibration | None = None
     experts: ExpertCoverage | None = None
@@ -234,6 +236,7 @@ def _parse(file: Path, document: Mapping[str, Any]) -> Provenance:
         source=_source(stated.inside("source")),
         versions=stated.texts("versions", "an object of texts") or {},
         compute=stated.text("compute") or "",
+        placement=stated.table("placement"),
         seed=stated.whole("seed"),
         calibration=_calibration(stated.inside("calibration")),
         experts=_experts(stated.inside("experts")),

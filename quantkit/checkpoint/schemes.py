@@ -187,3 +187,7 @@ def described(scheme: Scheme | None) -> str:
 
 
 KVCache = Literal["none", "fp8", "nvfp4"]
+
+Placement = Literal["resident", "layerwise", "spread"]
+"""Where a model's weights lie while a library works: on one device, in files but for the decoder
+block at work, or over several devices and the host."""

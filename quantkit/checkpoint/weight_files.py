@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from quantkit.checkpoint.headers import broken, read_header, read_json
 from quantkit.errors import InputError
@@ -15,7 +16,7 @@ from quantkit.errors import InputError
 INDEX_SUFFIX = ".safetensors.index.json"
 WEIGHTS = "model.safetensors"
 DEQUANTIZED = "dequantized.json"
-"""Says of which GGUF file a cached directory was made."""
+"""Says of which GGUF file, or quantized checkpoint, a cached directory was made."""
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTERS = ("adapter_model", "adapters.", "adapter.")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -130,12 +131,7 @@ def reading_notes(path: Path, used: Iterable[Path]) -> tuple[str, ...]:
     rest = [name for name in others if name not in adapters]
     notes = []
     if (path / DEQUANTIZED).is_file():
-        made = read_json(path / DEQUANTIZED)
-        kinds = ", ".join(made.get("types") or ())
-        notes.append(
-            f"the source is the GGUF file {made.get('file')} ({kinds}; SHA-256 "
-            f"{str(made.get('sha256'))[:16]}), dequantized to BF16: its rounding stays in it"
-        )
+        notes.append(_made_from(read_json(path / DEQUANTIZED)))
     notes += newer_tokenizer(path)
     if adapters:
         notes.append(
@@ -145,6 +141,18 @@ def reading_notes(path: Path, used: Iterable[Path]) -> tuple[str, ...]:
     if rest:
         notes.append(f"{_listed(rest)} left aside: Transformers does not read it as this model")
     return tuple(notes)
+
+
+def _made_from(record: dict[str, Any]) -> str:
+    """What a dequantized copy says of its source, a GGUF file or a quantized checkpoint."""
+    if "layout" in record:
+        what = (
+            f"quantized itself ({record['layout']}; fingerprint {record.get('fingerprint')!s:.16})"
+        )
+    else:
+        kinds = ", ".join(record.get("types") or ())
+        what = f"the GGUF file {record.get('file')} ({kinds}; SHA-256 {record.get('sha256')!s:.16})"
+    return f"the source is {what}, dequantized to BF16: its rounding stays in it"
 
 
 def newer_tokenizer(path: Path) -> list[str]:

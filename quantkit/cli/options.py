@@ -15,7 +15,7 @@ Sets = Annotated[
     list[str],
     typer.Option("--set", help="KEY.PATH=VALUE in the recipe, or KEY+=VALUE; repeatable."),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, npu:N.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:0,1, npu:N.")]
 AsOn = Annotated[
     str,
     typer.Option(

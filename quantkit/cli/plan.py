@@ -14,6 +14,7 @@ from quantkit.errors import EXIT_INPUT
 
 if TYPE_CHECKING:
     from quantkit.engines import Verdict
+    from quantkit.pipeline.placement import Placed
     from quantkit.pipeline.plan_report import PlanReport
 
 
@@ -70,7 +71,7 @@ def show_plan(ui: Output, report: PlanReport) -> None:
             *(("kept", f"{count}: {why}") for why, count in kept.items()),
             ("bits a weight", f"{plan.bits_per_weight:.2f} in quantized layers"),
             ("size", f"{estimate.source / 1e6:.0f} MB → {estimate.output / 1e6:.0f} MB"),
-            ("memory", f"about {estimate.memory / 1e9:.1f} GB"),
+            *(_memory(plan.placed) if plan.placed else ()),
             *([("time", f"about {seconds['total']:.0f} s, by one measured layer")]
               if seconds else []),
             *([("shapes", f"derived from {source.derived}: no weights were read")]
@@ -88,6 +89,20 @@ def show_plan(ui: Output, report: PlanReport) -> None:
         print_error(refusal.message, refusal.hint)
     for doubt in report.doubts:
         ui.info(f"warning: {doubt}")
+
+
+def _memory(placed: Placed) -> list[tuple[str, str]]:
+    """Where the weights lie and what that takes."""
+    need = placed.need
+    parts = [f"about {need.host / 1e9:.1f} GB of host memory"]
+    if need.accelerator:
+        parts.insert(0, f"about {need.accelerator / 1e9:.1f} GB of each accelerator")
+    short = [placed.short] if placed.short else []
+    how = "" if need.measured else " (estimated, not measured)"
+    return [
+        ("memory", " and ".join(parts) + how),
+        ("placement", "\n".join([f"{placed.placement}: {placed.why}", *short])),
+    ]
 
 
 def _told(verdict: Verdict) -> str:

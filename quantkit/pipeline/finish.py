@@ -84,6 +84,7 @@ def finish(
         source=Source(base or source.path.name, fingerprint, tuple(faults(report.findings))),
         versions=result.versions,
         compute=result.compute,
+        placement=plan.placed.to_json() if plan.placed else None,
         seed=plan.recipe.seed,
         calibration=calibration,
         experts=ExpertCoverage(**result.experts) if result.experts else None,

@@ -20,7 +20,8 @@ def without(plan: Plan, source: Checkpoint, kept: list[str]) -> Plan:
     why = f"experts of the layer saw fewer than {plan.recipe.expert_floor} calibration tokens"
     layers = {name: scheme for name, scheme in plan.layers.items() if name not in kept}
     reasons = {**plan.kept, **dict.fromkeys(kept, why)}
-    return plan_of_layers(source, plan.recipe, layers, reasons, plan.notes)
+    fewer = plan_of_layers(source, plan.recipe, layers, reasons, plan.notes)
+    return replace(fewer, placed=plan.placed)
 
 
 def as_written(plan: Plan, out: Path) -> Plan:

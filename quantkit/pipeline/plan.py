@@ -24,6 +24,7 @@ from quantkit.engines import Support, support
 from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
 from quantkit.formats.stale_settings import refuse_conflict, refuse_stale
+from quantkit.pipeline.placement import Placed
 from quantkit.pipeline.plan_notes import notes_of
 from quantkit.recipe.model import Override, Recipe, adjusted
 
@@ -60,6 +61,8 @@ class Plan:
     """Stored bits a weight, over the quantized layers."""
     loads: Support
     """Who reads the result, as far as it is known without the engines' rules for shapes."""
+    placed: Placed | None = None
+    """Where the weights will lie on the devices that were asked for; None where none were."""
 
     @property
     def method(self) -> Method:

@@ -9,12 +9,18 @@ from quantkit.backends.registry.towers import untried_towers
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.network.config import expert_count, missing_head
 from quantkit.checkpoint.network.multimodal import is_multimodal
+from quantkit.formats.registry import is_quantized
 
 
 def notes_of(checkpoint: Checkpoint, backend: Backend, layers: Collection[str]) -> list[str]:
-    """In words: most of the model left in 16 bit, experts that stay, a head that is nowhere, towers
-    of a family that the library was not tried with."""
+    """In words: a source that is quantized itself, most of the model left in 16 bit, experts that
+    stay, a head that is nowhere, towers of a family that the library was not tried with."""
+    found = is_quantized(checkpoint)
+    itself = (
+        [f"the source is quantized itself ({found}): its rounding stays in it"] if found else []
+    )
     return [
+        *itself,
         *_left_in_16_bit(checkpoint, layers),
         *_head_notes(checkpoint),
         *_tower_notes(checkpoint, backend),

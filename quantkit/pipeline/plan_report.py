@@ -69,6 +69,7 @@ class PlanReport:
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
             "bits_per_weight": plan.bits_per_weight,
             "estimate": {**vars(plan.estimate), **seconds},
+            "placement": plan.placed.to_json() if plan.placed else None,
             "derived": self.source.derived,
             "incomplete": list(self.incomplete),
             "notes": list(plan.notes),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
 from quantkit.backends.environments import find_interpreter, library_versions
-from quantkit.backends.environments.device import resolve_device
+from quantkit.backends.environments.device import resolve_devices
 from quantkit.backends.process.job import NO_DATA, Job, Reporter, Result
 from quantkit.backends.process.parent import run_worker
 from quantkit.backends.process.worker import LIBRARIES
@@ -49,8 +49,7 @@ def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outco
     BackendError when the library or its process failed, CheckError when the result did not verify.
     """
     _refuse_stream_flags(request, plan)
-    if not request.resume:
-        check_space(request.out, plan.estimate.disk, "the checkpoint")
+    _refuse_full_disk(request, plan)
     python = find_interpreter(plan.backend, request.python or request.recipe.python)
     with staged(
         request.out, overwrite=request.overwrite, resumable=True, resume=request.resume
@@ -64,6 +63,8 @@ def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outco
         job = _job(request, plan, source, tokens, note)
         state = Unfinished(partial)
         goes_on = state.open(_key(job, plan, found, tokens, python), resume=request.resume)
+        if state.move(f"{job.placement} on {','.join(job.devices)}"):
+            ui.note("the weights lie elsewhere than before: no finished layer is gone on with")
         with _kept_if_worth(state):
             if request.checkpoint_save:
                 _check_state_file(
@@ -96,13 +97,14 @@ def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outco
 def _key(
     job: Job, plan: Plan, found: Scan, tokens: TokenFile | None, python: Path
 ) -> dict[str, Any]:
-    """What decides the library's output, by the user's words for it."""
+    """What decides the library's output, by the user's words for it: not where weights lie, nor
+    which of the devices of one kind works."""
     return {
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe": plan.recipe.model_dump(mode="json", exclude={"placement"}),
         "source": {"fingerprint": found.fingerprint},
         "calibration": {"digest": tokens.digest if tokens else None},
         "versions": {"quantkit": __version__, **library_versions(python, LIBRARIES)},
-        "device": job.device,
+        "device": job.device.partition(":")[0],
         "checkpoint-save": job.checkpoint_save,
     }
 
@@ -128,6 +130,16 @@ def _library_stage(state: Unfinished, job: Job, python: Path, out: Path, ui: Rep
     result = run_logged(job, state.library, python, out, ui, state.folder.resolve())
     state.finish(result)
     return result
+
+
+def _refuse_full_disk(request: Request, plan: Plan) -> None:
+    """InputError where the output, and what the library writes beside it, have no space; what a
+    stopped run left is there already."""
+    beside = plan.placed.disk if plan.placed else 0
+    what = "the checkpoint, offloaded weights and finished layers" if beside else "the checkpoint"
+    left = request.out.with_name(request.out.name + ".partial").rglob("*") if request.resume else ()
+    there = sum(path.stat().st_size for path in left if path.is_file())
+    check_space(request.out, plan.estimate.disk + beside - there, what)
 
 
 def _refuse_stream_flags(request: Request, plan: Plan) -> None:
@@ -217,7 +229,7 @@ def _job(
     tokens: TokenFile | None,
     note: dict[str, Any],
 ) -> Job:
-    recipe = plan.recipe
+    recipe, devices = plan.recipe, resolve_devices(request.device)
     return Job(
         task="quantize",
         backend=plan.backend.name,
@@ -235,7 +247,9 @@ def _job(
         experts=recipe.experts,
         expert_floor=recipe.expert_floor,
         on_unseen=recipe.on_unseen,
-        device=resolve_device(request.device),
+        device=devices[0],
+        devices=list(devices),
+        placement=plan.placed.placement if plan.placed else "resident",
         seed=recipe.seed,
         shard_size=recipe.shard_bytes(),
         checkpoint_save=str(request.checkpoint_save.resolve()) if request.checkpoint_save else None,

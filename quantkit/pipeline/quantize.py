@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quantkit.backends.environments.device import resolve_device
+from quantkit.backends.environments.device import resolve_devices
 from quantkit.backends.process.job import Reporter
+from quantkit.backends.registry import backend_named
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.hub import open_for_plan, resolve_model
+from quantkit.formats import fp8
+from quantkit.formats.quantized import QuantizedCheckpoint
 from quantkit.pipeline.calibration_data import text_only_note
 from quantkit.pipeline.engine_view import check_engines
 from quantkit.pipeline.experts_and_towers import refuse_beyond_dense
+from quantkit.pipeline.placement import place, refuse_too_large
 from quantkit.pipeline.plan import Plan, make_plan
 from quantkit.pipeline.publish import check_apart, check_target
+from quantkit.pipeline.quantized_source import as_subject, dequantized, planned
 from quantkit.pipeline.request import Outcome, Request
 from quantkit.pipeline.ways import way_of
 from quantkit.verification.configuration.completeness import refuse_incomplete
@@ -26,26 +31,48 @@ from quantkit.verification.configuration.completeness import refuse_incomplete
 def preflight(request: Request) -> tuple[Checkpoint, Plan]:
     """Open the model and plan the job; every refusal that needs no weights happens here."""
     path = resolve_model(request.model, trust_remote_code=request.trust_remote_code)
-    source = open_checkpoint(path)
-    return source, check_engines(source, _decide(request, source))
+    source = _in_16_bit(request, open_checkpoint(path))
+    plan = check_engines(source, _decide(request, source))
+    refuse_too_large(plan.placed, plan.recipe, resolve_devices(request.device))
+    return source, plan
 
 
 def plan_only(request: Request) -> tuple[Checkpoint, Plan]:
     """As `preflight`, for a model whose weights may be absent or only on the hub: headers are
     fetched, or shapes derived. Engines that will not load the result are no error here."""
     source = open_for_plan(request.model, trust_remote_code=request.trust_remote_code)
+    subject = _quantized(request, source)
+    source = planned(subject) if subject else source
     return source, _decide(request, source)
+
+
+def _in_16_bit(request: Request, source: Checkpoint) -> Checkpoint:
+    """The source, or the BF16 copy of a quantized one, made once its plan refuses nothing."""
+    subject = _quantized(request, source)
+    if subject is None:
+        return source
+    _decide(request, planned(subject))
+    return open_checkpoint(dequantized(subject))
+
+
+def _quantized(request: Request, source: Checkpoint) -> QuantizedCheckpoint | None:
+    """A quantized source that has to be dequantized before the backend can read it."""
+    streamed = backend_named(request.recipe.backend).reads_fp8_blocks
+    return None if streamed and fp8.recognises(source) else as_subject(source)
 
 
 def _decide(request: Request, source: Checkpoint) -> Plan:
     """The plan, or the refusal that `plan` and `quantize` share: all that no weights tell."""
+    devices = resolve_devices(request.device)
+    state = request.checkpoint_save is not None
     plan = make_plan(
         source,
         request.recipe,
-        device=resolve_device(request.device),
+        device=devices[0],
         trust_remote_code=request.trust_remote_code,
-        state=request.checkpoint_save is not None,
+        state=state,
     )
+    plan = replace(plan, placed=place(source, plan.recipe, plan.backend, devices, state=state))
     refuse_incomplete(source)
     refuse_beyond_dense(source, plan, request.model)
     way_of(plan.backend).check(source, plan)
@@ -64,4 +91,6 @@ def quantize(request: Request, ui: Reporter) -> Outcome:
     source, plan = preflight(request)
     check_apart(request.out, source.path)
     check_target(request.out, overwrite=request.overwrite)
+    if plan.placed and plan.placed.doubt:
+        ui.note(plan.placed.doubt)
     return way_of(plan.backend).run(request, source, plan, ui)

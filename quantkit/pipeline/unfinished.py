@@ -1,9 +1,10 @@
 """What a library's run leaves for `--resume`: its finished output, and its own layer checkpoints.
 
-Kept in `DIR.partial/.stream/`: `job.json` (what decides the output), `library/` (what the worker
-wrote), `layers/` (a library's own checkpoints, where it has some) and `done.json` (the worker's
-`Result`, and size and time of each file), written last. A kill at any moment leaves either a
-finished library stage or one that the library itself goes on with, or that is done again.
+Kept in `DIR.partial/.stream/`: `job.json` (what decides the output), `placement.json` (where the
+weights lay, which does not), `library/` (what the worker wrote), `layers/` (a library's own
+checkpoints, where it has some) and `done.json` (the worker's `Result`, and size and time of each
+file), written last. A kill at any moment leaves either a finished library stage or one that the
+library itself goes on with, or that is done again.
 """
 
 from __future__ import annotations
@@ -50,6 +51,17 @@ class Unfinished:
         self.folder.mkdir()
         write_record(self.folder / "job.json", key)
         return False
+
+    def move(self, placement: str) -> bool:
+        """Remember where the weights lie from now on; whether checkpoints of finished layers had to
+        go because they lay elsewhere: the libraries go on from their own placement alone."""
+        file, stated = self.folder / "placement.json", {"placement": placement}
+        if read_record(file) == stated:
+            return False
+        left = self.has_layers()
+        shutil.rmtree(self.layers, ignore_errors=True)
+        write_record(file, stated)
+        return left
 
     def begin(self) -> None:
         """Empty the library's place, unless checkpoints of its own go on from what lies there."""

@@ -15,7 +15,7 @@ from pydantic import (
 
 from quantkit.checkpoint.network.modules import PRESETS
 from quantkit.checkpoint.network.patterns import pattern_fault
-from quantkit.checkpoint.schemes import SCHEMES, KVCache, Scheme
+from quantkit.checkpoint.schemes import SCHEMES, KVCache, Placement, Scheme
 from quantkit.engines import engines
 from quantkit.errors import InputError
 from quantkit.recipe.gates import parse_gate
@@ -119,6 +119,8 @@ class Recipe(_Strict):
     gates: list[str] = []
     on_nan: Literal["error", "keep16"] = "error"
     on_misfit: Literal["error", "keep16", "fit"] = "error"
+    placement: Literal["auto"] | Placement = "auto"
+    """Where the weights lie while a library works; auto takes the first that fits."""
     shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s*(KB|MB|GB|TB)$")
     seed: Whole = 0
     python: str | None = None

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+from quantkit.backends.environments.room import host_room
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.gguf import GgufFile
 from quantkit.checkpoint.network.language import text_config
 from quantkit.errors import BackendError, InputError
 from quantkit.validation.preflight import Candidate
 from quantkit.validation.subjects.builtin import BATCH_TOKENS
-
-MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def needed_bytes(held: Checkpoint | GgufFile, *, expanded: bool) -> int:
@@ -47,13 +44,7 @@ def available_bytes(device: str) -> int | None:
 
         free: int = torch.cuda.mem_get_info(torch.device(device))[0]
         return free
-    try:
-        lines = MEMINFO.read_text().splitlines()
-    except OSError:
-        return None
-    free = next((int(line.split()[1]) * 1024 for line in lines if line[:13] == "MemAvailable:"), 0)
-    limit = _cgroup_room()
-    return min(free, limit) if limit is not None else free
+    return host_room()
 
 
 def refuse_too_large(what: str, needed: int, device: str) -> None:
@@ -107,17 +98,3 @@ def _bytes_at_16_bit(held: Checkpoint) -> int:
     layers = subject.declaration.layers.values()
     elements = sum(s.shape[0] * s.shape[1] * max(s.experts or 1, 1) for s in layers)
     return held.weight_bytes - coded + 2 * elements
-
-
-def _cgroup_room() -> int | None:
-    """What a container's limit leaves; None without one."""
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        used = int((CGROUP / "memory.current").read_text())
-        stat = (CGROUP / "memory.stat").read_text().split("\n")
-    except (OSError, ValueError):
-        return None
-    if not limit.isdigit():
-        return None
-    cached = next((int(line.split()[1]) for line in stat if line.startswith("inactive_file ")), 0)
-    return int(limit) - used + cached

@@ -26,6 +26,7 @@ from quantkit.checkpoint.scan import Scan, scan
 from quantkit.checkpoint.source_record import source_of
 from quantkit.errors import InputError, command
 from quantkit.formats.registry import is_quantized
+from quantkit.pipeline.quantized_source import as_subject, dequantized
 from quantkit.verification import VerifyReport, verify
 
 SHAPE_KEYS = (
@@ -66,11 +67,14 @@ class Candidate:
 
 
 def open_candidate(path: Path, baseline: str) -> Candidate:
-    """Open both. Raises InputError for what cannot be opened, for a baseline that is quantized,
-    of another architecture or with another tokenizer, or that nothing names."""
+    """Open both, of a quantized source as baseline its dequantized copy. Raises InputError for what
+    cannot be opened, for a baseline that is quantized in a way that is not read as a source, of
+    another architecture or with another tokenizer, or that nothing names."""
     held = open_gguf(path) if gguf_in(path) else open_checkpoint(path)
     provenance = read(path)
     base = open_checkpoint(resolve_model(baseline or remembered(path, provenance)))
+    if subject := as_subject(base):
+        base = open_checkpoint(dequantized(subject))
     if found := is_quantized(base):
         raise InputError(
             f"The baseline {base.path} is quantized itself ({found}).",

@@ -11,6 +11,7 @@ import torch
 
 from quantkit.backends.environments import device
 from quantkit.backends.environments.device import amd_note, resolve_device, torch_build
+from quantkit.backends.environments.room import device_room
 from quantkit.runtime.linear.kernels.base import no_gpu
 
 VERSION = """from typing import Optional
@@ -72,6 +73,28 @@ def test_a_hidden_amd_gpu_is_not_taken(
     machine("hip", "amd")
     monkeypatch.setenv(mask, "")
     assert resolve_device("auto") == "cpu"
+
+
+def test_a_gpu_is_counted_among_the_visible_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the driver's program, as there is no GPU here."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '0, 1000\\n1, 2000\\n2, 3000\\n'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device_room("cuda:1") == 2000 << 20
+    assert device_room("cuda") == 1000 << 20
+    assert device_room("npu:0") is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    assert device_room("cuda") == 3000 << 20
+    assert device_room("cuda:2") is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f6b")
+    assert device_room("cuda") is None
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert device_room("cuda") is None
 
 
 def test_what_works_on_amd_is_said(machine: Machine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -186,6 +187,8 @@ def test_an_allocation_that_fails_is_out_of_memory(tmp_path: Path, adapter: str)
     error = failure(tmp_path, adapter)
     assert error.code == "worker.out_of_memory"
     assert "batch_size" in error.hint
+    assert "placement=resident on cpu" in error.message
+    assert "more memory" in error.hint
 
 
 def test_the_kernels_out_of_memory_killer_is_recognised(tmp_path: Path) -> None:
@@ -197,6 +200,14 @@ def test_the_kernels_out_of_memory_killer_is_recognised(tmp_path: Path) -> None:
         group.rmdir()
     assert error.code == "worker.out_of_memory"
     assert "stage calibrate" in error.message
+    assert re.search(r"it held 0\.[01] GB \(placement=resident on cpu\)", error.message)
+
+
+def test_out_of_memory_goes_on_with_a_smaller_placement(tmp_path: Path) -> None:
+    for placement, telling in (("resident", "--resume --set placement=layerwise"),
+                               ("layerwise", "more memory")):  # fmt: skip
+        error = failure(tmp_path, "memory_error", resume_folder=str(tmp_path), placement=placement)
+        assert telling in error.hint
 
 
 def memory_group(limit: int) -> Path:

@@ -15,6 +15,7 @@ import pytest
 
 from quantkit.backends.process.job import Result
 from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.provenance import LOG
 from quantkit.errors import InputError
 from quantkit.pipeline.unfinished import Unfinished
 from tests.support.cli import QUICK, command, quantkit, refused
@@ -110,6 +111,26 @@ def test_a_mixture_goes_on_after_a_tuned_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.library
+def test_a_smaller_placement_goes_on(demo_model: Path, tmp_path: Path) -> None:
+    """From finished layers, and elsewhere from the finished stage, with the same tensors."""
+    four, method = cut_layers(demo_model, tmp_path / "four", 4), "modelopt_fp8"
+    layerwise = ("--set", "placement=layerwise")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    state = tmp_path / "out.partial" / ".stream"
+    done = quantkit(*arguments(four, method, whole, "--set", "placement=resident"))
+    assert done.code == 0, done.err
+    second = state / "layers" / "layer_0001" / "next_inputs.pt"
+    killed(arguments(four, method, out, *layerwise), second.is_file)
+    killed(arguments(four, method, out, *layerwise, "--resume"), (state / "done.json").is_file)
+    log = (state / "library" / LOG).read_text()
+    assert "resuming layerwise calibration from layer" in log
+    last = quantkit(*arguments(four, method, out, "--set", "placement=resident", "--resume"))
+    assert last.code == 0, last.err
+    assert "resumed after the library's finished stage" in last.err
+    assert open_checkpoint(out).digests() == open_checkpoint(whole).digests()
+
+
+@pytest.mark.library
 def test_another_run_is_refused_and_loses_nothing(two_layers: Path, tmp_path: Path) -> None:
     out, state = tmp_path / "out", tmp_path / "out.partial" / ".stream"
     killed(arguments(two_layers, "modelopt_fp8", out), (state / "done.json").is_file)
@@ -186,6 +207,20 @@ def test_without_resume_nothing_of_a_run_before_is_kept(tmp_path: Path) -> None:
     state = Unfinished(tmp_path / "p")
     assert not state.open(KEY, resume=False)
     assert state.finished() is None
+
+
+def test_layers_of_another_placement_are_not_gone_on_with(tmp_path: Path) -> None:
+    state = begun(tmp_path / "p")
+    assert not state.move("resident on cuda:0")
+    state.begin()
+    (state.layers / "layer-0").write_text("x")
+    assert not state.move("resident on cuda:0")
+    assert state.has_layers()
+    assert state.move("layerwise on cuda:0")
+    assert not state.has_layers()
+    state.begin()
+    assert not any(state.library.iterdir())
+    assert not state.move("layerwise on cuda:0")
 
 
 @pytest.mark.parametrize(

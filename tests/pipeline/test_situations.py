@@ -257,7 +257,7 @@ SCALE = "model.layers.1.mlp.down_proj.weight_scale"
 
 ROWS: dict[str, Row] = {
     "01 nested settings": Row(
-        nested, lambda out: write(out, decoder(), LLAMA), FP8, 1, ("quantized already",)),
+        nested, lambda out: write(out, decoder(), LLAMA), FP8, 0, ("quantized itself",)),
     "01 nested settings lost": Row(
         then(nested, lambda out: edit_json(out / "config.json", lambda c: c["text_config"].pop(
             "quantization_config"))), nested, VERIFY, 4, ("1 error",), 0, ("no errors",)),

@@ -34,6 +34,7 @@ def write(folder: Path, model: Path, recipes: list[Any], **validate: Any) -> Pat
     folder.mkdir(exist_ok=True)
     file = folder / "sweep.yaml"
     asked = {"samples": 1, "throughput": False, "gates": SETTLED, **validate}
+    asked["broken_baseline"] = True  # random weights
     file.write_text(yaml.safe_dump({"models": [str(model)], "recipes": recipes, "validate": asked}))
     return file
 

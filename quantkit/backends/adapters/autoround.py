@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from quantkit.backends.adapters.autoround_resume import go_on
 from quantkit.backends.adapters.common import (
     bits_and_group,
     check_followed,
-    load_model,
     logs_as_notes,
     packed_modules,
     seed_everything,
@@ -26,6 +27,7 @@ from quantkit.backends.adapters.common import (
     warnings_as_notes,
 )
 from quantkit.backends.adapters.experts_seen import ExpertsSeen, settled
+from quantkit.backends.adapters.placed import empty_model, load_placed
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.adapters.separate_layers import SeparateLayers
 from quantkit.backends.adapters.settings_names import name_settings
@@ -46,12 +48,19 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     base.get_predefined_ignore_layers = lambda _: []  # the plan says what stays in 16 bit
     with warnings_as_notes(report), logs_as_notes("autoround", report):
         report.stage("load")
-        model = load_model(job)
+        layerwise = job.placement == "layerwise"
+        model = empty_model(job) if layerwise else load_placed(replace(job, placement="resident"))
         layers = SeparateLayers(model, job)
         tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
         tokens = Tokens(job) if job.tokens else None
         witness = SeenTokens(tokens, report)
-        tuner = AutoRound(model, tokenizer, **_arguments(job, layers, model, tokens))
+        arguments = _arguments(job, layers, model, tokens)
+        if layerwise:  # the library then builds the model itself, and reads a block at a time
+            os.environ["AR_DISK_STREAM_MODEL"] = "1"
+            tuner = AutoRound(job.model, tokenizer, **arguments)
+            model = tuner.model_context.model
+        else:
+            tuner = AutoRound(model, tokenizer, **arguments)
         update_module(model, cleanup_original=False)
         layers.check_linear(model, job)
         experts = ExpertsSeen(model, layers.blocks, tokens, job.batch_size, once=True)
@@ -127,7 +136,8 @@ def _arguments(
         "iters": _BEST_ITERS if iters == "best" else iters,
         "layer_config": _layer_config(job, layers, model) or None,
         "batch_size": job.batch_size,
-        "device_map": job.device,
+        "device_map": ",".join(job.devices) if job.placement == "spread" else job.device,
+        "low_gpu_mem_usage": job.placement == "layerwise",
         "enable_torch_compile": False,
         "seed": job.seed,
     }

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 from safetensors import safe_open
-from transformers import AutoConfig
 
-from quantkit.backends.adapters.hf_config import auto_class
 from quantkit.backends.process.job import Job, JobError, Reporter
 from quantkit.checkpoint.schemes import NumberFormat, Scheme
 
@@ -59,18 +58,6 @@ def bits_and_group(number: NumberFormat) -> dict[str, Any]:
     }
 
 
-def load_model(job: Job) -> Any:
-    """The model in the dtype of its checkpoint, on the job's device."""
-    placement = {} if job.device == "cpu" else {"device_map": {"": job.device}}
-    here: dict[str, Any] = {
-        "local_files_only": True,
-        "trust_remote_code": job.trust_remote_code,
-    }
-    kind = auto_class(AutoConfig.from_pretrained(job.model, **here))
-    model: torch.nn.Module = kind.from_pretrained(job.model, dtype="auto", **here, **placement)
-    return model.eval()
-
-
 def unplanned(model: torch.nn.Module, job: Job) -> list[str]:
     """Linear modules of the model that the plan does not quantize, by name."""
     return [
@@ -82,11 +69,12 @@ def unplanned(model: torch.nn.Module, job: Job) -> list[str]:
 
 def norms(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the weights that are vectors (norms), by module name."""
-    return {
-        name: module.weight.detach().clone()
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 1
-    }
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 1:
+            with align_module_device(module):  # brings an offloaded weight in
+                found[name] = module.weight.detach().clone()
+    return found
 
 
 def folded(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, list[str]]:

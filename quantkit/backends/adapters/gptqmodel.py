@@ -121,6 +121,7 @@ def _config(job: Job, layers: SeparateLayers) -> Any:
         **bits_and_group(usual_scheme(job).weight),
         "device": job.device,
         "dynamic": _dynamic(job, layers),
+        "offload_to_disk": job.placement == "layerwise",
     }
     if layers.blocks and job.experts == "all":
         common["moe"] = MoEConfig(routing=ExpertsRoutingBypass())

@@ -17,7 +17,6 @@ from modelopt.torch.export import export_hf_checkpoint
 from quantkit.backends.adapters.common import (
     check_followed,
     folded,
-    load_model,
     norms,
     seed_everything,
     warnings_as_notes,
@@ -32,7 +31,9 @@ from quantkit.backends.adapters.modelopt_config import (
     quant_config,
     quantized_layers,
 )
+from quantkit.backends.adapters.modelopt_resume import forget, prepare
 from quantkit.backends.adapters.modelopt_state import restore_state, save_state
+from quantkit.backends.adapters.placed import load_placed, offload_removed
 from quantkit.backends.adapters.places import (
     Place,
     expert_blocks,
@@ -48,9 +49,11 @@ from quantkit.backends.process.job import Job, Reporter, Result
 def run(job: Job, report: Reporter, result: Result) -> None:
     """Quantize `job.model`, or restore `job.restore` on it, and export it into `job.out`."""
     seed_everything(job)
-    with warnings_as_notes(report, frozenset(job.keep)):
+    with warnings_as_notes(report, frozenset(job.keep)), offload_removed(job):
         report.stage("load")
-        model = load_model(job)
+        if job.resume_folder:
+            prepare(job)
+        model = load_placed(job)
         if job.task == "export":
             report.stage("restore")
             found = places(model, job.layers)
@@ -93,6 +96,7 @@ class Calibration:
     def __init__(
         self, job: Job, report: Reporter, model: torch.nn.Module, found: Mapping[str, Place]
     ) -> None:
+        self.job = job
         self.tokens = Tokens(job)
         self.experts = ExpertsSeen(model, expert_blocks(found), self.tokens, job.batch_size)
         self.feed = job.experts == "all"
@@ -102,14 +106,16 @@ class Calibration:
         self.device = job.device
         self.needs_logits = any(name.rpartition(".")[2] == "lm_head" for name in job.layers)
         self.passes = 0
+        known = inspect.signature(model.forward).parameters
+        options = {"use_cache": False, "logits_to_keep": 0 if self.needs_logits else 1}
+        self.options = {name: value for name, value in options.items() if name in known}
 
     def run(self, model: Any) -> None:
         """One pass over all samples; some algorithms ask for several."""
-        known = inspect.signature(model.forward).parameters
-        options = {"use_cache": False, "logits_to_keep": 0 if self.needs_logits else 1}
-        options = {name: value for name, value in options.items() if name in known}
         batches = self.tokens.batches(self.batch_size)
         self.passes += 1
+        if self.job.resume_folder:
+            forget(self.job)
         name = "calibrate" if self.passes == 1 else f"calibrate, pass {self.passes}"
         self.report.stage(name, len(batches))
         hook = model.get_input_embeddings().register_forward_pre_hook(self.witness.embedded)
@@ -117,7 +123,7 @@ class Calibration:
             with torch.no_grad(), self.experts.watch(feed=self.feed):
                 for done, batch in enumerate(batches, 1):
                     moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
-                    model(**moved, **options)
+                    model(**moved, **self.options)
                     self.report.advance(done)
         finally:
             hook.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ PRESETS = {
 
 KV_PRESETS = {"fp8": "FP8_KV_CFG", "nvfp4": "NVFP4_KV_CFG"}
 
+_BLOCK = re.compile(r"\.\d+\.")
 _FORMATS = ("*weight_quantizer", "*input_quantizer")
 _SCALING_ALGORITHMS = ("smoothquant", "awq_lite", "awq_full")
 """Algorithms that give every layer a scale of its input channels, found with the data."""
@@ -60,11 +62,25 @@ def quant_config(job: Job, model: torch.nn.Module, found: Mapping[str, Place]) -
     off = {f"{name}.*" for name in set(_childless(model)) - planned}
     off |= set(_experts_off(model, found))
     entries += [{"quantizer_name": name, "enable": False} for name in sorted(off)]
-    config = {"quant_cfg": entries, "algorithm": algorithm}
+    config = {"quant_cfg": entries, "algorithm": _layer_by_layer(algorithm, job, found)}
     if job.kv_cache != "none":
         kv_preset = getattr(mtq, KV_PRESETS[job.kv_cache])
         config = update_quant_cfg_with_kv_cache_quant(config, kv_preset["quant_cfg"])
     return config
+
+
+def _layer_by_layer(algorithm: Any, job: Job, found: Mapping[str, Place]) -> Any:
+    """The algorithm as it keeps a block on the device for all of its samples, if it can.
+
+    It then sees the decoder blocks alone, so a layer outside of them needs whole passes; so does
+    SmoothQuant, whose blocks would be shown what earlier ones were smoothed to.
+    """
+    inside = all(_BLOCK.search(f".{place.module}") for place in found.values())
+    if job.placement != "layerwise" or not (job.tokens and inside) or _method(algorithm) != "max":
+        return algorithm
+    stated = algorithm if isinstance(algorithm, dict) else {"method": algorithm}
+    kept = {"checkpoint_dir": job.resume_folder} if job.resume_folder else {}
+    return {**stated, "layerwise": {"enable": True, "calib_mutates_weights": False, **kept}}
 
 
 def _experts_off(model: torch.nn.Module, found: Mapping[str, Place]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Literal
 from quantkit.errors import InputError
 
 _STATED = re.compile(r"^(cuda|hip)\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
+_SEVERAL = re.compile(r"(cuda|npu|xpu):\d+(,\d+)+")
 _KNOWN = re.compile(r"cpu|(cuda|npu|xpu)(:\d+)?")
 
 
@@ -28,6 +29,24 @@ def resolve_device(asked: str) -> str:
             code="request.device",
         )
     return asked
+
+
+def resolve_devices(asked: str) -> tuple[str, ...]:
+    """The devices themselves, in order: one as `resolve_device` gives it, or those of `cuda:0,1`.
+
+    Raises InputError as `resolve_device`, and for a device that is named twice.
+    """
+    if not _SEVERAL.fullmatch(asked):
+        return (resolve_device(asked),)
+    kind, _, numbers = asked.partition(":")
+    devices = tuple(f"{kind}:{int(number)}" for number in numbers.split(","))
+    if len(set(devices)) < len(devices):
+        raise InputError(
+            f"--device {asked} names a device twice.",
+            hint=f"--device {kind}:0,1",
+            code="request.device",
+        )
+    return devices
 
 
 def _found() -> str:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from quantkit.checkpoint.schemes import Scheme
+from quantkit.checkpoint.schemes import Placement, Scheme
 
 JOB_VERSION = 1
 
@@ -38,6 +38,7 @@ class Job:
     both by their names in the source checkpoint.
     `tokens` is a safetensors file with `input_ids` [samples, length] int64 and
     `attention_mask` of the same shape, or None for a method that needs no calibration.
+    `devices` are those that `spread` fills, in order; `device` is the first of them.
     `resume_folder` is where a library that has checkpoints of finished layers keeps them: empty,
     or as a run of the same job left it that was stopped.
     """
@@ -59,6 +60,8 @@ class Job:
     expert_floor: int = 1
     on_unseen: Literal["error", "keep16", "rtn"] = "error"
     device: str = "cpu"
+    devices: list[str] = field(default_factory=list)
+    placement: Placement = "resident"
     seed: int = 0
     shard_size: int = 5_000_000_000
     checkpoint_save: str | None = None

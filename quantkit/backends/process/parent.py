@@ -122,7 +122,8 @@ def _killed(ending: Ending, told: _Told, job: Job, log: Path) -> BackendError:
     if ending.out_of_memory:
         return _out_of_memory(
             f"The worker of {job.method} was killed{where} because the machine or its container "
-            "ran out of memory."
+            f"ran out of memory; it held {ending.peak_bytes / 1e9:.1f} GB.",
+            job,
         )
     return BackendError(
         f"The worker of {job.method} was killed by {ending.killer}{where}.{_tail(log)}",
@@ -132,11 +133,14 @@ def _killed(ending: Ending, told: _Told, job: Job, log: Path) -> BackendError:
     )
 
 
-def _out_of_memory(message: str) -> BackendError:
+def _out_of_memory(message: str, job: Job) -> BackendError:
+    smaller = job.placement != "layerwise" and job.resume_folder and not job.checkpoint_save
+    layerwise = smaller and "layerwise" in backend_named(job.backend).placements
+    last = ("go on with --resume --set placement=layerwise" if layerwise
+            else "use a machine with more memory")  # fmt: skip
     return BackendError(
-        message,
-        hint="add --set calibration.batch_size=1, shorten calibration.sequence_length, "
-        "or use a machine with more memory",
+        f"{message[:-1]} (placement={job.placement} on {', '.join(job.devices or [job.device])}).",
+        hint=f"add --set calibration.batch_size=1, shorten calibration.sequence_length, or {last}",
         code="worker.out_of_memory",
     )
 
@@ -167,7 +171,7 @@ def _failure(error: dict[str, str], job: Job, python: Path, log: Path) -> Quantk
         )
     if code == "worker.out_of_memory":
         return _out_of_memory(
-            f"{job.method} ran out of memory in stage {error['stage']}: {library}."
+            f"{job.method} ran out of memory in stage {error['stage']}: {library}.", job
         )
     if code == "worker.no_space":
         targets = " or ".join(str(Path(t).parent) for t in (job.out, job.checkpoint_save) if t)

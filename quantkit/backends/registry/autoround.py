@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from quantkit.backends.registry.backend import Backend, Method, Options
+from quantkit.backends.registry.backend import Backend, Footprint, Method, Options
 
 if TYPE_CHECKING:
     from quantkit.recipe.model import Recipe
@@ -106,5 +106,10 @@ AUTOROUND = Backend(
     chosen=_chosen,
     options=AutoRoundOptions,
     dense_only=True,
+    placements={
+        "resident": Footprint(1_100_000_000, 1.0, 6, 2, 0, 4),
+        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2, 0, 4),
+        "spread": Footprint(1_100_000_000, 1.0, 6, 2, 0, 4),
+    },
     unsupported=_unsupported,
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+from quantkit.checkpoint.schemes import Placement
 
 if TYPE_CHECKING:
     from quantkit.recipe.model import Recipe
@@ -49,6 +51,32 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """Peak host memory of a job on a CPU, and what it writes beside its output, as a formula of
+    the model's size.
+
+    library: bytes of the worker with its libraries, before a model.
+    weights: how often what stays in memory is held (all weights, or those outside of the decoder
+        blocks), as a multiple of its bytes in 16 bit.
+    block: what work on a decoder block takes, as a multiple of the largest one's bytes in 16 bit.
+    activations: copies of a hidden state a calibration token, in 16 bit.
+    blocks_on_disk: offloaded or finished blocks that are written, as a multiple of the bytes of all
+        blocks in 16 bit.
+    activations_on_disk: as `activations`, in checkpoints of finished layers.
+    measured: schemes for which that was measured on a CPU (`benchmarks/placement.py`); for others
+        it is a rule of thumb, which refuses nothing.
+    """
+
+    library: int
+    weights: float
+    block: float
+    activations: float
+    blocks_on_disk: float = 0
+    activations_on_disk: float = 0
+    measured: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Backend:
     """One quantization library, described.
 
@@ -64,6 +92,7 @@ class Backend:
         that `mixtures.yaml` and `towers.yaml` name.
     pictures: whether it calibrates with pictures too.
     reads_fp8_blocks: whether a source in FP8 blocks (DeepSeek) is dequantized on the way.
+    placements: where the library can keep the weights, the first choice first, and what it takes.
     resumes: after what `--resume` goes on; a job that the library's layer checkpoints do not cover
         goes on after its stage.
     unsupported: a reason why this recipe cannot run in this backend, or None.
@@ -85,6 +114,9 @@ class Backend:
     pictures: bool = False
     reads_fp8_blocks: bool = False
     saves_state: bool = False
+    placements: Mapping[Placement, Footprint] = field(
+        default_factory=lambda: {"resident": Footprint(1_000_000_000, 1.33, 1, 1)}
+    )
     resumes: Resumes = "stage"
     unsupported: Callable[[Recipe], str | None] | None = None
 

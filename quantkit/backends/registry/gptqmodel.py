@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from quantkit.backends.registry.backend import Backend, Method, Options
+from quantkit.backends.registry.backend import Backend, Footprint, Method, Options
 
 if TYPE_CHECKING:
     from quantkit.recipe.model import Recipe
@@ -58,5 +58,9 @@ GPTQMODEL = Backend(
     chosen=_chosen,
     options=GPTQModelOptions,
     dense_only=True,
+    placements={
+        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2, 1.6, 2),
+        "resident": Footprint(1_100_000_000, 1.0, 6, 2, 0.6, 2),
+    },
     unsupported=_unsupported,
 )

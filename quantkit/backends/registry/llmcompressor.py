@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from quantkit.backends.registry.backend import Backend, Method, Options
+from quantkit.backends.registry.backend import Backend, Footprint, Method, Options
 
 if TYPE_CHECKING:
     from quantkit.recipe.model import Recipe
@@ -89,5 +89,10 @@ LLMCOMPRESSOR = Backend(
     kv_caches=("none", "fp8"),
     dense_only=True,
     pictures=True,
+    placements={
+        "resident": Footprint(1_100_000_000, 1.0, 6, 2),
+        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2, 0.6),
+        "spread": Footprint(1_100_000_000, 1.0, 6, 2),
+    },
     unsupported=_unsupported,
 )

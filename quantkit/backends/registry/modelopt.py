@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.backends.registry.backend import Backend, Folding, Method, Options
+from quantkit.backends.registry.backend import Backend, Folding, Footprint, Method, Options
 
 if TYPE_CHECKING:
     from quantkit.recipe.model import Recipe
@@ -61,5 +61,11 @@ MODELOPT = Backend(
     dense_only=True,
     pictures=True,
     saves_state=True,
+    resumes="layer",
+    placements={
+        "resident": Footprint(1_400_000_000, 1.0, 6, 2, measured=("fp8",)),
+        "layerwise": Footprint(1_400_000_000, 1.0, 6, 2, 1, 4, measured=("fp8",)),
+        "spread": Footprint(1_400_000_000, 1.0, 6, 2),
+    },
     unsupported=_unsupported,
 )

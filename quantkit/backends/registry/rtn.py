@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.backends.registry.backend import Backend, Method, Options
+from quantkit.backends.registry.backend import Backend, Footprint, Method, Options
 
 if TYPE_CHECKING:
     from quantkit.recipe.model import Recipe
@@ -60,5 +60,8 @@ RTN = Backend(
     chosen=_chosen,
     options=StreamingOptions,
     reads_fp8_blocks=True,
+    placements={
+        "layerwise": Footprint(400_000_000, 0, 0, 0),
+    },
     unsupported=_unsupported,
 )

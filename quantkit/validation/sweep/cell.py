@@ -41,6 +41,7 @@ class CellJob:
     tasks: list[str] = field(default_factory=list)
     gates: list[str] = field(default_factory=list)
     throughput: bool = True
+    broken_baseline: bool = False
     device: str = "auto"
 
 
@@ -129,6 +130,7 @@ def _work(job: CellJob) -> dict[str, Any]:
             tasks=tuple(job.tasks),
             gates=tuple(job.gates),
             throughput=job.throughput,
+            broken_baseline=job.broken_baseline,
         ),
         ui,
     )

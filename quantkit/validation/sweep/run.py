@@ -133,6 +133,7 @@ def _job(request: SweepRequest, asked: SweepFile, cell: Cell) -> CellJob:
         tasks=validation.tasks,
         gates=validation.gates,
         throughput=validation.throughput,
+        broken_baseline=validation.broken_baseline,
         device=resolve_device(request.device),
     )  # fmt: skip
 

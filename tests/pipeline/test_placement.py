@@ -1,0 +1,212 @@
+"""Where the weights lie: what `auto` takes in how much memory, what is refused, and that every
+placement gives the same tensors with every library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantkit.backends.environments import room
+from quantkit.backends.environments.device import resolve_devices
+from quantkit.backends.registry import backend_named, load_recipe
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.errors import InputError
+from quantkit.pipeline.placement import Placed, place, refuse_too_large
+from tests.support.cli import QUICK, quantkit, refused, said
+from tests.support.families import model
+
+G64 = ("--set", "group_size=64")
+METHODS: dict[str, tuple[str, ...]] = {"llmcompressor_w4a16": G64, "modelopt_fp8": ()}
+MORE: dict[str, tuple[str, ...]] = {
+    "llmcompressor_fp8_dynamic": (),
+    "modelopt_mxfp8": (),
+    "autoround_w4a16": (*G64, "--set", "options.iters=1"),
+    "gptqmodel_w4a16": G64,
+}
+Placing = Callable[..., Placed]
+
+
+@pytest.fixture
+def placing(small_model: Path) -> Placing:
+    source = open_checkpoint(small_model)
+
+    def decide(
+        method: str, *sets: str, devices: tuple[str, ...] = ("cpu",), state: bool = False,
+        **rooms: int | None,
+    ) -> Placed:  # fmt: skip
+        recipe = load_recipe(method, sets)
+        backend = backend_named(recipe.backend)
+        free = {name.replace("cuda", "cuda:"): size for name, size in rooms.items()}
+        return place(source, recipe, backend, devices, state=state, room=free.get)
+
+    return decide
+
+
+def test_auto_takes_the_first_that_fits(placing: Placing) -> None:
+    needs = placing("llmcompressor_w4a16", *G64[1:]).needs
+    assert needs["layerwise"].host < needs["resident"].host
+    roomy = placing("llmcompressor_w4a16", *G64[1:], host=needs["resident"].host)
+    assert (roomy.placement, roomy.short) == ("resident", "")
+    tight = placing("llmcompressor_w4a16", *G64[1:], host=needs["resident"].host - 1)
+    assert (tight.placement, tight.short) == ("layerwise", "")
+    assert tight.why.startswith("resident needs about")
+    assert "host memory" in tight.why
+    none = placing("llmcompressor_w4a16", *G64[1:], host=needs["layerwise"].host - 1)
+    assert none.short
+    unknown = placing("llmcompressor_w4a16", *G64[1:], host=None)
+    assert (unknown.placement, unknown.short) == ("resident", "")
+
+
+def test_what_is_written_beside_the_output_is_counted(placing: Placing) -> None:
+    def disk(method: str, placement: str, samples: int) -> int:
+        sets = (f"placement={placement}", f"calibration.samples={samples}")
+        return placing(method, *sets, *G64[1:]).disk
+
+    assert disk("llmcompressor_w4a16", "resident", 8) == 0
+    offloaded = disk("llmcompressor_w4a16", "layerwise", 8)
+    assert offloaded == round(0.6 * 3 * 2 * 3_540_096)  # three blocks in 16 bit
+    finished = disk("autoround_w4a16", "resident", 16) - disk("autoround_w4a16", "resident", 8)
+    assert finished == 4 * 8 * 512 * 576 * 2
+
+
+def test_a_small_gpu_holds_a_block_at_a_time(placing: Placing) -> None:
+    gpu = ("cuda:0",)
+    needs = placing("modelopt_fp8", devices=gpu).needs
+    size = needs["layerwise"].accelerator
+    assert size < needs["resident"].accelerator
+    taken = placing("modelopt_fp8", devices=gpu, cuda0=size)
+    assert taken.placement == "layerwise"
+    assert "cuda:0" in taken.why
+
+
+def test_several_devices_are_spread_over(placing: Placing) -> None:
+    two = ("cuda:0", "cuda:1")
+    assert placing("modelopt_fp8", devices=two).placement == "spread"
+    one = placing("modelopt_fp8", "placement=spread", devices=two[:1]).need.accelerator
+    assert placing("modelopt_fp8", devices=two).need.accelerator < one
+    full = placing("modelopt_fp8", devices=two, cuda0=1 << 40, cuda1=1)
+    assert "cuda:1" in full.short
+
+
+@pytest.mark.parametrize(
+    ("method", "sets", "devices", "state", "reason"),
+    [
+        ("gptqmodel_w4a16", ["placement=spread"], ("cuda:0",), False, "has no placement spread"),
+        ("rtn_fp8_dynamic", ["placement=resident"], ("cpu",), False, "has no placement resident"),
+        ("modelopt_fp8", ["placement=spread"], ("cpu",), False, "the device is cpu"),
+        ("modelopt_fp8", ["placement=layerwise"], ("cpu",), True, "--checkpoint-save"),
+        ("modelopt_fp8", ["placement=layerwise"], ("cuda:0", "cuda:1"), False, "on one device"),
+        ("gptqmodel_w4a16", [], ("cuda:0", "cuda:1"), False, "does not spread"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(
+    method: str,
+    sets: list[str],
+    devices: tuple[str, ...],
+    state: bool,
+    reason: str,
+    placing: Placing,
+) -> None:
+    with pytest.raises(InputError, match=reason) as refusal:
+        placing(method, *sets, devices=devices, state=state)
+    assert refusal.value.code == "plan.placement"
+
+
+def test_mixtures_stay_resident(tmp_path: Path) -> None:
+    source = open_checkpoint(model("mixtral", tmp_path / "mixtral"))
+    recipe = load_recipe("modelopt_fp8", ("placement=layerwise",))
+    with pytest.raises(InputError, match="mixtures of experts"):
+        place(source, recipe, backend_named("modelopt"), ("cpu",))
+
+
+def test_what_cannot_fit_says_what_would(placing: Placing) -> None:
+    recipe = load_recipe("modelopt_fp8", ("placement=resident",))
+    with pytest.raises(InputError, match=r"needs about \d\.\d GB of host memory") as refusal:
+        refuse_too_large(placing("modelopt_fp8", "placement=resident", host=1), recipe, ("cpu",))
+    assert refusal.value.code == "plan.memory"
+    assert "placement=layerwise" in refusal.value.hint
+    assert "rtn_*" in refusal.value.hint
+
+
+def test_an_estimate_that_was_not_measured_refuses_nothing(placing: Placing) -> None:
+    scheme, gpu = "modelopt_int4_awq", ("cuda:0",)
+    for method, devices, rooms in (
+        (scheme, ("cpu",), {"host": 1}),
+        ("modelopt_fp8", gpu, {"cuda0": 1}),
+    ):
+        placed = placing(method, devices=devices, **rooms)
+        assert placed.short
+        assert "estimated, not measured" in placed.doubt
+        refuse_too_large(placed, load_recipe(method), devices)
+    assert not placing("modelopt_fp8", host=1).doubt
+
+
+def test_a_full_machine_is_refused_in_the_run_and_told_in_the_plan(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "meminfo"
+    file.write_text("MemAvailable: 200000 kB\n")
+    monkeypatch.setattr(room, "MEMINFO", file)
+    monkeypatch.setattr(room, "CGROUP", tmp_path)
+    code, text = said("quantize", small_model, "--method", "modelopt_fp8", "--device", "cpu",
+                      "--out", tmp_path / "out")  # fmt: skip
+    assert code == 1
+    assert "plan.memory" in text
+    assert not (tmp_path / "out").exists()
+    code, text = said("plan", small_model, "--method", "modelopt_fp8")
+    assert code == 0
+    assert "none fits" in text
+
+
+def test_devices() -> None:
+    assert resolve_devices("cuda:1,0") == ("cuda:1", "cuda:0")
+    assert resolve_devices("cpu") == ("cpu",)
+    with pytest.raises(InputError, match="twice"):
+        resolve_devices("cuda:0,0")
+    for wrong in ("cuda:0,", "cpu:0,1", "cuda0,1"):
+        with pytest.raises(InputError, match="is no device"):
+            resolve_devices(wrong)
+
+
+@pytest.mark.library
+@pytest.mark.parametrize(
+    "method", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+)
+def test_every_placement_gives_the_same_tensors(
+    method: str, small_model: Path, tmp_path: Path
+) -> None:
+    made = {}
+    for placement in ("resident", "layerwise"):
+        out = tmp_path / placement
+        run = quantkit("quantize", small_model, "--method", method, "--out", out, *QUICK,
+                       *(METHODS | MORE)[method], "--set", f"placement={placement}")  # fmt: skip
+        assert run.code == 0, run.err
+        recorded = json.loads((out / "quantkit.json").read_text())
+        assert recorded["placement"]["placement"] == placement
+        assert not [note for note in recorded["notes"] if "left behind" in note]
+        made[placement] = tensors(out)
+    first, second = made.values()
+    assert first.keys() == second.keys()
+    assert [name for name in first if not same(first[name], second[name])] == []
+
+
+def test_two_gpus_for_a_library_that_takes_one(small_model: Path, tmp_path: Path) -> None:
+    run = quantkit("quantize", small_model, "--method", "gptqmodel_w4a16", *G64,
+                   "--device", "cuda:0,1", "--out", tmp_path / "out")  # fmt: skip
+    refused(run, 1, "gptqmodel does not spread")
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    files = directory.glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return one.reshape(-1).view(torch.uint8).equal(other.reshape(-1).view(torch.uint8))
