@@ -99,6 +99,8 @@ def test_an_assignment_becomes_a_recipe_that_names_exactly_its_modules(tmp_path:
         (["target_bits=many"], "search.target"),
         (["target_bits=-4"], "search.target"),
         (["max_kl=true"], "search.target"),
+        (["max_kl=nan"], "search.target"),
+        (["max_kl=inf"], "search.target"),
         (["max_bytes=huge"], "request.size"),
         (["target_bits=5", "schemes=3"], "search.target"),
     ],
@@ -116,3 +118,4 @@ def test_the_search_takes_its_own_keys_and_leaves_the_rest() -> None:
     assert (budget.max_bytes, budget.schemes, budget.samples) == (2_000_000, ("w4a16", "w8a16"), 4)
     assert rest == ["ignore+=*.o_proj"]
     assert budget.described == "max_bytes=2000000"
+    assert split_changes(["max_kl=1e-3"])[0].max_kl == 0.001

@@ -64,6 +64,19 @@ def test_what_is_there_is_not_overwritten(found: Path, llama: Path, tmp_path: Pa
     assert (tmp_path / "x.recipe.yaml").read_text() == "mine"
 
 
+def test_a_limit_of_kl_gives_the_smallest_that_keeps_it(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("quantize", llama, "--method", "auto", *BUDGET, "--out", out)
+    assert inside(*words, "--set", "max_kl=0.5")[0] == 0
+    document: dict[str, Any] = json.loads(out.with_name("out.search.json").read_text())
+    assert document["winner"]["kl"] <= 0.5
+    assert document["winner"]["groups"] == {"w4a16:64": 8}
+    end = inside(*words, "--overwrite", "--set", "max_kl=1e-12")
+    assert end[1] == "search.unreachable"
+    assert "the nearest measured is" in end[2]
+    assert (out / "quantkit.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("sets", "code", "telling"),
     [

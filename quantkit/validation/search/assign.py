@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import ceil
 
 import numpy as np
 
+from quantkit.errors import InputError
 from quantkit.validation.search.groups import KEPT
 
 Assignment = dict[str, str]
@@ -37,6 +39,16 @@ class Totals:
 
     kl: float
     bits: float
+
+
+def require_scipy() -> None:
+    """InputError where the integer program cannot be solved."""
+    if find_spec("scipy") is None:
+        raise InputError(
+            "--method auto needs scipy, which is not installed.",
+            hint="pip install 'quantkit[search]'",
+            code="search.no_scipy",
+        )
 
 
 def totals(choices: Sequence[Choice], assignment: Mapping[str, str]) -> Totals:

@@ -33,6 +33,7 @@ from quantkit.validation.search.assign import (
     Choice,
     least_bits,
     least_kl,
+    require_scipy,
     totals,
     with_kept,
 )
@@ -113,6 +114,7 @@ class Found:
 def search(request: SearchRequest, ui: Reporter) -> Found:
     """Find the recipe. Raises InputError for a target that cannot be met, with the nearest that
     can, and for whatever speaks against the model or the schemes."""
+    require_scipy()
     ui.stage("plan")
     source = open_checkpoint(resolve_model(request.model))
     space = space_of(request, source)

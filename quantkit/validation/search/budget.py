@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any
 
 import yaml
@@ -70,13 +72,16 @@ def _value(key: str, text: str) -> Any:
         value = parse_yaml(text)
     except (yaml.YAMLError, ValueError):
         value = text
+    if key in ("target_bits", "max_kl") and isinstance(value, str):  # YAML reads 1e-3 as a text
+        with suppress(ValueError):
+            value = float(value)
     if key == "schemes":
         value = value.split(",") if isinstance(value, str) else value
         if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
             return tuple(one.strip() for one in value)
     elif key == "max_bytes" and isinstance(value, str):
         return parse_bytes("max_bytes", value)
-    elif not isinstance(value, bool) and isinstance(value, int | float) and value > 0:
+    elif not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < inf:
         whole = key in ("max_bytes", "samples")
         if not whole or value == int(value):
             return int(value) if whole else float(value)
