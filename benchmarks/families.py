@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -163,8 +164,9 @@ def _steps(kind: str, method: str, source: Path, out: Path) -> Cell:
             return Cell(success, words=reason, kl=kl)
         step = "validate"
         request = ValidateRequest(
-            out, str(source), device="cpu", samples=2, gates=GATES, throughput=False
-        )
+            out, str(source), device="cpu", samples=2, gates=GATES, throughput=False,
+            broken_baseline=True,
+        )  # fmt: skip
         found = validate(request, Quiet())
         kl = round(float(found.to_json()["metrics"]["kl_mean"]["value"]), 4)
         failed = [gate.metric for gate in found.gates if gate.verdict == "fail"]
@@ -196,7 +198,8 @@ def _is_expert(module: str) -> bool:
 def _short(words: str, source: Path) -> str:
     """One line without the model's place and name."""
     said = " ".join(words.split()).replace(str(source), "The model").rpartition("experts a layer; ")
-    return said[2].replace(f" of {source.name}", "").replace(f" {source.name}", " it")[:300]
+    name = rf"\b{re.escape(source.name)}\b"
+    return re.sub(f" {name}", " it", re.sub(f" of {name}", "", said[2]))[:300]
 
 
 def as_markdown(cells: dict[str, dict[str, Cell]]) -> str:

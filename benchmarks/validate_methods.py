@@ -37,7 +37,7 @@ from quantkit.validation.reports.plots import layers_figure, scatter_figure
 from quantkit.validation.run import ValidateRequest, validate
 from tests.support import written
 
-COLUMNS = ("ppl_ratio", "kl_mean", "top1_agreement", "mcq_drop", "canary_drift",
+COLUMNS = ("ppl_ratio", "kl_mean", "kl_of_rtn", "top1_agreement", "mcq_drop", "canary_drift",
            "weight_sqnr_margin")  # fmt: skip
 
 

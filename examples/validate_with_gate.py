@@ -5,7 +5,7 @@ import sys
 import quantkit
 
 
-def main(directory: str, baseline: str, samples: int = 8) -> int:
+def main(directory: str, baseline: str, samples: int = 8, broken_baseline: bool = False) -> int:
     """Exit 0 when every gate held, 4 when one failed."""
     report = quantkit.validate(
         directory,
@@ -14,6 +14,7 @@ def main(directory: str, baseline: str, samples: int = 8) -> int:
         gates=["ppl_ratio<=1.10", "canary_failures<=8"],
         reports=f"{directory}.report.json",
         throughput=False,
+        broken_baseline=broken_baseline,
     )
     for gate in report.gates:
         print(f"{gate.metric}{gate.limit}: {gate.value} {gate.verdict}")

@@ -205,7 +205,7 @@ FLAGS = {
     "validate": {
         "--baseline", "--engine", "--kernel", "--as-on", "--device", "--data", "--samples",
         "--tasks", "--limit", "--chat", "--fewshot", "--gate", "--report", "--against",
-        "--against-online", "--no-throughput", "--json",
+        "--against-online", "--no-throughput", "--broken-baseline", "--json",
     },
     "analyze": {
         "--schemes", "--data", "--samples", "--engine", "--device", "--report", "--json",

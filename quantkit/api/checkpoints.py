@@ -245,6 +245,7 @@ def validate(
     against: str | Path | None = None,
     against_online: str = "",
     throughput: bool = True,
+    broken_baseline: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Measure a checkpoint against its 16-bit baseline and hold its gates.
@@ -258,6 +259,7 @@ def validate(
     gates: such as "ppl_ratio<=1.02", beside those of the scheme and the recipe.
     reports: files to write (.json, .md, .html, .xml); against: an earlier .json to compare with.
     against_online: an engine's method ("fp8", "sglang:fp8") for the baseline, as a third column.
+    broken_baseline: measure though the baseline answers nothing, which the report then says.
 
     A gate that fails is no exception: see `Report.ok` and `.gates`. The result is also written into
     the checkpoint's quantkit.json and model card. Raises InputError before anything is generated,
@@ -290,6 +292,7 @@ def validate(
         against=None if against is None else Path(against),
         against_online=against_online,
         throughput=throughput,
+        broken_baseline=broken_baseline,
     )
     report = run(request, Told(progress))
     document = report.to_json()

@@ -77,6 +77,12 @@ def validate_command(
     no_throughput: Annotated[
         bool, typer.Option("--no-throughput", help="Measure accuracy alone.")
     ] = False,
+    broken_baseline: Annotated[
+        bool,
+        typer.Option(
+            "--broken-baseline", help="Measure though the baseline answers nothing, and say so."
+        ),
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure a checkpoint against its baseline and hold its gates; exit 4 when one fails."""
@@ -100,6 +106,7 @@ def validate_command(
             against=against,
             against_online=against_online,
             throughput=not no_throughput,
+            broken_baseline=broken_baseline,
             progress=ui.follow,
         )
     except ReportError as error:

@@ -86,7 +86,7 @@ def widen_input(
 ) -> tuple[int, ...]:
     """The shape with its input dimension `factor` times as long (codes packed along it)."""
     wide = (*shape[:-1], shape[-1] * factor)
-    if len(shape) != 3 or not held_input_first(name, wide, checkpoint):
+    if len(shape) != 3 or not held_input_first(name, shape, checkpoint, factor):
         return wide
     return (shape[0], shape[1] * factor, shape[2])
 

@@ -130,6 +130,12 @@ def _validated(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     kl = metrics["kl_mean"]["value"]
     if kl is not None:
         yield f"KL divergence from the baseline, mean{only}", f"{kl:.4f} nats"
+    share = ((found.get("reference") or {}).get("recovered") or {}).get("kl")
+    if share is not None:
+        yield f"of what rounding to nearest loses, recovered (KL){only}", f"{share:.0%}"
+    cache = metrics.get("kv_kl", {}).get("value")
+    if cache is not None:
+        yield f"KL divergence that the quantized KV cache adds{only}", f"{cache:.4f} nats"
     for name, title in (("prefill_speedup", "prefill"), ("decode_speedup", "decode")):
         value = metrics[name]["value"]
         if value is not None:

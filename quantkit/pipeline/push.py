@@ -63,7 +63,7 @@ def push(directory: Path, repo: str, ui: Reporter, *, public: bool, force: str =
     if provenance is None:
         raise InputError(
             f"{directory} has no {PROVENANCE}: nothing says how it was made.",
-            hint="push what `quantkit quantize` wrote",
+            hint="quantkit quantize MODEL --method rtn_w8a16 --out DIR  # makes one that says it",
             code="push.no_provenance",
         )
     ui.stage("verify")

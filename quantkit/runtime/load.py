@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from quantkit.runtime.loading.hosted import build_hosted
 from quantkit.runtime.loading.make_layers import LayerMaker, LayerRecord
 from quantkit.runtime.loading.memory import keep
 from quantkit.runtime.loading.online import OnlineLayers
+from quantkit.runtime.loading.rounded import kernels_of, open_rounded
 from quantkit.runtime.loading.source import CheckpointReader, open_source
 from quantkit.runtime.model import Runtime
 from quantkit.runtime.network.decoder import unsupported
@@ -54,18 +56,46 @@ def load(
     """
     source = open_path(Path(path))
     check_kernel(source, kernel)
-    rounded = None if online is None else rounded_layers(source, online)
+    layers = None if online is None else rounded_layers(source, online)
+    kernels = [] if kernel == "auto" else [kernel]
+    return _filled(source, kernels, device, fuse, dtype, as_on, layers, progress)
+
+
+@torch.inference_mode()
+def load_rounded(
+    path: Path,
+    like: Path,
+    *,
+    device: str = "auto",
+    kernel: str = "auto",
+    as_on: str = "",
+    progress: Progress | None = None,
+) -> Runtime:
+    """Load the 16-bit model of `path` with the layers of the checkpoint `like` rounded to nearest.
+
+    Arguments are those of `load`; layers that have static activation scales there are computed by
+    the kernel `reference`, which does without. Raises InputError as `load` does, and for a layer
+    that the model does not have (`runtime.rounded`).
+    """
+    source = open_rounded(open_checkpoint(path), open_path(like))
+    kernels = kernels_of(source.layers) if kernel == "auto" else [kernel]
+    return _filled(source, kernels, device, "engine", "auto", as_on, None, progress)
+
+
+def _filled(
+    source: CheckpointReader,
+    kernels: Sequence[str],
+    device: str,
+    fuse: Fuse,
+    dtype: str,
+    as_on: str,
+    online: OnlineLayers | None,
+    progress: Progress | None,
+) -> Runtime:
     config = read_config(source)
     place = pick_device(device)
-    maker = LayerMaker(
-        source,
-        place,
-        pick_dtype(config, dtype),
-        [] if kernel == "auto" else [kernel],
-        fuse,
-        gpu_to_serve(as_on, place),
-        rounded,
-    )
+    gpu = gpu_to_serve(as_on, place)
+    maker = LayerMaker(source, place, pick_dtype(config, dtype), kernels, fuse, gpu, online)
     build = build_hosted if unsupported(config) else build_decoder
     network = build(config, maker, progress)
     _check_all_used(source)

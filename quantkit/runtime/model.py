@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from quantkit.runtime.linear.modules import PlainLinear, QuantLinear
 from quantkit.runtime.loading.hosted import HostedNetwork
 from quantkit.runtime.loading.make_layers import LayerRecord, inputs_left_in_16_bit
 from quantkit.runtime.network.cache import KVCache
+from quantkit.runtime.network.cache_rounding import CacheScales, CacheWatch
 from quantkit.runtime.network.decoder import Decoder
 from quantkit.runtime.network.generation import Forward, Sampling, Streamer, generate
 from quantkit.runtime.network.graph import DecodeGraph, unsupported
@@ -92,6 +94,23 @@ class Runtime(nn.Module):
                 place = tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)
                 held[place] = tensor.numel() * tensor.element_size()
         return sum(held.values()) + outside
+
+    @property
+    def cache_scales(self) -> dict[int, CacheScales]:
+        """Layer → the scales of its quantized key-value cache; empty for one in 16 bit."""
+        rules = self.network.cache_rules.items()
+        return {index: rule for index, rule in rules if isinstance(rule, CacheScales)}
+
+    @contextmanager
+    def cache_in_16_bit(self) -> Iterator[Mapping[int, CacheWatch]]:
+        """Compute with a key-value cache in 16 bit inside the block; layer → what it held."""
+        scales = self.cache_scales
+        watched = {index: CacheWatch() for index in scales}
+        self.network.cache_rules = watched
+        try:
+            yield watched
+        finally:
+            self.network.cache_rules = scales
 
     def kernels(self) -> dict[str, int]:
         """Kernel → how many modules it computes."""

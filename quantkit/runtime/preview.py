@@ -12,6 +12,7 @@ from quantkit.runtime.linear.description import LayerDescription
 from quantkit.runtime.linear.kernels.select import KERNELS, choose
 from quantkit.runtime.load import check_kernel, expanded_records, open_path, pick_dtype, read_config
 from quantkit.runtime.loading.as_served import as_served, gpu_to_serve
+from quantkit.runtime.loading.cache_scales import cache_scales
 from quantkit.runtime.loading.hosted import empty_model
 from quantkit.runtime.loading.make_layers import LayerRecord
 from quantkit.runtime.loading.source import CheckpointReader
@@ -42,9 +43,11 @@ def preview(
 
 
 def refuse(path: Path, device: torch.device, kernel: str = "auto", as_on: str = "") -> None:
-    """Raise what `load` would raise for the declaration, the config or the kernel: no weight is
-    read. A weight that is declared asymmetric may still turn out to need no zero points."""
+    """Raise what `load` would raise for the declaration, the config, the kernel or scales of the
+    cache: no weight is read. A weight that is declared asymmetric may turn out to need no zero
+    points."""
     source, config, dtype, allowed = _opened(path, kernel)
+    cache_scales(source, config)
     if unsupported(config):
         empty_model(config, path, dtype)
     gpu = gpu_to_serve(as_on, device)

@@ -14,6 +14,7 @@ from quantkit.backends.process.job import Reporter
 from quantkit.recipe.units import duration
 from quantkit.validation.ask import text
 from quantkit.validation.ask.canary import answer_tokens
+from quantkit.validation.ask.exercises import NEW_TOKENS as WORKED_TOKENS
 from quantkit.validation.ask.questions import Questions
 from quantkit.validation.subjects.base import Subject
 from quantkit.validation.subjects.throughput import (
@@ -59,6 +60,9 @@ def seconds(pace: Pace, questions: Questions) -> dict[str, float]:
         "canary": pace.token * said + pace.step * most,
         "facts": pace.token * sum(lengths),
     }
+    if q.exercises:
+        worked = sum(map(len, q.exercise_prompts))
+        parts["exercises"] = pace.token * worked + pace.step * WORKED_TOKENS
     if q.throughput:
         prompt, new = fitting(PROMPT_TOKENS, NEW_TOKENS, q.longest)
         once = sum(pace.token * prompt * batch + pace.step * new for batch in BATCHES)
@@ -66,11 +70,14 @@ def seconds(pace: Pace, questions: Questions) -> dict[str, float]:
     return parts
 
 
-def forecast(parts: Mapping[str, float], *, baseline: bool, cached: bool, tasks: bool) -> str:
+def forecast(
+    parts: Mapping[str, float], *, baseline: bool, cached: bool, rounded: bool, tasks: bool
+) -> str:
     """The sentence for `parts` of one model: twice with the baseline, of which a cache that holds
-    its answers leaves the throughput alone."""
+    its answers leaves the throughput alone; the text once more where the baseline is `rounded`."""
     twice = {"throughput"} if cached else parts.keys()
     whole = {p: s * (2 if baseline and p in twice else 1) for p, s in parts.items()}
+    whole |= {"rounded to nearest": parts["text"]} if rounded else {}
     longest = max(whole, key=lambda part: whole[part])
     told = ", ".join(
         f"{part} {duration(s)}{' (the longest)' if part == longest else ''}"
@@ -81,7 +88,13 @@ def forecast(parts: Mapping[str, float], *, baseline: bool, cached: bool, tasks:
 
 
 def say_how_long(
-    subject: Subject, questions: Questions, baseline: bool, cached: bool, ui: Reporter
+    subject: Subject,
+    questions: Questions,
+    ui: Reporter,
+    *,
+    baseline: bool,
+    cached: bool,
+    rounded: bool,
 ) -> None:
     """Note the forecast; closes the subject when timing it fails."""
     ui.stage("estimate the time")
@@ -91,4 +104,4 @@ def say_how_long(
         subject.close()
         raise
     tasks = questions.tasks is not None
-    ui.note(forecast(parts, baseline=baseline, cached=cached, tasks=tasks))
+    ui.note(forecast(parts, baseline=baseline, cached=cached, rounded=rounded, tasks=tasks))

@@ -19,11 +19,16 @@ from quantkit.validation.ask.cachefile import BaselineCache
 from quantkit.validation.ask.canary import canary_prompts
 from quantkit.validation.ask.choices import facts
 from quantkit.validation.ask.data import eval_text, refuse_seen, seen_by_calibration
+from quantkit.validation.ask.exercises import chat_exercises
+from quantkit.validation.ask.health import refuse_silent, silence
 from quantkit.validation.ask.questions import Lazy, Questions, ask_baseline, ask_quantized
+from quantkit.validation.ask.reference import ask_reference, unknown
 from quantkit.validation.ask.tasks import choose_tasks
+from quantkit.validation.ask.text import BaselineText
 from quantkit.validation.forecast import say_how_long
 from quantkit.validation.judge.bootstrap import missing
 from quantkit.validation.judge.chosen import askable, gates_of, measurable
+from quantkit.validation.judge.metrics import EXERCISES, OF_RTN, ROUTING
 from quantkit.validation.judge.regression import compare, no_longer_measured, refuse_incomparable
 from quantkit.validation.judge.verdicts import hold
 from quantkit.validation.memory import check_memory, explained
@@ -58,6 +63,7 @@ class ValidateRequest:
     an lm-eval task, chat and fewshot how they are asked. as_on: the GPU whose engine decides which
     activations are rounded ("": this).
     against_online: an engine's method that quantizes the baseline as it loads, a third column.
+    broken_baseline: measure though the baseline answers nothing.
     """
 
     path: Path
@@ -76,6 +82,7 @@ class ValidateRequest:
     against: Path | None = None
     against_online: str = ""
     throughput: bool = True
+    broken_baseline: bool = False
 
 
 def validate(request: ValidateRequest, ui: Reporter) -> Report:
@@ -83,7 +90,8 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
 
     Raises InputError, before any token is generated, for a checkpoint that is broken, a baseline or
     an earlier report that cannot be compared with it, text that calibration saw, and models that
-    do not fit into memory; BackendError when an engine fails. A failed gate is no exception.
+    do not fit into memory, and before the checkpoint is loaded for a baseline that answers nothing;
+    BackendError when an engine fails. A failed gate is no exception.
     """
     start = time.monotonic()
     opens = opener(request.engine)
@@ -143,12 +151,14 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     asked_facts = facts(FACTS_A_SAMPLE * request.samples)
     said = (word for fact in asked_facts for word in (fact.prompt, *fact.choices))
     texts = (tokenizer.encode(word, True) for word in said)
-    refuse_missing_rows(base, [*text.windows.tolist(), *ids, *texts])
+    exercises, worked = chat_exercises(base.path, tokenizer, request.samples, longest)
+    refuse_missing_rows(base, [*text.windows.tolist(), *ids, *worked, *texts])
     questions = Questions(
-        tokenizer, text, prompts, ids, asked_facts, tasks, request.throughput, longest,
-        chat_of(info),
+        tokenizer, text, prompts, ids, asked_facts, exercises, worked, tasks, request.throughput,
+        longest, chat_of(info),
     )  # fmt: skip
 
+    rounding = Opening(device, request.kernel, request.as_on, staged(ui, "load rounded to nearest"))
     told = False
 
     def opened(
@@ -158,9 +168,22 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
         subject = opens(path, Opening(device, kernel, as_on, staged(ui, f"load {name}"), online))
         if not told:
             told = True
-            cached = cache.holds("text", text.digest)
-            say_how_long(subject, questions, name == "baseline", cached, ui)
+            say_how_long(
+                subject,
+                questions,
+                ui,
+                baseline=name == "baseline",
+                cached=cache.holds("text", text.digest),
+                rounded=unknown(candidate, request.engine, rounding, text, cache),
+            )
         return subject
+
+    def heard(said: BaselineText) -> None:
+        sentence = silence(text.windows, said.logprobs)
+        if sentence is not None and not request.broken_baseline:
+            refuse_silent(sentence, request.path, base.path)
+        if sentence is not None:
+            report.warnings.append(sentence)
 
     baseline = Lazy(lambda: opened(base.path, "baseline", "auto"))
     cache = BaselineCache(
@@ -173,9 +196,11 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     )
     with explained(f"The baseline {base.path}", their_need):
         try:
-            theirs = ask_baseline(baseline, questions, cache, ui)
+            theirs = ask_baseline(baseline, questions, cache, ui, heard)
         finally:
             baseline.close()
+    with explained(f"The baseline {base.path}, rounded", their_need):
+        rounded = ask_reference(candidate, request.engine, rounding, text, theirs.text, cache, ui)
     with explained(str(candidate.path), our_need):
         subject = opened(candidate.path, "quantized", request.kernel, request.as_on)
         try:
@@ -197,8 +222,9 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
                 subject.close()
     if cache.hits:
         report.notes.append(f"{cache.hits} measurements of the baseline came from the cache")
-    fill(report, integrity, questions, theirs, ours, set(stop_tokens(base.path, base.config)))
-    gates, unseen = measurable(gates, report.routing)
+    stops = set(stop_tokens(base.path, base.config))
+    fill(report, integrity, questions, theirs, ours, rounded, stops)
+    gates, unseen = measurable(gates, _unmeasured(report))
     report.notes += unseen
     absent = missing("this run did not measure it")
     report.gates = [
@@ -217,6 +243,14 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
                 f"the earlier report has {', '.join(gone)}, which this run did not measure"
             )
     return report
+
+
+def _unmeasured(report: Report) -> dict[str, str]:
+    """Metric → why this run could not measure it, of those that not every model has."""
+    routers = "the choices of this family's routers cannot be seen"
+    found = {} if report.routing else {ROUTING: routers}
+    asked = (*OF_RTN, EXERCISES)
+    return found | {name: m.why for name in asked if (m := report.metrics[name]).value is None}
 
 
 def _versions() -> tuple[str, ...]:

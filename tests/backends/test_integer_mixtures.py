@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.request import Outcome, Request
 from quantkit.runtime.load import load
 from quantkit.verification import verify
-from tests.support.cli import inside
+from tests.support.cli import inside, quantkit, refused
 from tests.support.damage import dropping, patching, swapping
 from tests.support.helpers import copy_checkpoint, edit_json, edit_tensors, merge_shards
 from tests.support.in_process import CALIBRATION, Quiet, without_workers
@@ -137,6 +138,21 @@ def test_damaged_experts_are_found(outcome: Outcome, source: Path, tmp_path: Pat
         damage(broken)
         assert not verify(broken, source).ok, name
         assert not (tells_itself and verify(broken).ok), name
+
+
+@pytest.mark.slow
+def test_msmodelslim_counts_the_tokens_of_experts_too(source: Path, tmp_path: Path) -> None:
+    settings = (f"calibration.name={tmp_path / 'quick.yaml'}", f"calibration.samples={SAMPLES}",
+                f"calibration.sequence_length={LENGTH}")  # fmt: skip
+    (tmp_path / "quick.yaml").write_text(CALIBRATION)
+    asked = [word for setting in settings for word in ("--set", setting)]
+    out = tmp_path / "out"
+    run = quantkit("quantize", source, "--method", "msmodelslim_w8a8", "--out", out, *asked)
+    assert run.code == 0, run.err
+    experts = json.loads((out / "quantkit.json").read_text())["experts"]
+    assert all(sum(block) == 2 * TOKENS for block in experts["seen"].values())
+    refusal = quantkit("plan", source, "--method", "msmodelslim_w4a4_dynamic")
+    refused(refusal, 1, "quantizes no mixture by W4A4_DYNAMIC")
 
 
 def test_what_the_libraries_cannot_do_is_refused_in_the_plan(source: Path) -> None:

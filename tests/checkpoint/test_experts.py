@@ -55,10 +55,20 @@ def test_a_square_tensor_lies_as_its_siblings(
     assert {input_first(shapes, CONFIG, name) for name in shapes} == {expected}
 
 
+def test_codes_that_share_a_byte_are_counted() -> None:
+    """A down projection of 256 inputs, two a byte, and 128 outputs is square; its sibling tells."""
+    config = {"hidden_size": 128}
+    shapes = {f"{PARENT}gate_up_proj": (4, 64, 512), f"{PARENT}down_proj": (4, 128, 128)}
+    assert {input_first(shapes, config, name, packed=2) for name in shapes} == {True}
+    shapes = {f"{PARENT}gate_up_proj": (4, 512, 64), f"{PARENT}down_proj": (4, 128, 128)}
+    assert {input_first(shapes, config, name, packed=2) for name in shapes} == {False}
+
+
 def test_where_nothing_tells_the_family_does_or_nobody() -> None:
-    alone = {f"{PARENT}down_proj": (4, 64, 64)}
-    assert input_first(alone, CONFIG, *alone) is None
-    assert input_first(alone, {**CONFIG, "model_type": "gpt_oss"}, *alone) is True
+    name = f"{PARENT}down_proj"
+    alone = {name: (4, 64, 64)}
+    assert input_first(alone, CONFIG, name) is None
+    assert input_first(alone, {**CONFIG, "model_type": "gpt_oss"}, name) is True
 
 
 @pytest.mark.parametrize(

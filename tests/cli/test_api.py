@@ -87,17 +87,17 @@ def types_are_seen() -> None:
 def test_the_examples_run(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = llama.with_name("example")
 
-    def run(name: str, *args: str) -> Any:
+    def run(name: str, *args: str, **more: bool) -> Any:
         space: dict[str, Any] = {"__name__": name}
         exec((ROOT / "examples" / f"{name}.py").read_text(), space)
-        return space["main"](*args)
+        return space["main"](*args, **more)
 
     assert run("quantize_and_verify", str(llama), str(out)) == 0
     assert run("quantize_and_verify", str(llama), str(out)) == 1
     told = capsys.readouterr()
     assert "14 layers" in told.out
     assert "hint: " in told.err
-    assert run("validate_with_gate", str(out), str(llama)) in (0, 4)
+    assert run("validate_with_gate", str(out), str(llama), broken_baseline=True) in (0, 4)
     assert "ppl_ratio<=1.1" in capsys.readouterr().out
     assert run("load_and_generate", str(out), "Hello").startswith("Hello")
 
@@ -164,15 +164,22 @@ def test_validate_returns_what_the_command_prints(
 ) -> None:
     report = quantkit.validate(
         quantized, baseline=llama, samples=2, gates=SOBER, reports=tmp_path / "r.md",
-        throughput=False,
+        throughput=False, broken_baseline=True,
     )  # fmt: skip
     assert (tmp_path / "r.md").is_file()
     recorded = json.loads((quantized / "quantkit.json").read_text())["results"]["validation"]
     assert recorded["metrics"] == report.to_json()["metrics"]
     gates = [word for gate in SOBER for word in ("--gate", gate)]
     command: list[str | Path] = ["validate", quantized, "--baseline", llama, "--samples", "2"]
+    command += ["--no-throughput", "--broken-baseline"]
     code = 0 if report.ok else 4
-    same([*command, *gates, "--no-throughput"], report.to_json(), capsys, code, "notes")
+    same(
+        [*command, *gates, "--no-throughput", "--broken-baseline"],
+        report.to_json(),
+        capsys,
+        code,
+        "notes",
+    )
 
 
 def test_a_report_that_cannot_be_written_keeps_what_was_measured(
@@ -183,7 +190,10 @@ def test_a_report_that_cannot_be_written_keeps_what_was_measured(
 
     monkeypatch.setattr("quantkit.validation.reports.write.write_reports", full)
     with pytest.raises(ReportError) as raised:
-        quantkit.validate(quantized, baseline=llama, samples=1, gates=SOBER, throughput=False)
+        quantkit.validate(
+            quantized, baseline=llama, samples=1, gates=SOBER, throughput=False,
+            broken_baseline=True,
+        )  # fmt: skip
     assert raised.value.result.gates
     assert raised.value.code == "validate.report_unwritable"
 

@@ -11,6 +11,7 @@ from quantkit.checkpoint.provenance import PROVENANCE, add_validation
 from tests.support.cli import inside, quantkit, refused
 from tests.support.helpers import copy_checkpoint, edit_json
 from tests.support.hubserver import Written, serve
+from tests.support.tiny import byte_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the Hub's
 
@@ -89,6 +90,18 @@ def test_a_push_that_broke_off_sends_only_what_is_missing(
     assert push(made)[0] == 0
     assert hub.uploads == len(large)
     assert len(hub.commits) == 1
+
+
+@pytest.mark.engine
+def test_quantize_validates_and_pushes(hub: Written, tmp_path: Path) -> None:
+    words = ("quantize", byte_llama(tmp_path / "llama"), "--method", "rtn_w8a16", "--push", REPO)
+    sober = ("--set", "gates=[canary_failures<=8,canary_drift<=100]")
+    assert inside(*words, "--set", "gates=[kl_mean<=0]", "--out", tmp_path / "bad")[0] == 4
+    assert (tmp_path / "bad" / PROVENANCE).is_file()
+    assert hub.files == {}
+    assert inside(*words, *sober, "--out", tmp_path / "good")[0] == 0
+    assert hub.files[f"models/{REPO}"].keys() >= {"model.safetensors", PROVENANCE}
+    assert b"type: quantkit-text" in hub.files[f"models/{REPO}"]["README.md"]
 
 
 def test_a_public_repository_is_not_filled_by_chance(

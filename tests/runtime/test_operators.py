@@ -20,7 +20,8 @@ from quantkit.runtime.load import load
 from quantkit.runtime.model import Runtime
 from quantkit.runtime.network import decoder
 from quantkit.runtime.network.attention_vllm import Operators, TurnedCache, usable
-from quantkit.runtime.network.decoder import Block, CacheScales, Decoder
+from quantkit.runtime.network.cache_rounding import CacheScales
+from quantkit.runtime.network.decoder import Block, Decoder
 from quantkit.runtime.network.norm import add_rms_norm, rms_norm
 from quantkit.runtime.network.rotary import Rotary, rotate
 from quantkit.runtime.vllm_ops import cpu as vllm_operators
@@ -88,7 +89,7 @@ def test_logits_are_as_exact_as_without(
     def logits(runtime: Runtime) -> torch.Tensor:
         for block in runtime.network.blocks:  # type: ignore[union-attr]
             assert isinstance(block, Block)
-            block.cache_scales = scales
+            block.cache_rule = scales
         result: torch.Tensor = runtime(tokens).logits
         return result
 

@@ -23,7 +23,9 @@ from quantkit.validation.search.sensitivity import Measured, measure, share_of_w
 from quantkit.validation.subjects.base import Opening
 from quantkit.validation.subjects.builtin import open_builtin
 from tests.support.cli import inside, said
+from tests.support.mixtures import mixture
 from tests.support.rtn import rtn
+from tests.support.tiny import byte_llama
 
 TITLES = ["fp8_dynamic", "w4a16:64"]
 
@@ -101,6 +103,19 @@ def test_fewer_bits_cost_more(measured: Measured) -> None:
         assert eight.bits > 1.8 * four.bits
 
 
+def test_layers_that_are_read_one_by_one_give_the_same(tmp_path: Path) -> None:
+    source = open_checkpoint(byte_llama(tmp_path / "llama", hidden=128, wide=256))
+    groups, schemes = fusable_groups(source, "vllm"), schemes_named(["nvfp4", "w4a16:64"])
+    fits = {group.name: fitting(group, schemes) for group in groups}
+    ids = np.random.default_rng(0).integers(3, 250, (4, 64))
+    whole, streamed = (
+        measure(source, groups, fits, ids, device="cpu", seed=0, ui=Quiet(), streamed=one)
+        for one in (False, True)
+    )
+    assert len(whole.cells) == 16
+    assert streamed.cells == whole.cells
+
+
 @pytest.mark.parametrize("schemes", [1, 2, 3, 8])
 def test_the_windows_keep_the_cost_under_its_limit(schemes: int) -> None:
     share = share_of_windows(schemes)
@@ -118,6 +133,21 @@ def test_a_scheme_takes_the_largest_group_that_fits(source: Checkpoint) -> None:
     assert size(groups["model.layers.0.self_attn.qkv_proj"], "w4a16") == 64
     assert size(groups["model.layers.0.mlp.down_proj"], "w4a16") == 128
     assert size(groups["model.layers.0.self_attn.qkv_proj"], "nvfp4") == 16
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "granitemoe", "deepseek_v3"])
+def test_the_experts_of_a_layer_are_one_group(kind: str, tmp_path: Path) -> None:
+    source = open_checkpoint(mixture(kind, tmp_path / kind))
+    groups, schemes = fusable_groups(source, "vllm"), schemes_named(TITLES)
+    fits = {group.name: fitting(group, schemes) for group in groups}
+    ids = np.random.default_rng(0).integers(0, 250, (4, 64))
+    found = measure(source, groups, fits, ids, device="cpu", seed=0, ui=Quiet())
+    experts = [group for group in groups if group.experts]
+    assert experts
+    assert len({group.layer for group in experts}) == len(experts)
+    kl = {(cell.group, cell.scheme): cell.kl for cell in found.cells}
+    for group in groups:
+        assert 0 < kl[group.name, "fp8_dynamic"] < kl[group.name, "w4a16:64"]
 
 
 def test_the_command_writes_its_reports(small_model: Path, tmp_path: Path) -> None:

@@ -172,7 +172,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "paligemma": {
         "text_config": _text("gemma2"), "vision_config": _SIGLIP, "projection_dim": 128, **_IMAGE,
     },
-    "phi4_multimodal": {k: v for k, v in _TEXT.items() if k != "head_dim"},
+    "phi4_multimodal": {
+        **{key: value for key, value in _TEXT.items() if key != "head_dim"},
+        "vision_config": {**_LARGE, "crop_size": 56},
+        "audio_config": {
+            "hidden_size": 64, "intermediate_size": 64, "num_blocks": 2, "num_attention_heads": 2,
+            "ext_pw_out_channel": 64, "nemo_conv_channels": 64, "input_size": 80,
+        },
+    },
     "qwen2_5_vl": {
         "text_config": _text(**_three_axes(4, 6, 6)),
         "vision_config": {**_QWEN_SIGHT, "window_size": 56, "fullatt_block_indexes": [1]},

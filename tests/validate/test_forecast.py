@@ -18,6 +18,8 @@ def questions(**more: Any) -> Any:
         "text": SimpleNamespace(windows=np.zeros((8, 500), np.int64)),
         "prompts": [[1] * 20] * 4,
         "facts": [SimpleNamespace(prompt="x" * 10, choices=("a", "b"))] * 5,
+        "exercises": [None] * 6,
+        "exercise_prompts": [[1] * 30] * 6,
         "tokenizer": SimpleNamespace(encode=lambda text, _: list(text)),
         "throughput": True,
         "longest": None,
@@ -51,6 +53,8 @@ def test_parts_follow_what_is_asked() -> None:
     assert parts["text"] == pytest.approx(40)
     assert parts["facts"] == pytest.approx(0.01 * 10 * 2 * 5)
     assert parts["throughput"] == pytest.approx(4 * (0.01 * 256 * 9 + 2 * 0.1 * 32))
+    assert parts["exercises"] == pytest.approx(0.01 * 180 + 0.1 * 48)
+    assert "exercises" not in seconds(Pace(0.01, 0.1), questions(exercises=[]))
     more = seconds(Pace(0.01, 0.1), questions(throughput=False, facts=questions().facts * 2))
     assert "throughput" not in more
     assert more["facts"] == pytest.approx(2 * parts["facts"])
@@ -59,12 +63,13 @@ def test_parts_follow_what_is_asked() -> None:
 
 def test_the_longest_part_is_named() -> None:
     parts = {"text": 30.0, "canary": 10.0, "facts": 50.0, "throughput": 40.0}
-    told = forecast(parts, baseline=True, cached=False, tasks=False)
+    told = forecast(parts, baseline=True, cached=False, tasks=False, rounded=False)
     assert told.startswith("this will take about 4 min: text 60 s, canary 20 s")
     assert "facts 2 min (the longest)" in told
-    again = forecast(parts, baseline=True, cached=True, tasks=True)
+    again = forecast(parts, baseline=True, cached=True, tasks=True, rounded=True)
     assert "about 3 min, and the lm-eval tasks" in again
+    assert again.endswith("rounded to nearest 30 s")
     assert "throughput 80 s (the longest)" in again
     assert "facts 50 s" in again
-    alone = forecast(parts, baseline=False, cached=True, tasks=False)
+    alone = forecast(parts, baseline=False, cached=True, tasks=False, rounded=False)
     assert "throughput 40 s" in alone

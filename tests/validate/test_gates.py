@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from quantkit.backends.registry import load_recipe
+from quantkit.checkpoint.network.parameters import active_parameters
 from quantkit.errors import InputError
 from quantkit.recipe.gates import METRICS, Gate, outcome, parse_gate
 from quantkit.validation.judge.bootstrap import (
@@ -16,12 +17,18 @@ from quantkit.validation.judge.bootstrap import (
     Measured,
     exact,
     missing,
+    ratio,
     resamples,
     sampled,
 )
 from quantkit.validation.judge.chosen import askable
-from quantkit.validation.judge.default_gates import BY_BITS, default_gates
-from quantkit.validation.judge.metrics import choice_metric, task_metrics
+from quantkit.validation.judge.default_gates import (
+    BY_BITS,
+    OF_RTN,
+    PARAMETERS,
+    default_gates,
+)
+from quantkit.validation.judge.metrics import PerWindow, choice_metric, recovered, task_metrics
 from quantkit.validation.judge.paired import lost, score_interval
 from quantkit.validation.judge.verdicts import accepted, chosen_gates, hold
 from quantkit.validation.reports.report import Report
@@ -244,15 +251,73 @@ def test_a_recipe_loosens_a_default_only_with_a_warning_and_never_the_integrity(
 
 
 def test_every_default_gate_is_of_a_known_metric() -> None:
+    assert OF_RTN.keys() == BY_BITS.keys()
     for bits in BY_BITS:
-        assert {parse_gate(text).metric for text in BY_BITS[bits]} <= METRICS.keys()
+        texts = (*BY_BITS[bits], *OF_RTN[bits])
+        assert {parse_gate(text).metric for text in texts} <= METRICS.keys()
+
+
+def test_a_larger_model_may_lose_less() -> None:
+    small, demo, large, mixture = (
+        {gate.metric: gate.limit for gate in default_gates({"w4a16"}, parameters=count)}
+        for count in (10**7, PARAMETERS, 8 * PARAMETERS, 64 * PARAMETERS)
+    )
+    assert small == demo == {g.metric: g.limit for g in default_gates({"w4a16"})}
+    assert demo["ppl_ratio"] == 1.6
+    assert [large[m] for m in ("ppl_ratio", "kl_mean", "canary_drift")] == [1.3, 0.25, 0.4]
+    assert [mixture[m] for m in ("ppl_ratio", "kl_mean")] == [1.15, pytest.approx(0.12, abs=0.01)]
+    same = {"kl_of_rtn", "ppl_of_rtn", "mcq_drop", "canary_failures", "weight_sqnr_margin"}
+    assert all(demo[metric] == large[metric] for metric in same)
+
+
+def test_idle_experts_compute_no_token() -> None:
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (100, 8), "model.layers.0.mlp.gate.weight": (4, 8),
+        "model.layers.0.mlp.experts.gate_up_proj": (4, 8, 8),
+        "model.layers.0.mlp.shared_experts.up_proj.weight": (8, 8),
+    }  # fmt: skip
+    dense = 800 + 32 + 256 + 64
+    assert active_parameters(shapes, {"model_type": "llama"}) == dense
+    config = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 1}
+    assert active_parameters(shapes, config) == dense - 192
+
+
+def test_the_ratio_of_two_means_has_the_interval_of_pairs() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.lognormal(-1, 1, 32)
+    same = ratio(hard, hard)
+    assert (same.value, same.interval) == (1.0, (1.0, 1.0))
+    half = ratio(hard * rng.normal(0.5, 0.02, 32), hard)
+    assert half.interval is not None
+    assert 0.48 < half.interval[0] < 0.5 < half.interval[1] < 0.52  # hard windows are hard for both
+    assert ratio(hard[:7], hard[:7]).interval is None
+    assert ratio(hard, 0 * hard).why == "rounding to nearest loses nothing here"
+    gate = parse_gate("kl_of_rtn<=1.15")
+    assert hold(gate, ratio(np.nan * hard, hard), weights_only=False).verdict == "fail"
+    assert hold(gate, ratio(hard * 1.3, hard), weights_only=False).verdict == "fail"
+
+
+def test_what_is_recovered_of_the_loss_of_rounding() -> None:
+    def windows(nll: float, kl: float) -> PerWindow:
+        return PerWindow(np.zeros(8), np.full(8, np.log(nll)), np.full(8, kl), None)
+
+    rounded, tuned = windows(1.4, 0.4), windows(1.1, 0.1)
+    assert recovered(tuned, rounded) == {
+        "kl": pytest.approx(0.75), "perplexity": pytest.approx(0.75)
+    }  # fmt: skip
+    assert recovered(rounded, rounded) == {"kl": 0.0, "perplexity": 0.0}
+    assert recovered(tuned, windows(1.0, 0.0)) == {"kl": None, "perplexity": None}
 
 
 def test_an_engine_without_logits_is_not_held_to_default_gates_of_them() -> None:
     gates = chosen_gates(default_gates(["w4a16"]), [parse_gate("kl_p99<=2", "recipe")])
     assert askable(gates, "builtin") == (gates, [])
     left, notes = askable(gates, "vllm")
-    assert {gate.metric for gate in gates} - {gate.metric for gate in left} == {"kl_mean"}
-    assert notes == ["kl_mean is not gated: vllm gives no logits"]
+    gone = {gate.metric for gate in gates} - {gate.metric for gate in left}
+    assert gone == {"kl_mean", "kl_of_rtn", "ppl_of_rtn"}
+    assert notes == [
+        "kl_mean is not gated: vllm gives no logits",
+        "kl_of_rtn and ppl_of_rtn are not gated: vllm cannot hold the baseline rounded to nearest",
+    ]
     asked = chosen_gates(gates, [parse_gate("kl_mean<=0.1")])
-    assert askable(asked, "vllm") == (asked, [])
+    assert parse_gate("kl_mean<=0.1") in askable(asked, "vllm")[0]

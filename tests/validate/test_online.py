@@ -20,7 +20,8 @@ def test_the_online_method_is_a_third_column(
     files = [tmp_path / f"r.{end}" for end in ("md", "html")]
     run = quantkit(
         "validate", sealed, "--baseline", small_model, "--samples", "8", "--no-throughput",
-        "--against-online", "mxfp8", "--report", files[0], "--report", files[1], "--json",
+        "--broken-baseline", "--against-online", "mxfp8", "--report", files[0],
+        "--report", files[1], "--json",
     )  # fmt: skip
     online = run.document["online"]
     assert (online["engine"], online["method"], online["emulated"]) == ("vllm", "mxfp8", True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -24,6 +25,7 @@ from quantkit.checkpoint.source_record import remember_source, source_of
 from quantkit.errors import BackendError, InputError
 from quantkit.validation import memory, preflight
 from quantkit.validation.ask.data import eval_text, refuse_seen, seen_by_calibration
+from quantkit.validation.ask.health import by_counting, silence
 from quantkit.validation.preflight import open_candidate, source_here, tokenizer_of
 from quantkit.validation.reports.write import check_reports, write_reports
 from quantkit.validation.run import ValidateRequest, validate
@@ -141,6 +143,30 @@ def test_other_baselines_are_refused(
 
 
 @pytest.mark.engine
+def test_a_baseline_that_answers_nothing_ends_the_run_before_the_checkpoint(
+    checkpoints: dict[str, Path], small_model: Path
+) -> None:
+    ui = Quiet()
+    request = ValidateRequest(checkpoints["8"], str(small_model), samples=8, throughput=False)
+    with pytest.raises(
+        InputError, match=r"answers nothing: its perplexity is \S+, and counting"
+    ) as caught:
+        validate(request, ui)
+    assert caught.value.code == "validate.broken_baseline"
+    assert "--broken-baseline" in caught.value.hint
+    assert not [stage for stage in ui.stages if "quantized" in stage or "canary" in stage]
+
+
+def test_what_answers_nothing_is_no_better_than_counting() -> None:
+    windows = np.tile(np.arange(4), (8, 4))
+    assert by_counting(windows) == pytest.approx(4, rel=0.01)
+    shape = (8, 15)
+    assert silence(windows, np.full(shape, -np.log(3.9), np.float32)) is None
+    for logprob in (-np.log(4.1), -np.inf, np.nan):
+        assert silence(windows, np.full(shape, logprob, np.float32)) is not None
+
+
+@pytest.mark.engine
 def test_a_remembered_baseline_is_named_by_its_name_on_the_hub(
     sealed: Path, small_model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -153,12 +179,16 @@ def test_a_remembered_baseline_is_named_by_its_name_on_the_hub(
     edit_json(copy / "quantkit.json", change)
     monkeypatch.setattr(preflight, "source_of", lambda _: None)  # as on another machine
     monkeypatch.setattr(preflight, "resolve_model", lambda name: {"org/model": small_model}[name])
-    request = ValidateRequest(copy, gates=(SOBER,), samples=8, throughput=False)
+    request = ValidateRequest(
+        copy, gates=(SOBER,), samples=8, throughput=False, broken_baseline=True
+    )
     report = validate(request, Quiet())
     assert report.baseline["name"] == "org/model"
-    assert report.warnings == [
-        "the recipe's gate ppl_ratio<=1e+09 is looser than the default ppl_ratio<=1.05"
-    ]
+    loosened, broken = report.warnings
+    assert (
+        loosened == "the recipe's gate ppl_ratio<=1e+09 is looser than the default ppl_ratio<=1.05"
+    )
+    assert broken.startswith("the baseline answers nothing: its perplexity is ")
     sources = {gate.metric: gate.source for gate in report.gates}
     assert sources["ppl_ratio"] == "recipe"
     assert sources["canary_failures"] == "command"
@@ -197,7 +227,9 @@ def test_the_directory_it_was_made_from_is_the_baseline_while_it_holds_that_mode
     here = source_here(held, Quiet())
     assert here is not None
     assert here[0] == source
-    request = ValidateRequest(held, gates=(SOBER,), samples=1, throughput=False)
+    request = ValidateRequest(
+        held, gates=(SOBER,), samples=1, throughput=False, broken_baseline=True
+    )
     report = validate(request, ui := Quiet())
     assert report.baseline["name"] == "mine"
     assert report.baseline["fingerprint"] == here[1].fingerprint

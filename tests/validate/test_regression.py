@@ -146,8 +146,8 @@ def test_command_ends_with_4_when_something_got_worse(small_model: Path, tmp_pat
     loose = [word for m in ("ppl_ratio", "kl_mean", "canary_drift", "canary_failures", "mcq_drop")
              for word in ("--gate", f"{m}<=99")]  # fmt: skip
     asked: tuple[str | Path, ...] = (
-        "--baseline", small_model, "--samples", "8", "--no-throughput", *off, *loose,
-        "--against", before,
+        "--baseline", small_model, "--samples", "8", "--no-throughput", "--broken-baseline",
+        *off, *loose, "--against", before,
     )  # fmt: skip
     again = quantkit("validate", good, *asked)
     assert again.code == 0, again.out + again.err

@@ -43,7 +43,7 @@ def run(
     asked = [word for end in ("json", "md", "xml") for word in ("--report", reports / f"r.{end}")]
     done = quantkit(
         "validate", sealed, "--baseline", small_model, "--samples", "8", "--gate", SOBER,
-        "--gate", "memory_ratio<=0.99", *asked, "--json",
+        "--gate", "memory_ratio<=0.99", "--broken-baseline", *asked, "--json",
     )  # fmt: skip
     assert done.code == 0, done.out + done.err
     return done, reports
@@ -58,8 +58,12 @@ def test_document_says_what_was_measured(run: tuple[Run, Path]) -> None:
     assert document["text"]["seen_by_calibration"] == 0.0
     found = {gate["metric"]: gate["verdict"] for gate in document["gates"]}
     assert found.pop("mcq_drop") == "undecided"  # 96 answers cannot tell 3 % from nothing
+    assert found.pop("exercise_drop") == "undecided"  # and 16 not 10 %
     assert set(found.values()) == {"pass"}
-    assert document["undecided"] == 1
+    assert document["undecided"] == 2
+    assert document["values"]["exercises"]["quantized"].keys() == {
+        "arithmetic", "copying", "counting", "json",
+    }  # fmt: skip
     assert {"metric", "limit", "value", "interval", "verdict"} <= document["gates"][0].keys()
     assert 0 < document["metrics"]["kl_mean"]["value"] < 0.05
     assert len(document["windows"]["nll"]) == 8
@@ -73,14 +77,15 @@ def test_reports_say_the_same(run: tuple[Run, Path]) -> None:
     done, reports = run
     assert json.loads((reports / "r.json").read_text()) == done.document
     markdown = (reports / "r.md").read_text()
-    assert markdown.startswith("# w8a8: no gate failed, 1 undecided")
+    assert markdown.startswith("# w8a8: no gate failed, 2 undecided")
     assert "| kl_mean | <=0.05 |" in markdown
     suites = ET.fromstring((reports / "r.xml").read_text())
     cases = suites.findall(".//testcase")
     assert len(cases) == len(done.document["gates"])
     assert not suites.findall(".//failure")
     assert [case.get("name") for case in cases if case.find("skipped") is not None] == [
-        "mcq_drop<=0.03"
+        "mcq_drop<=0.03",
+        "exercise_drop<=0.1",
     ]
 
 
@@ -91,8 +96,9 @@ def test_numbers_are_in_the_checkpoint_which_still_verifies(
     assert found["metrics"] == run[0].document["metrics"]
     card = (sealed / "README.md").read_text()
     assert "KL divergence from the baseline, mean" in card
+    assert "| of what rounding to nearest loses, recovered (KL) | 0% |" in card
     assert "were not measured" not in card
-    assert "no gate failed, 1 undecided." in card
+    assert "no gate failed, 2 undecided." in card
     assert card.count("## Measured") == card.count("## How it was made") == 1
     results = {one.metric_type: one.metric_value for one in ModelCard(card).data["eval_results"]}
     assert results["perplexity"] == round(found["values"]["perplexity"]["quantized"], 4)
@@ -102,10 +108,13 @@ def test_numbers_are_in_the_checkpoint_which_still_verifies(
 
 def test_baseline_is_not_run_twice(sealed: Path, small_model: Path, run: tuple[Run, Path]) -> None:
     ui = Quiet()
-    request = ValidateRequest(sealed, str(small_model), samples=8, throughput=False, gates=(SOBER,))
+    request = ValidateRequest(
+        sealed, str(small_model), samples=8, throughput=False, gates=(SOBER,), broken_baseline=True
+    )
     report = validate(request, ui)
     assert not [stage for stage in ui.stages if "baseline:" in stage]
-    assert "4 measurements of the baseline came from the cache" in report.notes
+    assert not [stage for stage in ui.stages if "rounded" in stage]
+    assert "6 measurements of the baseline came from the cache" in report.notes
     again = report.to_json()
     assert again["metrics"]["ppl_ratio"] == run[0].document["metrics"]["ppl_ratio"]
 
@@ -188,7 +197,7 @@ def test_a_layer_of_nothing_but_noise_is_reported(
     reports = [tmp_path / f"r.{end}" for end in ("md", "xml", "html", "json")]
     done = quantkit(
         "validate", copy, "--baseline", small_model, "--samples", "8", "--no-throughput",
-        *(word for report in reports for word in ("--report", report)),
+        "--broken-baseline", *(word for report in reports for word in ("--report", report)),
     )  # fmt: skip
     assert done.code == 4, done.out + done.err
     document = json.loads(reports[-1].read_text())

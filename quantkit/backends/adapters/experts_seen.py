@@ -265,7 +265,8 @@ def expert_number(module: Any) -> int:
     fused = getattr(module, "down_proj", None)
     if isinstance(fused, torch.Tensor):
         return int(fused.shape[0])
-    return len(module) if isinstance(module, torch.nn.ModuleList) else int(module.num_experts)
+    stated = getattr(module, "num_experts", None)  # LLM Compressor's list has the activation too
+    return len(module) if stated is None else int(stated)
 
 
 def _own_modules(module: torch.nn.Module) -> list[torch.nn.Module]:

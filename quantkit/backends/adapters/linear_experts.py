@@ -11,7 +11,7 @@ from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-from quantkit.backends.adapters.places import HALVES, Place, renamed_modules
+from quantkit.backends.adapters.places import HALVES, Place, renamed_modules, separated
 from quantkit.backends.process.job import JobInputError
 
 
@@ -23,40 +23,26 @@ def separate_experts(
     With `rename`, they are saved as the checkpoint calls them (`w1`, not `gate_proj`). Raises
     JobInputError for experts that the library does not take apart.
     """
+    apart = separated(model, found)
     linearize_moe(model)
     if rename:
         model._weight_conversions = _with_names(getattr(model, "_weight_conversions", None) or [])
-    layers = {layer: [place.module] for layer, place in found.items() if not place.parameter}
-    for layer, place in found.items():
-        if layer in layers:
-            continue
+    for place in found.values():
         block = model.get_submodule(place.module)
-        if not isinstance(block, LinearExperts2D):
+        if place.parameter and not isinstance(block, LinearExperts2D):
             raise JobInputError(
                 f"LLM Compressor does not take apart the experts of {place.module} "
                 f"({type(block).__name__}).",
                 hint="keep them in 16 bit: --set ignore+=@experts",
                 code="llmcompressor.experts",
             )
-        layers[layer] = _separated(place, block.num_experts)
-    return layers
+    return {layer: list(names) for layer, names in apart.items()}
 
 
-def _separated(place: Place, count: int) -> list[str]:
-    whole = HALVES if place.parameter == "gate_up_proj" else (place.parameter,)
-    parts = (place.part,) if place.part else whole
-    experts = range(count) if place.expert is None else (place.expert,)
-    return [f"{place.module}.{expert}.{part}" for expert in experts for part in parts]
-
-
-def checkpoint_names(model: torch.nn.Module, found: Mapping[str, Place]) -> dict[str, str]:
+def checkpoint_names(found: Mapping[str, Place]) -> dict[str, str]:
     """Linear layer of the model → its name in the checkpoint, where they differ."""
-    names = renamed_modules(found)
-    for layer, place in found.items():
-        block = model.get_submodule(place.module)
-        if place.part and isinstance(block, LinearExperts2D):
-            names[_separated(place, block.num_experts)[0]] = layer
-    return names
+    single = {f"{p.module}.{p.expert}.{p.part}": name for name, p in found.items() if p.part}
+    return renamed_modules(found) | single
 
 
 def _with_names(conversions: Iterable[Any]) -> list[Any]:

@@ -41,7 +41,7 @@ from quantkit.backends.adapters.linear_experts import (
 from quantkit.backends.adapters.placed import load_placed, offload_removed
 from quantkit.backends.adapters.places import expert_blocks, kept_layers, locate
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
-from quantkit.backends.process.job import Job, Reporter, Result
+from quantkit.backends.process.job import Job, JobInputError, Reporter, Result
 from quantkit.checkpoint.schemes import NumberFormat
 
 
@@ -73,7 +73,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         if not mixture:
             repack_moe(model)
         model.save_pretrained(job.out, save_compressed=True, max_shard_size=job.shard_size)
-        complete_lists(Path(job.out), kept, checkpoint_names(model, {**found, **kept}))
+        complete_lists(Path(job.out), kept, checkpoint_names({**found, **kept}))
 
 
 def _load(job: Job) -> Any:
@@ -95,6 +95,9 @@ def _calibrate(
     tokens = Tokens(job)
     witness = SeenTokens(tokens, report)
     experts = ExpertsSeen(call["model"], blocks, tokens, job.batch_size)
+    mixed = 0 < len(tokens.pictures) < len(tokens)
+    if mixed:
+        call = {**call, "pipeline": _for_mixed_samples(call["recipe"], report)}
     # A loader of our own keeps order, length and padding; a data set would be shuffled and cut.
     loader: DataLoader[Any] = DataLoader(tokens.batches(job.batch_size), batch_size=None)  # type: ignore[arg-type]
     with witness.watch(call["model"], "calibrate", planned), experts.watch(feed=False):
@@ -106,6 +109,23 @@ def _calibrate(
         )
     result.calibration = witness.summary()
     result.experts = settled(job, experts.summary())
+
+
+def _for_mixed_samples(modifiers: list[Any], report: Reporter) -> str:
+    """The library's pipeline for samples of which some have pictures: the sequential one traces the
+    model with the first sample, and cannot run others of another kind."""
+    if len(modifiers) > 1:
+        raise JobInputError(
+            "LLM Compressor cannot smooth and round with samples of which only some have pictures.",
+            hint="a calibration with pictures in every sample, or in none: quantkit calibration "
+            "list",
+            code="llmcompressor.mixed_samples",
+        )
+    report.note(
+        "some samples have pictures: every layer is calibrated with the 16-bit model's inputs, not "
+        "with those of the quantized layers before it"
+    )
+    return "basic"
 
 
 def _modifiers(job: Job, planned: Mapping[str, Any], ignore: list[str]) -> list[Any]:

@@ -77,6 +77,8 @@ def _place(layer: str, name: str, dimensions: int, part: str | None) -> Place | 
     if part is None:
         return Place(module) if parameter == "weight" else Place(module, parameter)
     index = _EXPERT.search(f".{layer}.")
+    if index is None and dimensions == 3 and layer.rpartition(".")[2] == parameter:
+        return Place(module, parameter)  # fused in the file too, and only turned around
     if index is None or dimensions != 3:
         return None  # merged in another way than experts are
     return Place(module, parameter, int(index.group(1)), part)

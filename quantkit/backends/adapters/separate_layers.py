@@ -58,7 +58,8 @@ class SeparateLayers:
     def check_linear(self, model: torch.nn.Module, job: Job) -> None:
         """Raise JobInputError for experts that the library did not take apart."""
         modules = dict(model.named_modules())
-        absent = [n for n in self.planned if not isinstance(modules.get(n), torch.nn.Linear)]
+        experts = [n for n in self.planned if any(n.startswith(f"{b}.") for b in self.blocks)]
+        absent = [name for name in experts if not isinstance(modules.get(name), torch.nn.Linear)]
         if absent:
             raise JobInputError(
                 f"{job.backend} makes no linear layer of {absent[0]} ({len(absent)} in all).",

@@ -41,6 +41,11 @@ def _chosen(recipe: Recipe, method: Method) -> Method:
 def _unsupported(recipe: Recipe) -> str | None:
     if recipe.on_nan == "keep16":
         return "on_nan=keep16 is not supported by msModelSlim"
+    if recipe.on_unseen != "error":
+        return (
+            f"on_unseen={recipe.on_unseen} is not supported by msModelSlim, which has no scale for "
+            "an expert without data"
+        )
     return None
 
 

@@ -16,29 +16,36 @@ _DOWN = ("down_proj", "output_linear", "fc2")
 
 
 def input_first(
-    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], name: str
+    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], name: str, packed: int = 1
 ) -> bool | None:
     """Whether the fused expert tensor `name` holds each expert as [in, out]; None: nothing tells.
 
-    The hidden size tells where one dimension of the tensor alone has it, else the same of another
-    tensor of these experts in `shapes` (name → shape), which are stored alike; then the family.
+    The hidden size tells where the tensor has it in one of the two readings alone, else the same of
+    another tensor of these experts in `shapes` (name → shape), which are stored alike; then the
+    family. `packed` codes of the input share an element of these tensors.
     """
     hidden = text_config(config).get("hidden_size")
     suffix = ".weight" if name.endswith(".weight") else ""
     parent, _, own = name.removesuffix(suffix).rpartition(".")
     for leaf in (own, *_DOWN, *_UP):
         shape = shapes.get(f"{parent}.{leaf}{suffix}", ())
-        if len(shape) == 3 and (shape[1] == hidden) != (shape[2] == hidden):
+        if len(shape) == 3:
             # Experts read the hidden state, and their last layer writes it.
-            return (shape[2] if leaf in _DOWN else shape[1]) == hidden
+            down = leaf in _DOWN
+            last = (shape[1] if down else shape[2] * packed) == hidden
+            first = (shape[2] if down else shape[1] * packed) == hidden
+            if last != first:
+                return first
     return family(config).experts.input_first
 
 
-def held_input_first(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> bool:
-    """Whether a fused tensor of this unpacked shape holds inputs first; where nothing tells, it is
-    taken as it lies (`verify` warns of that)."""
+def held_input_first(
+    name: str, shape: tuple[int, ...], checkpoint: Checkpoint, packed: int = 1
+) -> bool:
+    """Whether a fused tensor of this shape holds inputs first; where nothing tells, it is taken as
+    it lies (`verify` warns of that)."""
     shapes = ChainMap({name: shape}, checkpoint.shapes)
-    return bool(input_first(shapes, checkpoint.config, name))
+    return bool(input_first(shapes, checkpoint.config, name, packed))
 
 
 def stored_transposed(tensor: TensorInfo, checkpoint: Checkpoint) -> bool:

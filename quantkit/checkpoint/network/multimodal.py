@@ -38,7 +38,7 @@ class LanguageModel:
 def is_multimodal(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of more than a language model."""
     towers = (f"{kind}_config" for kind in ("vision", "audio", "speech", "thinker"))
-    return text_config(config) is not config or any(config.get(key) for key in towers)
+    return text_config(config) is not config or any(isinstance(config.get(t), dict) for t in towers)
 
 
 def language_model(

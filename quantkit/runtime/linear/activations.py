@@ -108,6 +108,13 @@ def round_groups(
     return (rounded * scale).flatten(1)[:, : x.shape[1]].to(x.dtype)
 
 
+def global_scale(x: torch.Tensor) -> torch.Tensor:
+    """NVFP4's global scale of x, float32 scalar: what takes its largest magnitude to the top."""
+    return (x.abs().amax().float() / (FP4_MAX * FP8_MAX)).clamp_(
+        min=torch.finfo(torch.float32).tiny
+    )
+
+
 def round_e2m1(values: torch.Tensor) -> torch.Tensor:
     """float32 in [-6, 6] → the nearest E2M1 number, ties to the even code.
 

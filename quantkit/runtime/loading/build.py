@@ -10,12 +10,13 @@ from torch import nn
 from quantkit.checkpoint.network.config import expert_count, is_tied
 from quantkit.checkpoint.network.families import family_of
 from quantkit.checkpoint.progress import Progress
-from quantkit.errors import InputError
 from quantkit.runtime.linear.modules import PlainLinear
+from quantkit.runtime.loading.cache_scales import cache_scales
 from quantkit.runtime.loading.make_layers import LayerMaker
 from quantkit.runtime.loading.memory import release
 from quantkit.runtime.loading.mixture import Mixtures
-from quantkit.runtime.network.decoder import Block, CacheScales, Decoder, Shape
+from quantkit.runtime.network.cache_rounding import CacheScales
+from quantkit.runtime.network.decoder import Block, Decoder, Shape
 from quantkit.runtime.network.mlp import Mlp
 
 
@@ -27,11 +28,12 @@ def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = No
     embed = _plain(maker, "model.embed_tokens.weight", (vocabulary, hidden))
     mixtures = Mixtures(config, maker) if expert_count(config.to_dict()) else None
     blocks = []
+    rules = cache_scales(maker.source, config)
     for index in range(count):
         name = f"model.layers.{index}"
         mixture = mixtures.block(f"{name}.mlp") if mixtures else None
         mlp = mixture or _mlp(config, maker, f"{name}.mlp")
-        blocks.append(_block(config, maker, name, shape, eps, mlp))
+        blocks.append(_block(config, maker, name, shape, eps, mlp, rules.get(index)))
         release()
         if progress is not None:
             progress(index + 1, count)
@@ -40,7 +42,13 @@ def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = No
 
 
 def _block(
-    config: Any, maker: LayerMaker, name: str, shape: Shape, eps: float, mlp: nn.Module
+    config: Any,
+    maker: LayerMaker,
+    name: str,
+    shape: Shape,
+    eps: float,
+    mlp: nn.Module,
+    rule: CacheScales | None,
 ) -> Block:
     hidden = int(config.hidden_size)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -62,8 +70,7 @@ def _block(
         _plain(maker, f"{name}.input_layernorm.weight", (hidden,)),
         _plain(maker, f"{name}.post_attention_layernorm.weight", (hidden,)),
     )
-    scales = _cache_scales(maker, attention)
-    return Block(shape, eps, norms, head_norms, (qkv, out), mlp, scales)
+    return Block(shape, eps, norms, head_norms, (qkv, out), mlp, rule)
 
 
 def _mlp(config: Any, maker: LayerMaker, name: str) -> Mlp:
@@ -83,44 +90,6 @@ def _head(maker: LayerMaker, embed: torch.Tensor) -> nn.Module:
     if source.has("lm_head.weight"):
         source.used.add("lm_head.weight")
     return PlainLinear(embed, None)
-
-
-def _cache_scales(maker: LayerMaker, attention: str) -> CacheScales | None:
-    """The scales of a declared FP8 cache; engines use 1 where the checkpoint has none."""
-    subject = maker.source.subject
-    if subject is None or not subject.declaration.kv_cache.startswith("fp8"):
-        return None
-    found = {
-        kind: next((n for n in names if maker.source.has(n)), None)
-        for kind, names in {
-            "k": (
-                f"{attention}.k_proj.k_scale",
-                f"{attention}.k_scale",
-                f"{attention}.k_proj.output_scale",
-            ),
-            "v": (
-                f"{attention}.v_proj.v_scale",
-                f"{attention}.v_scale",
-                f"{attention}.v_proj.output_scale",
-            ),
-        }.items()
-    }
-    values = {
-        kind: 1.0 if name is None else _cache_scale(maker, name) for kind, name in found.items()
-    }
-    return CacheScales(values["k"], values["v"])
-
-
-def _cache_scale(maker: LayerMaker, name: str) -> float:
-    scale = maker.source.plain(name, None, torch.float32)
-    if scale.numel() != 1:
-        raise InputError(
-            f"{name} holds {scale.numel()} scales; the runtime computes a cache with one scale a "
-            "tensor, not one a head.",
-            hint="one scale a tensor for the cache, or quantkit validate DIR --engine vllm",
-            code="runtime.cache_scale",
-        )
-    return float(scale)
 
 
 def _plain(maker: LayerMaker, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -8,6 +8,7 @@ computed by the model's own initialisation.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,31 @@ from quantkit.checkpoint.network.modules import CONTROLS, fused_groups
 from quantkit.checkpoint.network.multimodal import language_model
 from quantkit.checkpoint.progress import Progress
 from quantkit.errors import InputError
+from quantkit.runtime.loading.cache_scales import cache_scales
 from quantkit.runtime.loading.experts import find_experts, replace_experts, router_widths
 from quantkit.runtime.loading.make_layers import LayerMaker
 from quantkit.runtime.loading.memory import release
 from quantkit.runtime.loading.names import FileNames
+from quantkit.runtime.network.cache_rounding import CacheRule
 
 
 class HostedNetwork(nn.Module):
     """A Transformers model that continues text behind the lean decoder's interface."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, cache_rules: Mapping[int, CacheRule]) -> None:
         super().__init__()
         self.model = model
         self.embed: torch.Tensor = model.get_input_embeddings().weight
+        self.cache_rules = dict(cache_rules)
 
     def new_cache(self, batch: int, capacity: int) -> Any:  # noqa: ARG002
         """An empty Transformers cache, which grows by itself; the family's own where it has one."""
         from transformers import DynamicCache
 
-        family = vars(sys.modules[type(self.model).__module__]).values()
-        own = [kind for kind in family if isinstance(kind, type) and DynamicCache in kind.__bases__]
-        return own[0]() if own else DynamicCache(config=self.model.config)
+        if self.cache_rules:
+            return rounding_cache(self.model.config, self.cache_rules)
+        own = own_cache(self.model)
+        return own() if own else DynamicCache(config=self.model.config)
 
     def forward(
         self,
@@ -49,7 +54,9 @@ class HostedNetwork(nn.Module):
         cache: Any = None,
         keep: int = 0,
     ) -> torch.Tensor:
-        """See `Decoder.forward`."""
+        """See `Decoder.forward`; keys and values are rounded as they enter a cache."""
+        if cache is None and self.cache_rules:
+            cache = self.new_cache(ids.shape[0], ids.shape[1])
         result = self.model(
             input_ids=ids,
             attention_mask=attention_mask,
@@ -64,11 +71,49 @@ class HostedNetwork(nn.Module):
 def build_hosted(config: Any, maker: LayerMaker, progress: Progress | None = None) -> HostedNetwork:
     """Transformers' model of a config, with the checkpoint's layers in it; raises InputError."""
     model = empty_model(config, maker.source.checkpoint.path, maker.dtype)
+    rules = cache_scales(maker.source, config)
+    if rules and own_cache(model) is not None:
+        raise InputError(
+            f"{maker.source.checkpoint.path} declares a quantized key-value cache, and that of "
+            f"{config.model_type} is not computed so.",
+            hint="quantkit validate DIR --engine vllm, or quantize with kv_cache=none",
+            code="runtime.cache",
+        )
     names = FileNames(model, maker.source)
     _compute_buffers(model, maker.device)
     replace_layers(model, maker, names, progress=progress)
     fill_parameters(model, maker, names)
-    return HostedNetwork(model.eval())
+    return HostedNetwork(model.eval(), rules)
+
+
+def own_cache(model: Any) -> type | None:
+    """The cache class that a family of Transformers brings itself."""
+    from transformers import DynamicCache
+
+    family = vars(sys.modules[type(model).__module__]).values()
+    own = (kind for kind in family if isinstance(kind, type) and DynamicCache in kind.__bases__)
+    return next(own, None)
+
+
+def rounding_cache(config: Any, rules: Mapping[int, CacheRule]) -> Any:
+    """An empty Transformers cache that keys and values go into through the rules of their layer."""
+    from transformers import DynamicCache
+
+    class RoundingCache(DynamicCache):
+        def update(
+            self,
+            key_states: torch.Tensor,
+            value_states: torch.Tensor,
+            layer_idx: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            rule = rules.get(layer_idx)
+            if rule is not None:
+                key_states, value_states = rule.through(key_states, value_states)
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    return RoundingCache(config=config)
 
 
 def empty_model(config: Any, path: Path, dtype: torch.dtype) -> Any:

@@ -105,7 +105,7 @@ class CheckpointReader:
         parts, wanted = self.subject.parts[module], self.subject.expected[module]
         names = {suffix: parts[suffix].name for suffix in wanted if suffix in parts}
         tensors = {suffix: self._read(name) for suffix, name in names.items()}
-        _refuse(self.checkpoint, check_tensors(module, tensors, wanted))
+        refuse(self.checkpoint, check_tensors(module, tensors, wanted))
         return tensors
 
     def _weight(
@@ -113,7 +113,7 @@ class CheckpointReader:
     ) -> QuantWeight:
         assert self.subject is not None
         weight = self.subject.layout.read(tensors, spec)
-        _refuse(self.checkpoint, check_weight(module, weight, spec, None))
+        refuse(self.checkpoint, check_weight(module, weight, spec, None))
         return weight
 
     def bias(
@@ -166,7 +166,7 @@ def open_source(checkpoint: Checkpoint) -> CheckpointReader:
                 "quantize the model, or remove quantization_config from config.json",
             )
         )
-    _refuse(checkpoint, errors)
+    refuse(checkpoint, errors)
     return CheckpointReader(checkpoint, subject)
 
 
@@ -179,7 +179,8 @@ def wrong_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> I
     )
 
 
-def _refuse(checkpoint: Checkpoint, findings: Sequence[Finding]) -> None:
+def refuse(checkpoint: Checkpoint, findings: Sequence[Finding]) -> None:
+    """InputError with the code of the first of the findings; nothing where there are none."""
     if findings:
         more = f" (and {len(findings) - 1} more errors)" if len(findings) > 1 else ""
         raise InputError(

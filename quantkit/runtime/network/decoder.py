@@ -7,7 +7,7 @@ are one product each, and attention is torch's own or, on a CPU, that of vLLM's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from quantkit.runtime.network import attention_vllm, rotary
 from quantkit.runtime.network.attention import attend
 from quantkit.runtime.network.attention_vllm import Operators, TurnedCache
 from quantkit.runtime.network.cache import KVCache
+from quantkit.runtime.network.cache_rounding import CacheRule
 from quantkit.runtime.network.norm import add_rms_norm, rms_norm
 from quantkit.runtime.network.rotary import Rotary, head_dim, rotate
 
@@ -60,14 +61,6 @@ class Shape:
         return cls(heads, kv_heads, head_dim(config))
 
 
-@dataclass(frozen=True)
-class CacheScales:
-    """The scales of a declared FP8 key-value cache, which holds fp8(value / scale)."""
-
-    keys: float
-    values: float
-
-
 class Block(nn.Module):
     """One decoder layer; `norms` are the weights before attention and before the MLP, which may be
     a block of experts; `projections` are queries, keys and values in one, and the output."""
@@ -85,10 +78,10 @@ class Block(nn.Module):
         head_norms: tuple[torch.Tensor, torch.Tensor] | None,
         projections: tuple[nn.Module, nn.Module],
         mlp: nn.Module,
-        cache_scales: CacheScales | None,
+        cache_rule: CacheRule | None,
     ) -> None:
         super().__init__()
-        self.shape, self.eps, self.cache_scales = shape, eps, cache_scales
+        self.shape, self.eps, self.cache_rule = shape, eps, cache_rule
         self.register_buffer("input_norm", norms[0])
         self.register_buffer("mlp_norm", norms[1])
         self.register_buffer("q_norm", head_norms[0] if head_norms else None)
@@ -134,9 +127,8 @@ class Block(nn.Module):
         else:
             rotated = rotate(rotated, step.cos, step.sin)
         queries, keys = rotated[:, :, : shape.heads], rotated[:, :, shape.heads :]
-        if self.cache_scales is not None:
-            keys = through_fp8(keys, self.cache_scales.keys)
-            values = through_fp8(values, self.cache_scales.values)
+        if self.cache_rule is not None:
+            keys, values = self.cache_rule.through(keys, values)
         if step.operators is not None:
             return step.operators.attend(index, queries, keys, values)
         queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))
@@ -183,6 +175,17 @@ class Decoder(nn.Module):
         self.register_buffer("norm", norm)
         self.head = head
         self.rotary = Rotary(config, embed.dtype, embed.device)
+
+    @property
+    def cache_rules(self) -> dict[int, CacheRule]:
+        """Layer → what its keys and values go through; those of a cache in 16 bit are left out."""
+        rules = {index: block.cache_rule for index, block in enumerate(self.blocks)}
+        return {index: rule for index, rule in rules.items() if rule is not None}  # type: ignore[misc]
+
+    @cache_rules.setter
+    def cache_rules(self, rules: Mapping[int, CacheRule]) -> None:
+        for index, block in enumerate(self.blocks):
+            block.cache_rule = rules.get(index)  # type: ignore[assignment]
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` positions."""
@@ -271,9 +274,3 @@ def causal_mask(count: int, end: int, device: torch.device) -> torch.Tensor:
     """True where the last `count` of `end` positions may look, [count, end]."""
     ones = torch.ones(count, end, dtype=torch.bool, device=device)
     return ones.tril_(end - count)
-
-
-def through_fp8(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """x as an FP8 (E4M3) cache would give it back."""
-    codes = (x.float() / scale).clamp_(-448, 448).to(torch.float8_e4m3fn)
-    return (codes.float() * scale).to(x.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import embedding
 
 from quantkit.runtime.linear.kernels.base import no_gpu, no_triton
+from quantkit.runtime.network.cache_rounding import CacheScales
 from quantkit.runtime.network.decoder import Block, Decoder
 from quantkit.runtime.network.norm import rms_norm
 
@@ -23,7 +24,10 @@ def unsupported(network: Decoder) -> str | None:
     reason = no_gpu(device) or no_triton()
     if reason is not None:
         return reason
-    if any(block.cache_scales for block in network.blocks):
+    rules = network.cache_rules.values()
+    if not all(isinstance(rule, CacheScales) and rule.element == "fp8" for rule in rules):
+        return "its key-value cache is not in FP8"
+    if rules:
         reason = no_gpu(device, (8, 9))
         if reason is not None:
             return f"its FP8 key-value cache {reason}"
@@ -111,7 +115,8 @@ class DecodeGraph:
         keys, values = self.cache.keys[index], self.cache.values[index]
         if block.q_norm is not None and block.k_norm is not None:
             qkv = _norm_heads(block, qkv)
-        scales = block.cache_scales
+        scales = block.cache_rule
+        assert scales is None or isinstance(scales, CacheScales)
         return attention.attend_new(
             qkv, self.tables, self.position, self.padding, keys, values,
             None if scales is None else (scales.keys, scales.values), self.arrived,

@@ -69,16 +69,24 @@ def canary_prompts(
 
 
 def _prompts(model: Path, tokenizer: Tokenizer) -> tuple[tuple[str, ...], list[list[int]]]:
-    info = read_tokenizer_info(model)
-    if info.chat_template is not None:
-        render = compile_template(info.chat_template, info.special_tokens, generation_prompt=True)
-        try:
-            turns = [render([{"role": "user", "content": text}]) for text in QUESTIONS]
-        except TemplateRefusalError:  # it wants something else than a user's question
-            turns = []
-        if turns:
-            return QUESTIONS, [tokenizer.encode(turn, False) for turn in turns]
+    turns = chat_prompts(model, tokenizer, QUESTIONS)
+    if turns is not None:
+        return QUESTIONS, turns
     return BEGINNINGS, [tokenizer.encode(text, True) for text in BEGINNINGS]
+
+
+def chat_prompts(model: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]] | None:
+    """Token ids of users' questions with the model's chat template around them; None without one,
+    or where it wants something else."""
+    info = read_tokenizer_info(model)
+    if info.chat_template is None:
+        return None
+    render = compile_template(info.chat_template, info.special_tokens, generation_prompt=True)
+    try:
+        turns = [render([{"role": "user", "content": text}]) for text in texts]
+    except TemplateRefusalError:
+        return None
+    return [tokenizer.encode(turn, False) for turn in turns]
 
 
 def answer_tokens(prompts: Sequence[Sequence[int]], longest: int | None) -> int:

@@ -21,6 +21,9 @@ from quantkit.validation.ask.cachefile import BaselineCache
 from quantkit.validation.ask.canary import answer, answer_logprobs, answer_tokens
 from quantkit.validation.ask.choices import Question, choice_logprobs, right
 from quantkit.validation.ask.data import EvalText
+from quantkit.validation.ask.exercises import NEW_TOKENS as WORKED_TOKENS
+from quantkit.validation.ask.exercises import Exercise
+from quantkit.validation.ask.kvcache import CacheAnswers, ask_cache
 from quantkit.validation.ask.tasks import TaskChoice, run_tasks
 from quantkit.validation.ask.text import BaselineText, QuantizedText
 from quantkit.validation.subjects.base import Subject, Throughput
@@ -28,7 +31,8 @@ from quantkit.validation.subjects.base import Subject, Throughput
 
 @dataclass(frozen=True)
 class Questions:
-    """What both models are asked: the text, the canary's prompts, the facts, tasks and speed.
+    """What both models are asked: the text, the canary's prompts, the facts, exercises with their
+    prompts (none of models that do not chat), tasks and speed.
 
     `longest` are the networks' positions, None where they have no limit; `render` is the chat
     template, where the model has one.
@@ -39,6 +43,8 @@ class Questions:
     canary: tuple[str, ...]
     prompts: list[list[int]]
     facts: list[Question]
+    exercises: list[Exercise]
+    exercise_prompts: list[list[int]]
     tasks: TaskChoice | None
     throughput: bool
     longest: int | None = None
@@ -53,20 +59,24 @@ class BaselineAnswers:
     canary: list[list[int]]
     canary_logprobs: list[float]
     facts: NDArray[np.bool_]
+    exercises: list[list[int]]
     tasks: dict[str, Any]
     throughput: Throughput | None
 
 
 @dataclass(frozen=True)
 class QuantizedAnswers:
-    """What the quantized model said; `canary_logprobs` are of the baseline's answers."""
+    """What the quantized model said; `canary_logprobs` are of the baseline's answers, `cache` is
+    the arm with its key-value cache in 16 bit, where it is quantized."""
 
     text: QuantizedText
     canary: list[list[int]]
     canary_logprobs: list[float]
     facts: NDArray[np.bool_]
+    exercises: list[list[int]]
     tasks: dict[str, Any]
     throughput: Throughput | None
+    cache: CacheAnswers | None = None
 
 
 class Lazy:
@@ -86,9 +96,16 @@ class Lazy:
 
 
 def ask_baseline(
-    baseline: Lazy, questions: Questions, cache: BaselineCache, ui: Reporter
+    baseline: Lazy,
+    questions: Questions,
+    cache: BaselineCache,
+    ui: Reporter,
+    heard: Callable[[BaselineText], None],
 ) -> BaselineAnswers:
-    """All answers of the baseline, from the cache where it holds them; throughput never is."""
+    """All answers of the baseline, from the cache where it holds them; throughput never is.
+
+    `heard` is told what it says of the text before anything else is asked.
+    """
 
     def staged(name: str, total: int, make: Callable[[Subject], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -106,6 +123,8 @@ def ask_baseline(
             "text", len(windows), lambda s: _arrays(texts.measure_baseline(s, windows, _on(ui)))
         ),
     )
+    text = BaselineText(**found)
+    heard(text)
     most = answer_tokens(q.prompts, q.longest)
     prompts = _digest(q.prompts, most)
     said = cache.value(
@@ -121,6 +140,11 @@ def ask_baseline(
         _digest([[f.prompt, *f.choices] for f in q.facts]),
         staged("facts", 4 * len(q.facts), lambda s: {"logprobs": _facts(s, q, ui)}),
     )
+    worked: list[list[int]] = []
+    if q.exercises:
+        asked = q.exercise_prompts
+        make = staged("exercises", len(asked), lambda s: answer(s, asked, WORKED_TOKENS, _on(ui)))
+        worked = cache.value("exercises", _digest(asked, WORKED_TOKENS), make)
     speed = _throughput(baseline.subject, "baseline", ui) if q.throughput else None
     tasks: dict[str, Any] = {}
     if q.tasks is not None:
@@ -129,7 +153,7 @@ def ask_baseline(
         key = choice.digest if q.longest is None else _digest(choice.digest, q.longest)
         tasks = cache.value("tasks", key, make)
     return BaselineAnswers(
-        BaselineText(**found), said, likely, right(facts["logprobs"], q.facts), tasks, speed
+        text, said, likely, right(facts["logprobs"], q.facts), worked, tasks, speed
     )
 
 
@@ -140,17 +164,22 @@ def ask_quantized(
     q, windows = questions, questions.text.windows
     ui.stage("quantized: text", len(windows))
     text = texts.measure_quantized(subject, windows, baseline.text, _on(ui))
+    cache = ask_cache(subject, windows, baseline.text, ui)
     ui.stage("quantized: canary", len(q.prompts))
     said = answer(subject, q.prompts, answer_tokens(q.prompts, q.longest), _on(ui))
     likely = answer_logprobs(subject, q.prompts, baseline.canary)
     ui.stage("quantized: facts", 4 * len(q.facts))
     facts = right(_facts(subject, q, ui), q.facts)
+    worked: list[list[int]] = []
+    if q.exercises:
+        ui.stage("quantized: exercises", len(q.exercises))
+        worked = answer(subject, q.exercise_prompts, WORKED_TOKENS, _on(ui))
     speed = _throughput(subject, "quantized", ui) if q.throughput else None
     tasks: dict[str, Any] = {}
     if q.tasks is not None:  # last: an engine of lm-eval's own takes the place of this one
         ui.stage("quantized: tasks")
         tasks = run_tasks(subject, q.tokenizer, q.tasks, q.longest, q.render)
-    return QuantizedAnswers(text, said, likely, facts, tasks, speed)
+    return QuantizedAnswers(text, said, likely, facts, worked, tasks, speed, cache)
 
 
 def ask_text_and_facts(

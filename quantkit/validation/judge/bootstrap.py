@@ -68,6 +68,22 @@ def sampled(values: Floats, statistic: Callable[[Floats], Floats] | None = None)
     return Measured(value, (float(low), float(high)), sampled=True)
 
 
+def ratio(values: Floats, others: Floats) -> Measured:
+    """The mean of `values` over that of `others`, of the same windows [n], with its percentile
+    interval; both are resampled together. Missing where the others are nothing."""
+    if others.mean() <= 0:
+        return missing("rounding to nearest loses nothing here")
+    value = float(values.mean() / others.mean())
+    if not np.isfinite(value) or len(values) < FEWEST:
+        return Measured(value, sampled=True)
+    with np.errstate(divide="ignore"):
+        found = [
+            values[draws].mean(axis=1) / others[draws].mean(axis=1)
+            for draws in resamples(len(values))
+        ]
+    return Measured(value, percentiles(np.concatenate(found)), sampled=True)
+
+
 def resamples(count: int, most: int = RESAMPLES) -> Iterator[NDArray[np.int64]]:
     """`most` rows of indices [rows, count], drawn with replacement, in parts of up to
     `PART_INDICES`; the same for the same count."""

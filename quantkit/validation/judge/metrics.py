@@ -16,6 +16,7 @@ from quantkit.validation.judge.bootstrap import (
     exact,
     missing,
     percentiles,
+    ratio,
     resamples,
     sampled,
 )
@@ -27,8 +28,9 @@ Floats = NDArray[np.float64]
 NO_LOGITS = "the engine does not give logits"
 OF_LOGITS = ("kl_mean", "kl_p99", "kl_max", "top1_agreement")
 ROUTING = "routing_agreement"
-BUILTIN_ONLY = (*OF_LOGITS, ROUTING)
-"""Metrics that only an engine that shows its inside can tell: the builtin one."""
+OF_RTN = ("ppl_of_rtn", "kl_of_rtn")
+EXERCISES = "exercise_drop"
+OF_CACHE = ("kv_ppl_ratio", "kv_kl", "kv_scale_off")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,48 @@ def text_metrics(windows: PerWindow, kl: NDArray[np.float32] | None) -> dict[str
     }
 
 
+def reference_metrics(windows: PerWindow, rounded: PerWindow) -> dict[str, Measured]:
+    """The checkpoint beside the baseline rounded to nearest, on the same windows."""
+    assert windows.kl is not None
+    assert rounded.kl is not None
+    return {
+        "ppl_of_rtn": sampled(windows.nll - rounded.nll, np.exp),
+        "kl_of_rtn": ratio(windows.kl, rounded.kl),
+    }
+
+
+def recovered(windows: PerWindow, rounded: PerWindow) -> dict[str, float | None]:
+    """The share of what rounding to nearest loses, in KL and in perplexity, that the checkpoint
+    does not; None where rounding loses nothing."""
+    assert windows.kl is not None
+    assert rounded.kl is not None
+    base, ours, theirs = (
+        float(np.exp(nll.mean())) for nll in (windows.nll_baseline, windows.nll, rounded.nll)
+    )
+    return {
+        "kl": _share(float(windows.kl.mean()), float(rounded.kl.mean())),
+        "perplexity": _share(ours - base, theirs - base),
+    }
+
+
+def _share(ours: float, rounded: float) -> float | None:
+    return 1 - ours / rounded if rounded > 0 else None
+
+
+def cache_metrics(windows: PerWindow, plain: PerWindow, scales: Floats) -> dict[str, Measured]:
+    """The checkpoint beside itself with its key-value cache in 16 bit; `scales` as of
+    `CacheAnswers`, of which the middle one counts: a text's largest value varies."""
+    assert windows.kl is not None
+    assert plain.kl is not None
+    middle = float(np.median(scales)) if len(scales) else None
+    off = missing("only FP8 scales are held against the text")
+    return {
+        "kv_ppl_ratio": sampled(windows.nll - plain.nll, np.exp),
+        "kv_kl": sampled(windows.kl - plain.kl),
+        "kv_scale_off": off if middle is None else exact(max(middle, 1 / middle)),
+    }
+
+
 def routing_by_layer(quantized: QuantizedText) -> dict[int, float]:
     """Decoder layer → share of the tokens that the baseline's experts compute."""
     return {layer: float(same.mean()) for layer, same in quantized.routed.items()}
@@ -79,7 +123,9 @@ def _worst_routing(quantized: QuantizedText) -> Floats | None:
 
 
 def choice_metric(baseline: NDArray[np.bool_], quantized: NDArray[np.bool_]) -> Measured:
-    """Accuracy lost on the same questions."""
+    """Accuracy lost on the same questions; missing without any."""
+    if not len(baseline):
+        return missing("the model has no chat template, or its network is too short for answers")
     return lost(baseline.astype(np.float64), quantized.astype(np.float64))
 
 

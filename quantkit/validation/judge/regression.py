@@ -29,8 +29,10 @@ _SAME: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 TOLERANCE: dict[str, float] = {
     "ppl_ratio": 0.002, "kl_mean": 0.002, "kl_p99": 0.02, "top1_agreement": 0.005,
-    "routing_agreement": 0.01,
-    "mcq_drop": 0.01, "canary_drift": 0.01, "weight_sqnr_margin": 0.5, "canary_failures": 0.0,
+    "routing_agreement": 0.01, "ppl_of_rtn": 0.002, "kl_of_rtn": 0.02,
+    "kv_ppl_ratio": 0.002, "kv_kl": 0.002, "kv_scale_off": 0.1,
+    "mcq_drop": 0.01, "exercise_drop": 0.02, "canary_drift": 0.01, "weight_sqnr_margin": 0.5,
+    "canary_failures": 0.0,
     "verify_errors": 0.0, "prefill_speedup": 0.1, "decode_speedup": 0.1, "memory_ratio": 0.01,
 }  # fmt: skip
 """Changes up to this size are not worth a red build, however sure they are."""

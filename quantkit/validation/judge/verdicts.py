@@ -13,8 +13,9 @@ from quantkit.validation.judge.default_gates import ALWAYS
 Verdict = Literal["pass", "fail", "undecided"]
 
 ACCURACY = (
-    "ppl_ratio", "kl_mean", "kl_p99", "kl_max", "top1_agreement", "routing_agreement", "mcq_drop",
-    "canary_failures", "canary_drift",
+    "ppl_ratio", "kl_mean", "ppl_of_rtn", "kl_of_rtn", "kl_p99", "kl_max", "top1_agreement",
+    "routing_agreement", "mcq_drop", "exercise_drop", "canary_failures", "canary_drift",
+    "kv_ppl_ratio", "kv_kl",
 )  # fmt: skip
 """Metrics that a run without the activations' quantization cannot vouch for, tasks aside."""
 

@@ -71,6 +71,9 @@ def measured(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     perplexity, facts, tasks = both["perplexity"], both["mcq_accuracy"], both["tasks"]
     yield "perplexity", number(perplexity["baseline"]), number(perplexity["quantized"])
     yield "four-choice facts", f"{facts['baseline']:.1%}", f"{facts['quantized']:.1%}"
+    worked = both.get("exercises", {"baseline": {}, "quantized": {}})
+    for kind, share in worked["baseline"].items():
+        yield f"exercises, {kind}", f"{share:.0%}", f"{worked['quantized'][kind]:.0%}"
     for task, values in tasks["baseline"].items():
         for metric, value in values.items():
             yield f"{task} {metric}", number(value), number(tasks["quantized"][task][metric])

@@ -36,5 +36,5 @@ def _write(directory: Path, document: Mapping[str, Any]) -> None:
 def summary(document: Mapping[str, Any]) -> dict[str, Any]:
     """The report without its raw material."""
     kept = ("quantkit_version", "ok", "undecided", "baseline", "engine", "text", "gates",
-            "metrics", "values", "throughput", "notes", "warnings")  # fmt: skip
+            "metrics", "values", "reference", "throughput", "notes", "warnings")  # fmt: skip
     return {key: document[key] for key in kept}

@@ -41,8 +41,10 @@ class Report:
     checkpoint, baseline, engine, text: who was compared, how, and on what. metrics: what gates can
     be held against, measured or not; values, windows (means over each), right (facts answered), …:
     what they were derived from; routing: of a mixture of experts, by decoder layer the share of
-    tokens that the baseline's experts compute. changes: since an earlier report, where there is
-    one. online: the baseline as an engine's own method quantizes it while it loads.
+    tokens that the baseline's experts compute. reference: the baseline rounded to nearest in the
+    checkpoint's formats, and the share of its loss that the checkpoint recovers. changes: since an
+    earlier report, where there is one. online: the baseline as an engine's own method quantizes it
+    while it loads.
     """
 
     checkpoint: dict[str, Any]
@@ -61,6 +63,7 @@ class Report:
     throughput: Both = Both(None, None)
     kl_histogram: dict[str, Any] | None = None
     routing: dict[int, float] = field(default_factory=dict)
+    reference: dict[str, Any] | None = None
     changes: list[Change] | None = None
     online: OnlineResult | None = None
     seconds: float = 0.0
@@ -105,6 +108,7 @@ class Report:
             "routing": [
                 {"layer": layer, "agreement": share} for layer, share in self.routing.items()
             ],
+            "reference": self.reference,
             "windows": {k: _list(v) for k, v in vars(self.windows).items()} if self.windows else {},
             "right": {name: [int(v) for v in value] for name, value in vars(self.right).items()},
             "regression": None if self.changes is None else [asdict(c) for c in self.changes],

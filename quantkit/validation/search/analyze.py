@@ -19,7 +19,12 @@ from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
 from quantkit.formats.registry import is_quantized
 from quantkit.validation.ask.data import EvalText, eval_text
-from quantkit.validation.memory import explained, needed_bytes, refuse_too_large
+from quantkit.validation.memory import (
+    available_bytes,
+    explained,
+    needed_bytes,
+    refuse_too_large,
+)
 from quantkit.validation.preflight import refuse_missing_rows, tokenizer_of
 from quantkit.validation.search.groups import Group, fusable_groups, schemes_named
 
@@ -161,14 +166,22 @@ def sensitivity(
     used = max(1, round(share_of_windows(len(schemes)) * len(text.windows)))
     windows = text.windows[:: max(1, len(text.windows) // used)][:used]
     need = needed_bytes(source, expanded=False) + _kept_bytes(source, windows.size)
-    refuse_too_large(str(source.path), need, place)
+    free = available_bytes(place)
+    streamed = free is not None and need > free
+    if streamed:
+        need -= _streamed_bytes(groups)
+        refuse_too_large(str(source.path), need, place)
     with explained(str(source.path), need):
-        found = measure(source, groups, fits, windows, device=place, seed=seed, ui=ui)
+        found = measure(
+            source, groups, fits, windows, device=place, seed=seed, ui=ui, streamed=streamed
+        )
     notes = [
         f"{title} does not fit {len(out)} of {len(groups)} groups, {out[0]} among them"
         for title in schemes
         if (out := [group.name for group in groups if title not in fits[group.name]])
     ]
+    if streamed:
+        notes.append("the model exceeds the memory that is free: its layers were read one by one")
     seen = {cell.group for cell in found.cells}
     if missing := [group.name for group in groups if group.name not in seen and fits[group.name]]:
         notes.append(f"{len(missing)} groups computed nothing, {missing[0]} among them")
@@ -209,3 +222,11 @@ def _kept_bytes(source: Checkpoint, tokens: int) -> int:
         * int(config.get("hidden_size") or 0)
         * (int(config.get("num_hidden_layers") or 0) + 1)
     )
+
+
+def _streamed_bytes(groups: Sequence[Group]) -> int:
+    """What reading the decoder layers one by one saves: all but the largest, in 16 bit."""
+    layers: dict[int | None, int] = {}
+    for group in groups:
+        layers[group.layer] = layers.get(group.layer, 0) + 2 * group.weights
+    return sum(layers.values()) - max(layers.values(), default=0)

@@ -46,7 +46,7 @@ KIND = "quantkit.search"
 NEIGHBOURS = 2
 ATTEMPTS = 4
 """Times that a limit of KL is tightened where the estimate was too low."""
-_OWN = ("scheme", "overrides", "group_size", "backend")
+_OWN = ("scheme", "overrides", "group_size", "symmetric", "backend")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,6 @@ class Measured:
     """All cells, and what they cost: seconds of the whole, and of its plain forward pass alone."""
 
     cells: list[Cell]
-    tokens: int
     seconds: float
     forward_seconds: float
 
@@ -73,10 +72,12 @@ def measure(
     device: str,
     seed: int,
     ui: Reporter,
+    streamed: bool = False,
 ) -> Measured:
     """Estimate every group × scheme on windows [n, length] of token ids.
 
-    `schemes`: group → title → scheme. Raises InputError for a model that cannot be computed.
+    `schemes`: group → title → scheme. `streamed`: the linear layers of one decoder layer at a time
+    are in memory, read anew for every batch. Raises InputError for a model that cannot be computed.
     """
     asked = {
         module.name: (group.name, schemes[group.name])
@@ -84,10 +85,10 @@ def measure(
         for module in group.modules
     }
     notes = Notes(asked, frozenset(group.name for group in groups if group.experts))
-    model = _load(source, notes, device, ui)
+    model = _load(source, notes, device, streamed, ui)
     find_largest(model, notes)
     start = time.perf_counter()
-    batches = _batches(windows, next(model.buffers()).device)
+    batches = _batches(windows, pick_device(device))
     kept, forward = _forward(model, batches, torch.Generator().manual_seed(seed), ui)
     _backward(kept, notes, ui)
     seconds = time.perf_counter() - start
@@ -104,14 +105,15 @@ def measure(
         for title, scheme in schemes[group.name].items()
         if (group.name, title) in notes.sums
     ]
-    return Measured(cells, tokens, seconds, forward)
+    return Measured(cells, seconds, forward)
 
 
-def _load(source: Checkpoint, notes: Notes, device: str, ui: Reporter) -> nn.Module:
+def _load(source: Checkpoint, notes: Notes, device: str, streamed: bool, ui: Reporter) -> nn.Module:
     reader = open_source(source)
     check_kernel(reader, "auto")
     config, place = read_config(reader), pick_device(device)
-    maker = WatchingMaker(reader, place, pick_dtype(config, "auto"), [], "engine", notes=notes)
+    maker = WatchingMaker(reader, place, pick_dtype(config, "auto"), [], "engine", notes=notes,
+                          streamed=streamed)  # fmt: skip
     begun = False
 
     def progress(done: int, total: int) -> None:
@@ -195,6 +197,9 @@ def _capturing(model: nn.Module) -> Iterator[tuple[list[_Call], list[torch.Tenso
         calls.append(_Call(module, args, named))
 
     def after(module: nn.Module, _args: Any, output: Any) -> Any:
+        for part in module.modules():
+            if isinstance(part, Watched):
+                part.forget()
         if module is not layers[-1]:
             return None
         hidden = output[0] if isinstance(output, tuple) else output

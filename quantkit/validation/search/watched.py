@@ -10,8 +10,9 @@ arXiv:2306.07629). Errors at different positions are taken as independent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Notes:
     """What is asked of the watched layers, and what they found.
 
     asked: module → (its group, the schemes of that). sums: (group, scheme) → what was summed.
-    signal: group → |y|². together: whether the members of a group see the same positions.
+    signal: group → |y|².
     """
 
     asked: Mapping[str, tuple[str, Mapping[str, Scheme]]]
@@ -48,8 +49,6 @@ class Notes:
     signal: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     """Module → the largest weight of what it is fused with."""
-    products: int = 0
-    """Multiplications made for schemes."""
     _open: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
     def add(self, key: tuple[str, str], moved: torch.Tensor, error: float) -> None:
@@ -72,32 +71,55 @@ class Notes:
         self._open.clear()
 
 
-class Watched(nn.Module):
-    """A 16-bit linear layer (or several of one input, one below the other)."""
+def module_of(name: str) -> str:
+    """The module of the checkpoint: an expert's name less its number, a tensor's its suffix."""
+    return name.partition("[")[0].removesuffix(".weight")
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+
+Tensors = tuple[torch.Tensor, torch.Tensor | None]
+"""A weight [out, in], and a bias [out]."""
+
+
+class Watched(nn.Module):
+    """A 16-bit linear layer (or several of one input, one below the other).
+
+    `read` gives its tensors; with `streamed` they are read when they are used, and held until
+    `forget`.
+    """
 
     def __init__(
         self,
         names: Sequence[str],
         shapes: Sequence[tuple[int, int]],
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
         notes: Notes,
+        read: Callable[[], Tensors],
+        *,
+        streamed: bool,
     ) -> None:
         super().__init__()
         self.names, self.shapes, self.notes = list(names), list(shapes), notes
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
         self.watching = False
+        self._read, self._streamed = read, streamed
+        self._held: Tensors | None = None if streamed else read()
         self._rounded: dict[tuple[int, str], torch.Tensor] = {}
+
+    @property
+    def tensors(self) -> Tensors:
+        """Weight and bias, read if need be."""
+        if self._held is None:
+            self._held = self._read()
+        return self._held
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in]; some families' modules ask for it."""
+        return self.tensors[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.watching and torch.is_grad_enabled() and x.requires_grad:
             result: torch.Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             return result
-        return linear(x, self.weight, self.bias)
+        return linear(x, *self.tensors)
 
     def note(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """x [n, in] and the gradient [n, out] of what came of it."""
@@ -105,7 +127,7 @@ class Watched(nn.Module):
         for index, (name, (rows, _)) in enumerate(zip(self.names, self.shapes, strict=True)):
             part = slice(start, start + rows)
             start += rows
-            group, schemes = self.notes.asked.get(name.partition("[")[0], ("", {}))
+            group, schemes = self.notes.asked.get(module_of(name), ("", {}))
             if schemes:
                 self._note(index, name, group, schemes, x, gradient[:, part], part)
 
@@ -135,13 +157,14 @@ class Watched(nn.Module):
             else:
                 error = linear(rounded_input(x, scheme.input), self._rounded[key]).float()
                 error -= plain.float()
-            notes.products += error.numel() * x.shape[-1]
             moved = (error * gradient.float()).sum(-1)
             notes.add((group, title), moved, float(error.square().sum()))
 
     def forget(self) -> None:
-        """Let go of the rounded weights."""
+        """Let go of the rounded weights, and of the layer's own where they are streamed."""
         self._rounded.clear()
+        if self._streamed:
+            self._held = None
 
 
 class _Product(torch.autograd.Function):
@@ -151,7 +174,7 @@ class _Product(torch.autograd.Function):
     def forward(context: Any, x: torch.Tensor, layer: Watched) -> torch.Tensor:
         context.save_for_backward(x)
         context.layer = layer
-        return linear(x, layer.weight, layer.bias)
+        return linear(x, *layer.tensors)
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -170,6 +193,17 @@ class WatchingMaker(LayerMaker):
     """Makes the 16-bit layers of a checkpoint as watched ones."""
 
     notes: Notes = field(default_factory=lambda: Notes({}, frozenset()))
+    streamed: bool = False
+    """Whether layers are read when they are used, but for the experts of 3-D tensors."""
+
+    def merged(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: bool = False
+    ) -> nn.Module:
+        """See `LayerMaker.merged`."""
+        if not self.streamed or any(name in self.source.layers for name in names):
+            return super().merged(names, shapes, bias)
+        read = partial(self._plain, list(names), list(shapes), bias)
+        return Watched(names, shapes, self.notes, read, streamed=True)
 
     def plain(
         self,
@@ -179,7 +213,7 @@ class WatchingMaker(LayerMaker):
         bias: torch.Tensor | None,
     ) -> nn.Module:
         """See `LayerMaker.plain`."""
-        return Watched(names, shapes, weight, bias, self.notes)
+        return Watched(names, shapes, self.notes, lambda: (weight, bias), streamed=False)
 
 
 def find_largest(model: nn.Module, notes: Notes) -> None:
@@ -189,9 +223,10 @@ def find_largest(model: nn.Module, notes: Notes) -> None:
         if isinstance(module, Watched):
             start = 0
             for name, (rows, _) in zip(module.names, module.shapes, strict=True):
-                if name.partition("[")[0] in notes.asked:
+                if module_of(name) in notes.asked:
                     own[name] = absolute_maximum(module.weight[start : start + rows].contiguous())
                 start += rows
+            module.forget()
     notes.largest = dict(own)
     for members in fused_groups(own):
         notes.largest |= dict.fromkeys(members, max(own[name] for name in members))

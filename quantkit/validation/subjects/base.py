@@ -51,7 +51,8 @@ class Subject(Protocol):
     """One loaded model; an engine becomes testable by offering this.
 
     name: the engine ("builtin", "vllm", …). version: the engine's, as reports state it.
-    weights_only: whether activations that the scheme quantizes are computed in 16 bit.
+    weights_only: whether activations that the scheme quantizes are computed in 16 bit, though what
+        serves it would round them.
     notes: sentences for the report on how it computes.
     """
 

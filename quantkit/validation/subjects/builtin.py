@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from quantkit.runtime.model import Runtime
+    from quantkit.runtime.network.cache_rounding import CacheScales, CacheWatch
 
 BATCH_TOKENS = 2048
 """Tokens a forward pass: the logits of that many are the largest thing in memory."""
@@ -47,7 +48,13 @@ class Builtin:
     def notes(self) -> list[str]:
         from quantkit.runtime.loading.make_layers import notes_as_served
 
-        return notes_as_served(self.runtime.layers)
+        notes = notes_as_served(self.runtime.layers)
+        scales = self.cache_scales.values()
+        if scales and all(scale.keys == scale.values == 1 for scale in scales):
+            notes.append(
+                "every scale of the KV cache is 1, as engines take those that are not there"
+            )
+        return notes
 
     def logits(
         self, windows: NDArray[np.int64], last: int = 0
@@ -67,6 +74,15 @@ class Builtin:
     def watch_routers(self) -> AbstractContextManager[Routes]:
         """Note which experts the routers choose while the block runs."""
         return watch_routers(self.runtime)
+
+    @property
+    def cache_scales(self) -> Mapping[int, CacheScales]:
+        """Decoder layer → the scales of its quantized key-value cache; empty for one in 16 bit."""
+        return self.runtime.cache_scales
+
+    def cache_in_16_bit(self) -> AbstractContextManager[Mapping[int, CacheWatch]]:
+        """Compute without rounding the cache inside the block; layer → what it held."""
+        return self.runtime.cache_in_16_bit()
 
     def logprobs(
         self, windows: NDArray[np.int64], progress: Progress | None = None
@@ -117,6 +133,23 @@ def open_builtin(path: Path, opening: Opening) -> Builtin:
         kernel=opening.kernel,
         as_on=opening.as_on,
         online=opening.online,
+        progress=opening.progress,
+    )
+    return Builtin(runtime, time.monotonic() - start)
+
+
+def open_rounded(path: Path, like: Path, opening: Opening) -> Builtin:
+    """The 16-bit model of `path` with the layers of the checkpoint `like` rounded to nearest;
+    raises what `runtime.load_rounded` raises."""
+    from quantkit.runtime.load import load_rounded
+
+    start = time.monotonic()
+    runtime = load_rounded(
+        path,
+        like,
+        device=opening.device,
+        kernel=opening.kernel,
+        as_on=opening.as_on,
         progress=opening.progress,
     )
     return Builtin(runtime, time.monotonic() - start)

@@ -45,7 +45,7 @@ def read_earlier(path: Path) -> dict[str, Mapping[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"--against {path} cannot be read: {error}.",
-            hint="give the leaderboard.json of an earlier quantkit sweep",
+            hint="quantkit sweep FILE --out DIR  # writes DIR/leaderboard.json",
             code="sweep.bad_earlier",
         ) from error
     return {key: report for key, report in found.items() if report is not None}

@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ class CellJob:
     tasks: list[str] = field(default_factory=list)
     gates: list[str] = field(default_factory=list)
     throughput: bool = True
+    broken_baseline: bool = False
     device: str = "auto"
 
 
@@ -49,9 +51,11 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return found if found and found.get("status") in ("ok", "gate failed") else None
 
 
-def run_cell(job: CellJob) -> dict[str, Any]:
-    """Run a cell in a process of its own: its record, which is also kept. Never raises for what
-    goes wrong in it."""
+def run_cell(
+    job: CellJob, started: Callable[[Child], object] = lambda _child: None
+) -> dict[str, Any]:
+    """Run a cell in a process of its own, which `started` is given: its record, which is also kept.
+    Never raises for what goes wrong in it."""
     folder = Path(job.folder)
     if found := finished(folder):
         return found
@@ -71,6 +75,7 @@ def run_cell(job: CellJob) -> dict[str, Any]:
     (folder / JOB).write_text(json.dumps(asdict(job)), encoding="utf-8")
     command = [sys.executable, "-m", "quantkit.validation.sweep.cell", str(folder / JOB)]
     with (folder / LOG).open("wb") as log, Child(command, log=log) as child:
+        started(child)
         ending = child.ending()
     found = read_record(folder / RESULT)
     if found is None:
@@ -125,6 +130,7 @@ def _work(job: CellJob) -> dict[str, Any]:
             tasks=tuple(job.tasks),
             gates=tuple(job.gates),
             throughput=job.throughput,
+            broken_baseline=job.broken_baseline,
         ),
         ui,
     )

@@ -66,6 +66,7 @@ class Validation(_Strict):
     tasks: list[str] = []
     gates: list[str] = []
     throughput: bool = True
+    broken_baseline: bool = False
 
 
 class SweepFile(_Strict):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.backends.child import Child
 from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import Reporter
 from quantkit.errors import InputError, command
@@ -98,14 +99,17 @@ def sweep(request: SweepRequest, ui: Reporter) -> SweepReport:
 
 
 def _here(cells: Sequence[tuple[int, CellJob]], request: SweepRequest, done: Done) -> None:
-    """Each in a process of its own, so many at a time."""
+    """Each in a process of its own, so many at a time; an interrupt ends those that run."""
+    children: list[Child] = []
     with ThreadPoolExecutor(request.jobs) as pool:
-        running = {pool.submit(run_cell, job): number for number, job in cells}
+        running = {pool.submit(run_cell, job, children.append): number for number, job in cells}
         try:
             for one in as_completed(running):
                 done(running[one], one.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.end()
             raise
 
 
@@ -129,6 +133,7 @@ def _job(request: SweepRequest, asked: SweepFile, cell: Cell) -> CellJob:
         tasks=validation.tasks,
         gates=validation.gates,
         throughput=validation.throughput,
+        broken_baseline=validation.broken_baseline,
         device=resolve_device(request.device),
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from quantkit.checkpoint.network.config import expert_count, experts_per_token, text_size
+from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import Module
 from quantkit.verification.findings import Finding, error
 
@@ -23,6 +24,8 @@ def check_mixture(modules: Iterable[Module], config: Mapping[str, Any]) -> Itera
     """Errors `complete.missing_expert`, `complete.expert_shape`, `complete.router_shape` and
     `complete.experts_per_token`, as far as names, shapes and config.json tell; none for a dense
     model."""
+    if isinstance(text_config(config).get("moe_intermediate_size"), list):
+        return  # experts of two kinds, for words and for pictures (ERNIE VL)
     count = expert_count(config)
     chosen = experts_per_token(config)
     if count and chosen > count:

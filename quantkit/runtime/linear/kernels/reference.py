@@ -14,7 +14,7 @@ import torch
 from quantkit.backends.process.float32_products import linear
 from quantkit.checkpoint.schemes import NumberFormat
 from quantkit.formats.base import QuantWeight
-from quantkit.runtime.linear.activations import quantize_codes, round_groups
+from quantkit.runtime.linear.activations import global_scale, quantize_codes, round_groups
 from quantkit.runtime.linear.compact import CompactWeight, compact, fp8_values
 from quantkit.runtime.linear.description import LayerDescription
 
@@ -71,7 +71,10 @@ def _quantized(x: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, torch.Ten
     if number is None:
         return x, None
     if number.scale != "float":
-        return round_groups(x, number, packed.input_scale), packed.input_scale
+        scale = packed.input_scale
+        if scale is None and number.scale == "e4m3":
+            scale = global_scale(x)
+        return round_groups(x, number, scale), scale
     codes = quantize_codes(x, number, packed.input_scale, packed.input_zero_point)
     fp8 = number.element == "fp8_e4m3"
     values = fp8_values(codes.values, x.dtype) if fp8 else codes.values.to(x.dtype)
