@@ -49,7 +49,8 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     with warnings_as_notes(report), logs_as_notes("autoround", report):
         report.stage("load")
         layerwise = job.placement == "layerwise"
-        model = empty_model(job) if layerwise else load_placed(replace(job, placement="resident"))
+        resident = replace(job, placement="resident")
+        model: Any = empty_model(job) if layerwise else load_placed(resident)
         layers = SeparateLayers(model, job)
         tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
         tokens = Tokens(job) if job.tokens else None
