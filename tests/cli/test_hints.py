@@ -166,7 +166,7 @@ def test_the_hint_of_a_shape_that_does_not_fit(
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_5_vl"])
 def test_the_hint_of_a_network_beyond_a_library(family: str, tmp_path: Path) -> None:
     path = model(family, tmp_path / "its name")
-    asked = ("plan", path, "--method", "gptqmodel_w4a16")
+    asked = ("plan", path, "--method", "autoround_nvfp4")
     error = refusal(*asked)
     assert error.code == "plan.architecture"
     assert follow(error, *asked)

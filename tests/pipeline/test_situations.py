@@ -338,7 +338,7 @@ ROWS: dict[str, Row] = {
         then(dotted, without("down_proj.scale")), dotted, ("plan", "@", "--method", "rtn_w8a16"),
         1, ("its weight is F8_E4M3",), 0, ("21 layers",)),
     "15 GPT-OSS": Row(
-        gpt_oss, moe, ("plan", "@", "--method", "rtn_w4a16"), 1, ("mxfp4", "Mxfp4Config")),
+        gpt_oss, moe, FP8, 0, ("quantized itself", "mxfp4")),
     "15 finished": Row(
         then(gpt_oss, without("gate_up_proj_scales")), gpt_oss, VERIFY, 4,
         ("declared.missing_tensor",), 0, ("no errors",)),
@@ -440,8 +440,8 @@ ROWS: dict[str, Row] = {
             out / "hf_quant_config.json", lambda c: c["quantization"].update(exclude_modules=[]))),
         modelopt(), VERIFY, 4, ("format.contradiction", "excluded modules")),
     "39 a mixture, calibrated": Row(
-        moe, moe, ("plan", "@", "--method", "gptqmodel_w4a16"), 1,
-        ("4 experts a layer", "rtn_w4a16"), 0, ("32 layers",),
+        moe, moe, ("plan", "@", "--method", "autoround_nvfp4"), 1,
+        ("4 experts a layer", "rtn_fp8_dynamic"), 0, ("32 layers",),
         ("plan", "@", "--method", "modelopt_fp8")),
     "40 a cache without kernels": Row(
         llama, llama, (*NVFP4_CACHE, "h100"), 1, ("NVFP4 KV cache on H100",), 0,
@@ -456,8 +456,8 @@ ROWS: dict[str, Row] = {
         then(foreign("blocks"), without("1.mlp.down_proj.weight_scale_inv")), foreign("blocks"),
         VERIFY, 4, ("declared.missing_tensor",), 0, ("no errors",)),
     "50 as a source": Row(
-        foreign("blocks"), llama, ("plan", "@", "--method", "modelopt_nvfp4"), 1,
-        ("rtn_* reads it", "rtn_nvfp4a16")),
+        foreign("blocks"), llama, ("plan", "@", "--method", "modelopt_nvfp4"), 0,
+        ("quantized itself",)),
     "x1 MXFP8 with experts in MXFP4": Row(
         moe, moe, (*MXFP8, "--set", "overrides=[{match: '*.mlp.experts.0.*', scheme: mxfp4a16}]"),
         1, ("holds all experts of", "give all experts of a block the same scheme"), 0,

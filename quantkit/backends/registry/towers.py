@@ -22,11 +22,13 @@ class Towers:
     takes: families whose language model it quantizes, calibrated with text.
     cannot: why it does not, by family.
     schemes: family → scheme → why that scheme does not work there.
+    others: why families that nobody tried are refused; "": they are not.
     """
 
     takes: frozenset[str] = frozenset()
     cannot: Mapping[str, str] = field(default_factory=dict)
     schemes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    others: str = ""
 
 
 @cache
@@ -35,7 +37,10 @@ def towers() -> dict[str, Towers]:
     text = Path(__file__).with_name("towers.yaml").read_text(encoding="utf-8")
     return {
         name: Towers(
-            frozenset(entry["takes"]), entry.get("cannot") or {}, entry.get("schemes") or {}
+            frozenset(entry["takes"]),
+            entry.get("cannot") or {},
+            entry.get("schemes") or {},
+            entry.get("others") or "",
         )
         for name, entry in yaml.safe_load(text).items()
     }
@@ -47,7 +52,8 @@ def tower_refusal(backend: Backend, recipe: Recipe, config: Mapping[str, Any]) -
     if known is None:
         return f"{backend.name} quantizes language models without one here"
     family, library = str(config.get("model_type")), backend.distribution
-    if reason := known.cannot.get(family):
+    reason = known.cannot.get(family) or ("" if family in known.takes else known.others)
+    if reason:
         return f"{library} does not quantize {family}: {reason}"
     if reason := known.schemes.get(family, {}).get(recipe.scheme):
         return f"{library} does not write {recipe.scheme} of {family}: {reason}"
