@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.offload import load_offloaded_model
+from compressed_tensors.offload import load_offloaded_model, set_onload_device
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import repack_moe
@@ -72,6 +72,8 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         report.stage("save")
         if not mixture:
             repack_moe(model)
+        if job.placement == "layerwise":  # saving would bring all weights to the accelerator
+            set_onload_device(model, torch.device("cpu"))
         model.save_pretrained(job.out, save_compressed=True, max_shard_size=job.shard_size)
         complete_lists(Path(job.out), kept, checkpoint_names({**found, **kept}))
 
