@@ -274,14 +274,19 @@ def run_logged(
 
 
 def _new_log(out: Path) -> Path:
-    """An empty file `DIR.log`, or `DIR.2.log` and so on where there is a file of that name."""
+    """`DIR.log` with a first line that says whose it is; where a file of that name is not the log
+    of an earlier run, `DIR.2.log` and so on."""
+    first = f"The log of quantkit's worker for {out.name}\n"
     for number in count(1):
         log = out.with_name(f"{out.name}.log" if number == 1 else f"{out.name}.{number}.log")
-        try:
-            log.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        return log
+        if log.is_file():
+            with log.open("rb") as handle:
+                ours = handle.readline() == first.encode()
+        else:
+            ours = not log.is_symlink() and not log.exists()
+        if ours:
+            log.write_text(first, encoding="utf-8")
+            return log
     raise AssertionError
 
 

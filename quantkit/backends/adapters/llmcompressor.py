@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.offload import load_offloaded_model, set_onload_device
+from compressed_tensors.offload import (
+    disable_onloading,
+    load_offloaded_model,
+    set_onload_device,
+)
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import repack_moe
@@ -51,7 +55,8 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     with warnings_as_notes(report), _log_as_notes(report), offload_removed(job):
         report.stage("load")
         model = _load(job)
-        found, kept = locate(model, job), kept_layers(model, job)
+        with disable_onloading():  # names and shapes of all weights at once
+            found, kept = locate(model, job), kept_layers(model, job)
         mixture = any(place.parameter for place in found.values())
         layers = separate_experts(model, found, rename=mixture)
         planned = {name: job.layers[layer] for layer, names in layers.items() for name in names}

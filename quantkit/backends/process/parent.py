@@ -70,7 +70,7 @@ def _run(
 
 
 def _start(arguments: list[str], python: Path, log: Path, events: int, folder: Path) -> Child:
-    with log.open("wb") as handle:
+    with log.open("ab") as handle:
         try:
             return Child(arguments, log=handle, descriptors=(events,), folder=folder)
         except OSError as error:
