@@ -179,6 +179,6 @@ def test_experts_are_told_by_their_names_too(models: dict[str, Path], tmp_path: 
     shutil.copytree(models["mixtral"], bare)
     edit_json(bare / "config.json", lambda c: c.update(expert_total=c.pop("num_local_experts")))
     assert "num_local_experts" not in json.loads((bare / "config.json").read_text())
-    code, error, message = inside("plan", bare, "--method", "gptqmodel_w4a16")
+    code, error, message = inside("plan", bare, "--method", "autoround_nvfp4")
     assert (code, error) == (1, "plan.architecture")
     assert "experts" in message

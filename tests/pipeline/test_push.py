@@ -11,7 +11,6 @@ from quantkit.checkpoint.provenance import PROVENANCE, add_validation
 from tests.support.cli import inside, quantkit, refused
 from tests.support.helpers import copy_checkpoint, edit_json
 from tests.support.hubserver import Written, serve
-from tests.support.tiny import byte_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the Hub's
 
@@ -93,8 +92,10 @@ def test_a_push_that_broke_off_sends_only_what_is_missing(
 
 
 @pytest.mark.engine
-def test_quantize_validates_and_pushes(hub: Written, tmp_path: Path) -> None:
-    words = ("quantize", byte_llama(tmp_path / "llama"), "--method", "rtn_w8a16", "--push", REPO)
+@pytest.mark.slow
+def test_quantize_validates_and_pushes(hub: Written, demo_model: Path, tmp_path: Path) -> None:
+    """Of a model that answers: the baseline of one with random weights is refused."""
+    words = ("quantize", demo_model, "--method", "rtn_w8a16", "--push", REPO)
     sober = ("--set", "gates=[canary_failures<=8,canary_drift<=100]")
     assert inside(*words, "--set", "gates=[kl_mean<=0]", "--out", tmp_path / "bad")[0] == 4
     assert (tmp_path / "bad" / PROVENANCE).is_file()
