@@ -52,9 +52,9 @@ def tower_refusal(backend: Backend, recipe: Recipe, config: Mapping[str, Any]) -
     if known is None:
         return f"{backend.name} quantizes language models without one here"
     family, library = str(config.get("model_type")), backend.distribution
-    reason = known.cannot.get(family) or ("" if family in known.takes else known.others)
-    if reason:
-        return f"{library} does not quantize {family}: {reason}"
+    cannot = known.cannot.get(family) or ("" if family in known.takes else known.others)
+    if cannot:
+        return f"{library} does not quantize {family}: {cannot}"
     if reason := known.schemes.get(family, {}).get(recipe.scheme):
         return f"{library} does not write {recipe.scheme} of {family}: {reason}"
     return None
