@@ -55,6 +55,10 @@ class Sorted(NamedTuple):
     ends: torch.Tensor
 
 
+Multiply = Callable[[torch.Tensor, Sorted], torch.Tensor]
+"""Rows [n, in] sorted as that says → [n, out], each by the layer of its expert."""
+
+
 def sort_by_expert(chosen: torch.Tensor, count: int) -> Sorted:
     """The rows of `chosen` [tokens, k] by expert, of which there are `count`."""
     experts, order = chosen.flatten().sort(stable=True)
@@ -70,6 +74,22 @@ def weighted_sum(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor)
     tokens, k = weights.shape
     summed = torch.einsum("tko,tk->to", parts.view(tokens, k, -1).float(), weights.float())
     return summed.to(rows.dtype)
+
+
+def one_after_the_other(
+    hidden: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    count: int,
+    layers: tuple[Multiply, Multiply],
+    activation: Activation,
+) -> torch.Tensor:
+    """`GroupedKernel.apply` of `count` experts by two products over rows that are sorted."""
+    first, second = layers
+    rows = sort_by_expert(chosen, count)
+    taken = hidden.index_select(0, rows.order // chosen.shape[-1])
+    middle = activation(first(taken, rows)).contiguous()
+    return weighted_sum(second(middle, rows), rows.order, weights)
 
 
 def alike(layers: Sequence[nn.Module], kernel: str) -> str | None:

@@ -6,18 +6,13 @@ One scale a token and an output channel; scales of whole tensors are repeated.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from quantkit.runtime.linear.grouped.base import (
-    Activation,
-    Sorted,
-    alike,
-    sort_by_expert,
-    weighted_sum,
-)
+from quantkit.runtime.linear.grouped.base import Activation, Sorted, alike, one_after_the_other
 from quantkit.runtime.linear.kernels import cutlass_vllm, fp8_scaled_mm
 from quantkit.runtime.linear.kernels.base import no_gpu, no_triton
 from quantkit.runtime.linear.modules import QuantLinear
@@ -76,14 +71,12 @@ def apply(
     activation: Activation,
 ) -> torch.Tensor:
     """See `GroupedKernel.apply`."""
-    up, down = layers
-    rows = sort_by_expert(chosen, len(up.weight))
-    taken = hidden.index_select(0, rows.order // chosen.shape[-1])
-    middle = activation(_multiply(taken, up, rows)).contiguous()
-    return weighted_sum(_multiply(middle, down, rows), rows.order, weights)
+    products = (partial(_multiply, layers[0]), partial(_multiply, layers[1]))
+    count = len(layers[0].weight)
+    return one_after_the_other(hidden, chosen, weights, count, products, activation)
 
 
-def _multiply(x: torch.Tensor, layer: Packed, rows: Sorted) -> torch.Tensor:
+def _multiply(layer: Packed, x: torch.Tensor, rows: Sorted) -> torch.Tensor:
     from quantkit.runtime.triton import quantize
 
     if layer.input_scale is None:

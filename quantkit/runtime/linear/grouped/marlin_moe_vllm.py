@@ -15,6 +15,7 @@ from torch import nn
 from quantkit.runtime.linear.grouped.base import Activation, alike
 from quantkit.runtime.linear.kernels import marlin_vllm
 from quantkit.runtime.linear.kernels.base import no_gpu
+from quantkit.runtime.linear.kernels.marlin_vllm import Packed
 from quantkit.runtime.linear.modules import QuantLinear
 from quantkit.runtime.vllm_ops import cuda as vllm_cuda_operators
 
@@ -22,18 +23,6 @@ NAME = "marlin_moe_vllm"
 _BLOCKS = (8, 16, 32, 48, 64)
 _FULL = 0.9
 """A block of rows is taken that the rows of an expert do not fill, as vLLM has it."""
-
-
-class Packed(NamedTuple):
-    """Every tensor of `marlin_vllm.Packed` with the experts before its dimensions."""
-
-    words: torch.Tensor
-    scale: torch.Tensor
-    outer: torch.Tensor | None
-    zero: torch.Tensor | None
-    workspace: torch.Tensor
-    kind: int
-    rows: int
 
 
 class _Blocks(NamedTuple):
@@ -64,20 +53,16 @@ def rejects(layers: Sequence[nn.Module]) -> str | None:
 
 
 def prepare(layers: Sequence[nn.Module]) -> Packed:
-    """See `GroupedKernel.prepare`."""
+    """See `GroupedKernel.prepare`: that of one expert, with the experts before its dimensions."""
     packed = [layer.packed for layer in layers if isinstance(layer, QuantLinear)]
-    first: marlin_vllm.Packed = packed[0]
-    zero = None if first.zero is None else torch.stack([one.zero for one in packed])
-    outer = None if first.outer is None else torch.cat([one.outer.reshape(1) for one in packed])
+    first: Packed = packed[0]
     count = torch.cuda.get_device_properties(first.words.device).multi_processor_count
-    return Packed(
-        torch.stack([one.words for one in packed]),
-        torch.stack([one.scale for one in packed]),
-        outer,
-        zero,
-        torch.zeros(4 * count, dtype=torch.int32, device=first.words.device),
-        first.kind,
-        first.rows,
+    return first._replace(
+        words=torch.stack([one.words for one in packed]),
+        scale=torch.stack([one.scale for one in packed]),
+        outer=None if first.outer is None else torch.cat([one.outer.reshape(1) for one in packed]),
+        zero=None if first.zero is None else torch.stack([one.zero for one in packed]),
+        workspace=torch.zeros(4 * count, dtype=torch.int32, device=first.words.device),
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from quantkit.runtime.linear.grouped.base import Activation, alike, sort_by_expert, weighted_sum
+from quantkit.runtime.linear.grouped.base import Activation, Sorted, alike, one_after_the_other
 from quantkit.runtime.linear.kernels.base import no_gpu
 from quantkit.runtime.linear.modules import PlainLinear
 
@@ -57,13 +58,12 @@ def apply(
     activation: Activation,
 ) -> torch.Tensor:
     """See `GroupedKernel.apply`."""
-    up, down = layers
-    rows = sort_by_expert(chosen, len(up.weight))
-    taken = hidden.index_select(0, rows.order // chosen.shape[-1])
-    middle = activation(_multiply(taken, up.weight, rows.ends)).contiguous()
-    return weighted_sum(_multiply(middle, down.weight, rows.ends), rows.order, weights)
+    products = (partial(_multiply, layers[0]), partial(_multiply, layers[1]))
+    count = len(layers[0].weight)
+    return one_after_the_other(hidden, chosen, weights, count, products, activation)
 
 
-def _multiply(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    product: torch.Tensor = torch._grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+def _multiply(layer: Packed, x: torch.Tensor, rows: Sorted) -> torch.Tensor:
+    weight = layer.weight.transpose(-2, -1)
+    product: torch.Tensor = torch._grouped_mm(x, weight, offs=rows.ends)
     return product
