@@ -7,7 +7,8 @@ costs its shard only; Ray starts that one again elsewhere.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,9 @@ def run_on_ray(
     Joins the cluster that RAY_ADDRESS names, or starts one on this machine. Raises InputError when
     ray is not installed, and BackendError when a shard's workers were lost RETRIES times over.
     """
-    ray = import_ray()
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
-    try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    with cluster() as (ray, nodes):
         workers = max(1, min(jobs, max(int(node.get("CPU", 0)) for node in nodes)))
-        gpus = int(device != "cpu" and any(node.get("GPU") for node in nodes))
+        gpus = gpus_a_task(nodes, device)
         remote = ray.remote(num_cpus=workers, num_gpus=gpus, max_retries=RETRIES)(_quantize_shard)
         running = {
             remote.remote(task, out.resolve(), options, workers, device): task for task in tasks
@@ -55,9 +51,29 @@ def run_on_ray(
                 finished(_unwrap(_get(ray, reference, task)))
                 done += task.read_bytes
             progress(done)
+
+
+@contextmanager
+def cluster() -> Iterator[tuple[Any, list[dict[str, float]]]]:
+    """The package ray, and the resources of each node of the cluster that RAY_ADDRESS names or
+    that is started on this machine; left again where it was joined here.
+
+    Raises InputError when ray is not installed.
+    """
+    ray = import_ray()
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+    try:
+        yield ray, [node["Resources"] for node in ray.nodes() if node["Alive"]]
     finally:
         if started_here:
             ray.shutdown()
+
+
+def gpus_a_task(nodes: Sequence[Mapping[str, float]], device: str) -> int:
+    """How many GPUs a task on that device asks for."""
+    return int(device != "cpu" and any(node.get("GPU") for node in nodes))
 
 
 def _quantize_shard(

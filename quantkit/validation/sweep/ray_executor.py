@@ -6,12 +6,11 @@ that dies costs the cells that it ran; Ray starts those again.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit.backends.streaming.ray_executor import RETRIES, WAIT, import_ray
+from quantkit.backends.streaming.ray_executor import RETRIES, WAIT, cluster, gpus_a_task
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.validation.sweep.cell import CellJob, run_cell
 
@@ -21,13 +20,8 @@ def run_on_ray(
 ) -> None:
     """Run every cell on the cluster that RAY_ADDRESS names; `done` gets the number and the record
     of each that ended. Raises InputError when ray is not installed."""
-    ray = import_ray()
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
-    try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = int(device != "cpu" and any(node.get("GPU") for node in nodes))
+    with cluster() as (ray, nodes):
+        gpus = gpus_a_task(nodes, device)
         most = max((node.get("memory", 0.0) for node in nodes), default=0.0)
         running = {}
         for number, job in cells:
@@ -38,9 +32,6 @@ def run_on_ray(
             ready, _ = ray.wait(list(running), num_returns=1, timeout=WAIT)
             for reference in ready:
                 done(running.pop(reference), _get(ray, reference))
-    finally:
-        if started_here:
-            ray.shutdown()
 
 
 def _memory(job: CellJob) -> float:
