@@ -31,9 +31,7 @@ def refuse_beyond_dense(checkpoint: Checkpoint, plan: Plan, model: str) -> None:
     reason = tower_refusal(plan.backend, plan.recipe, checkpoint.config)
     if found and reason:
         raise _refusal(checkpoint, plan, model, f"{found}; {reason}")
-    shown = mixture_asked(plan)
-    if shown is not None and not shown.has_pictures:
-        _refuse_unseen_layers(checkpoint, plan)
+    _refuse_unseen_layers(checkpoint, plan)
     experts = _experts(checkpoint)
     reason = mixture_refusal(plan.backend, plan.recipe, plan.layers, checkpoint.config)
     if experts and reason:
@@ -48,7 +46,8 @@ def _refuse_unseen_layers(checkpoint: Checkpoint, plan: Plan) -> None:
     outside = {m.name for m in checkpoint.modules if m.kind == "tower"}
     across = set(text_config(checkpoint.config).get("cross_attention_layers") or ())
     unseen = [name for name in plan.layers if name in outside or layer_index(name) in across]
-    if not unseen:
+    shown = mixture_asked(plan) if unseen else None
+    if shown is None or shown.has_pictures:
         return
     ignored = "--set 'ignore+=@towers'"
     if unseen[0] not in outside:
