@@ -118,6 +118,10 @@ def test_a_family_that_nobody_tried_is_told(wrapped: Path, tmp_path: Path) -> No
     _, plan = pipeline.plan_only(Request(str(wrapped), recipe, tmp_path / "out", device="cpu"))
     assert not any("was not tried" in note for note in plan.notes)
     assert any(note.startswith(TEXT) for note in plan.notes)
+    few = ("--method", "autoround_w4a16", "--set", "group_size=64")
+    told = both(unknown, tmp_path / "out", *few)
+    assert told[:2] == (1, "plan.architecture")
+    assert "only a few were tried" in told[2]
 
 
 @pytest.mark.slow
@@ -128,11 +132,12 @@ def test_a_family_that_nobody_tried_is_told(wrapped: Path, tmp_path: Path) -> No
 def test_the_table_says_what_the_library_does(backend: str, family: str, tmp_path: Path) -> None:
     source = multimodal(family, tmp_path / "source")
     known = towers()[backend]
-    if family not in known.takes and family not in known.cannot:
-        pytest.skip("not tried yet")
+    refused = family in known.cannot or (family not in known.takes and bool(known.others))
+    if family not in known.takes and not refused:
+        pytest.skip(f"nobody tried {backend} with {family}, and plans say so")
     for method in METHODS[backend]:
         out = tmp_path / method
-        if family in known.cannot or load_recipe(method).scheme in known.schemes.get(family, {}):
+        if refused or load_recipe(method).scheme in known.schemes.get(family, {}):
             with pytest.raises(InputError) as refusal:
                 made(source, out, method)
             assert refusal.value.code == "plan.architecture"
