@@ -256,7 +256,9 @@ def test_ctrl_c_at_any_moment_leaves_nothing(
         time.sleep(delay)
         run.send_signal(signal.SIGINT)
         _, errors = run.communicate(timeout=60)
-    assert run.returncode == 130, errors
+    # Where the exception passed through an exec() of text (as dataclasses do at import), Python
+    # ends by the signal itself: a shell says 130 for both.
+    assert run.returncode in (130, -signal.SIGINT), errors
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
 

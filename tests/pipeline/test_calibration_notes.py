@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ def test_identifiers_are_told_and_kept(
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
     kept: list[str] = []
 
-    def worker(*_: Any) -> Result:
+    def worker(_: Any, folder: Path, *__: Any) -> Result:
         assert ("identifiers" in capsys.readouterr().err) == identifiers
+        shutil.copytree(small_model, folder, dirs_exist_ok=True)
         return Result(calibration=dict(NO_DATA))
 
     def end(*arguments: Any, trust_remote_code: bool) -> None:
