@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -21,6 +22,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background
 
 LIBRARY_FIXTURES = {"outputs", "artifact"}
 ENGINE_FIXTURES = {"vllm_python"}
+
+
+def pytest_collection_finish() -> None:
+    """What collection imported stays: no later search for garbage goes through it again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
