@@ -1,6 +1,6 @@
 """What quantizes. `registry/` describes the backends, `adapters/` are the worker's side of each,
 `process/` runs them, `environments/` are where they run, `streaming/` is the built-in one;
-`child.py` starts and ends their processes, and those of the engines.
+`child_process.py` starts and ends their processes, and those of the engines.
 
 This package starts with the standard library alone: adapters also run where quantkit's own
 dependencies are missing.

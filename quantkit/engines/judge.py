@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from quantkit.engines.check_kernels import (
+from quantkit.engines.check_names import check_names
+from quantkit.engines.check_schemes import (
     check_format,
     check_scale_names,
     check_schemes,
@@ -18,7 +19,6 @@ from quantkit.engines.check_kernels import (
     minimum_version,
     serving_notes,
 )
-from quantkit.engines.check_names import check_names
 from quantkit.engines.check_shapes import check_heads, check_shapes, group_fits
 from quantkit.engines.gpus import Gpu
 from quantkit.engines.kv import cautions, check_gpu

@@ -18,11 +18,11 @@ from quantkit.formats import fp8
 from quantkit.formats.quantized import QuantizedCheckpoint
 from quantkit.pipeline.calibration_data import text_only_note
 from quantkit.pipeline.engine_view import check_engines
-from quantkit.pipeline.experts_and_towers import refuse_beyond_dense
 from quantkit.pipeline.placement import place, refuse_too_large
 from quantkit.pipeline.plan import Plan, make_plan
 from quantkit.pipeline.publish import check_apart, check_target
 from quantkit.pipeline.quantized_source import as_subject, dequantized, planned
+from quantkit.pipeline.refuse_beyond_dense import refuse_beyond_dense
 from quantkit.pipeline.request import Outcome, Request
 from quantkit.pipeline.ways import way_of
 from quantkit.verification.configuration.completeness import refuse_incomplete

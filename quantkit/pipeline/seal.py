@@ -18,7 +18,7 @@ from quantkit.checkpoint.directory import INDEX_SUFFIX, Checkpoint, read_json
 from quantkit.checkpoint.gguf import gguf_in
 from quantkit.checkpoint.provenance import LOG, NOT_SEALED, RESUME_FOLDER
 from quantkit.checkpoint.whole_files import remove, sha256_of
-from quantkit.engines.complete import completed
+from quantkit.engines.complete_settings import completed
 from quantkit.errors import BackendError
 
 _QUANTIZATION_FILES = frozenset(

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from quantkit.backends.process.job import Reporter
 from quantkit.engines import NAMES
 from quantkit.engines.online import Online
@@ -21,7 +19,7 @@ from quantkit.validation.ask.questions import (
     ask_text_and_facts,
 )
 from quantkit.validation.judge.bootstrap import Measured, sampled
-from quantkit.validation.judge.metrics import PerWindow, choice_metric, text_metrics
+from quantkit.validation.judge.metrics import PerWindow, choice_metric, perplexity, text_metrics
 from quantkit.validation.subjects.base import Subject
 
 Outcome = Literal["better", "worse", "undecided"]
@@ -93,7 +91,7 @@ def ask_online(
         emulated=subject.name == "builtin",
         kernels=subject.kernels(),
         notes=list(subject.notes),
-        perplexity=float(np.exp(windows.nll.mean())),
+        perplexity=perplexity(windows.nll),
         mcq_accuracy=float(facts.mean()),
         metrics={**text_metrics(windows, text.kl), "mcq_drop": choice_metric(theirs.facts, facts)},
         of=of,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.backends.child import oom_kills
+from quantkit.backends.child_process import oom_kills
 from quantkit.backends.process import parent as process
 from quantkit.backends.process.job import Job, Result, Unit
 from quantkit.backends.process.parent import run_worker

@@ -14,7 +14,7 @@ import pytest
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.checkpoint.without_weights import open_headers
 from quantkit.engines import LayerPart, Loadable, Verdict, judge
-from quantkit.engines.complete import completed
+from quantkit.engines.complete_settings import completed
 from quantkit.pipeline.engine_view import verdicts
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.request import chosen_recipe

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
-from quantkit.engines.complete import completed
+from quantkit.engines.complete_settings import completed
 from tests.support.helpers import edit_json, edit_tensors
 from tests.support.rtn import ascend_w4a8, rtn
 

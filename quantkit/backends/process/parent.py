@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.backends.child import Child, Ending, log_text
+from quantkit.backends.child_process import Child, Ending, log_text
 from quantkit.backends.environments import install_command
 from quantkit.backends.process import worker
 from quantkit.backends.process.job import Job, Reporter, Result

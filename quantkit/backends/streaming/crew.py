@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import quantkit
-from quantkit.backends.child import Child
+from quantkit.backends.child_process import Child
 from quantkit.backends.streaming.job import Slice, StreamOptions, WorkOrder
 from quantkit.backends.streaming.memory import MemoryWatch
 from quantkit.checkpoint.paths import new_log

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quantkit.backends.child import Child, log_text
+from quantkit.backends.child_process import Child, log_text
 from quantkit.checkpoint.paths import new_log
 from quantkit.checkpoint.progress import Progress
 from quantkit.errors import BackendError

@@ -54,6 +54,11 @@ class PerWindow:
         )
 
 
+def perplexity(nll: Floats) -> float:
+    """exp of the mean negative log-likelihood of a token, of windows of one length (nats)."""
+    return float(np.exp(nll.mean()))
+
+
 def text_metrics(windows: PerWindow, kl: NDArray[np.float32] | None) -> dict[str, Measured]:
     """Perplexity ratio, KL and agreement; `kl` holds every token's, [n, predictions]."""
     found = {"ppl_ratio": sampled(windows.nll - windows.nll_baseline, np.exp)}
@@ -85,9 +90,7 @@ def recovered(windows: PerWindow, rounded: PerWindow) -> dict[str, float | None]
     does not; None where rounding loses nothing."""
     assert windows.kl is not None
     assert rounded.kl is not None
-    base, ours, theirs = (
-        float(np.exp(nll.mean())) for nll in (windows.nll_baseline, windows.nll, rounded.nll)
-    )
+    base, ours, theirs = map(perplexity, (windows.nll_baseline, windows.nll, rounded.nll))
     return {
         "kl": _share(float(windows.kl.mean()), float(rounded.kl.mean())),
         "perplexity": _share(ours - base, theirs - base),

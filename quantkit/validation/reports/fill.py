@@ -19,6 +19,7 @@ from quantkit.validation.judge.metrics import (
     cache_metrics,
     canary_metrics,
     choice_metric,
+    perplexity,
     recovered,
     reference_metrics,
     routing_by_layer,
@@ -79,9 +80,7 @@ def fill(
         report.reference = described(weights, reference)
         report.notes.append(in_words(report.reference))
     report.values = {
-        "perplexity": Both(
-            float(np.exp(windows.nll_baseline.mean())), float(np.exp(windows.nll.mean()))
-        ),
+        "perplexity": Both(perplexity(windows.nll_baseline), perplexity(windows.nll)),
         "mcq_accuracy": Both(float(theirs.facts.mean()), float(ours.facts.mean())),
         "exercises": Both(*(by_kind(q.exercises, right) for right in worked)),
         "tasks": Both(theirs.tasks.get("results", {}), ours.tasks.get("results", {})),
@@ -98,7 +97,7 @@ def described(windows: PerWindow, rounded: PerWindow) -> dict[str, Any]:
     not."""
     assert rounded.kl is not None
     return {
-        "perplexity": float(np.exp(rounded.nll.mean())),
+        "perplexity": perplexity(rounded.nll),
         "kl_mean": float(rounded.kl.mean()),
         "recovered": recovered(windows, rounded),
     }

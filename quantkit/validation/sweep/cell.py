@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.backends.child import Child, log_text
+from quantkit.backends.child_process import Child, log_text
 from quantkit.checkpoint.whole_files import read_record, remove, write_record
 from quantkit.errors import QuantkitError
 

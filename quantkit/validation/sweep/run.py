@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.backends.child import Child
+from quantkit.backends.child_process import Child
 from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import Reporter
 from quantkit.errors import InputError, command

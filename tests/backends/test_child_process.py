@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from quantkit.backends.child import Child, log_text
+from quantkit.backends.child_process import Child, log_text
 from tests.support.processes import DAEMON, is_alive, wait_until_gone
 
 
@@ -129,7 +129,7 @@ def test_an_interrupt_while_it_ends_kills_at_once(
     tmp_path: Path, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second Ctrl-C does not wait for what ignores SIGTERM, and leaves nothing."""
-    monkeypatch.setattr("quantkit.backends.child.TERM_SECONDS", 600.0)
+    monkeypatch.setattr("quantkit.backends.child_process.TERM_SECONDS", 600.0)
     code = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getppid(), signal.SIGINT))\n"
