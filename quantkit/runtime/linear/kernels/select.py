@@ -51,8 +51,8 @@ KERNELS: tuple[Kernel, ...] = (
     reference,
     dequantized,
 )
-"""In order of preference; the first that fits is taken. `reference` fits always, so that `dequantized`
-is taken by name alone.
+"""In order of preference; the first that fits is taken. `reference` fits always: `dequantized` is
+taken by name alone.
 
 On a GPU those that engines serve with come first, so that throughput is theirs; ours are the
 fallback."""
