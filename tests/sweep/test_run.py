@@ -1,14 +1,18 @@
-"""A sweep as a user runs it: a failed cell stops nothing, what is done stays, kills cost time."""
+"""A sweep as a user runs it, here and on Ray: a failed cell stops nothing, what is done stays, kills
+cost time."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import psutil
@@ -151,3 +155,44 @@ def survive(whole: tuple[Path, Path], struck: Path, kills: int, span: float) -> 
     assert quantkit("sweep", file, "--out", struck, "--resume").code == 3
     assert table(struck) == table(out)
     assert not list(struck.glob("cells/*/*.partial"))
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A Ray cluster of two nodes."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    built = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    built.add_node(num_cpus=1)
+    yield built.address
+    built.shutdown()  # type: ignore[no-untyped-call]
+
+
+def test_two_nodes_give_the_same_table_though_a_worker_is_lost(
+    whole: tuple[Path, Path], address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = whole
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    killed: list[int] = []
+    over = Event()
+
+    def kill_one() -> None:
+        """Kill the first worker that is seen running a cell."""
+        while not killed and not over.wait(0.2):
+            for process in psutil.process_iter():
+                with suppress(psutil.Error):
+                    if process.name().startswith("ray::run_cell") and not killed:
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(process.pid)
+
+    watch = Thread(target=kill_one)
+    watch.start()
+    run = quantkit("sweep", file, "--out", tmp_path / "ray")
+    over.set()
+    watch.join()
+    assert run.code == 3, run.err
+    assert killed
+    assert table(tmp_path / "ray") == table(out)
