@@ -1,5 +1,5 @@
-"""A sweep as a user runs it, here and on Ray: a failed cell stops nothing, what is done stays, kills
-cost time."""
+"""A sweep as a user runs it, here and on Ray: a failed cell stops nothing, what is done stays, and
+kills cost time alone."""
 
 from __future__ import annotations
 
