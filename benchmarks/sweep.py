@@ -1,10 +1,14 @@
 """What a sweep costs: two workers against one, and one against the same commands one by one.
 
     python benchmarks/sweep.py WORKDIR [--layers 6] [--samples 8] [--rounds 1]
+    python benchmarks/sweep.py WORKDIR --ray [--layers 3] [--samples 2]
 
 Eight cells on the demo model cut to so many layers, one thread a cell. Each way begins with the
 baseline unmeasured. Prints seconds, the speed of two workers over one (asked: at least 1.7) and the
 overhead of the sweep over `quantize` and `validate` of every cell (asked: at most 5 %).
+
+With --ray: six recipes on that model and on a mixture made of it, on a Ray cluster of two nodes
+that is started here; the leaderboard is in WORKDIR/ray.
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from quantkit.checkpoint.demo import demo_model
 from quantkit.checkpoint.paths import cache_dir
+from quantkit.checkpoint.upcycle import upcycle
 from quantkit.errors import EXIT_CHECK
 from quantkit.recipe.load import as_changes
 from tests.support.helpers import cut_layers
@@ -37,19 +43,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--ray", action="store_true")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
-    model = asked.work / "model"
+    model = asked.work / f"demo_{asked.layers}_layers"
     if not model.exists():
         cut_layers(demo_model(), model, asked.layers)
     file = asked.work / "sweep.yaml"
-    told = {
-        "models": [str(model)],
-        "recipes": list(METHODS),
-        "settings": [{"set": one} for one in SETS],
-        "validate": {"samples": asked.samples, "throughput": False, "broken_baseline": True},
-    }
-    file.write_text(yaml.safe_dump(told))
+    if asked.ray:
+        on_ray(asked.work, file, model, asked.samples)
+        return
+    settings = [{"set": one} for one in SETS]
+    write(file, [model], list(METHODS), asked.samples, settings=settings)
     seconds: dict[str, list[float]] = {"commands": [], "one": [], "two": []}
     for _ in range(asked.rounds):
         seconds["commands"].append(timed(asked.work, commands(asked.work, model, asked.samples)))
@@ -61,6 +66,37 @@ def main() -> None:
         print(f"{name}: {value:.1f} s ({', '.join(f'{one:.1f}' for one in seconds[name])})")
     print(f"two workers over one: {found['one'] / found['two']:.2f} ×")
     print(f"overhead over single commands: {found['one'] / found['commands'] - 1:+.1%}")
+
+
+def write(file: Path, models: list[Path], recipes: list[Any], samples: int, **more: Any) -> None:
+    """The file of a sweep."""
+    validate = {"samples": samples, "throughput": False, "broken_baseline": True}
+    told = {"models": [str(one) for one in models], "recipes": recipes, "validate": validate}
+    file.write_text(yaml.safe_dump(told | more))
+
+
+def on_ray(work: Path, file: Path, model: Path, samples: int) -> None:
+    """Two models × six recipes on two nodes, and the table."""
+    from ray.cluster_utils import Cluster
+
+    mixture = work / f"{model.name}_mixture"
+    if not mixture.exists():
+        upcycle(model, mixture, 4)
+    budget = {"target_bits": 5.4, "samples": samples}
+    recipes = [*({"method": method, "set": SETS[0]} for method in METHODS),
+               {"method": "rtn_w4a16", "set": {"group_size": 32}},
+               {"method": "auto", "set": budget}]  # fmt: skip
+    write(file, [model, mixture], recipes, samples)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    environment = os.environ | {"RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
+    start = time.perf_counter()
+    try:
+        subprocess.run([sys.executable, "-m", "quantkit", "sweep", str(file), "--out",
+                        str(work / "ray"), "--resume"], env=environment, check=True)  # fmt: skip
+    finally:
+        cluster.shutdown()  # type: ignore[no-untyped-call]
+    print(f"{time.perf_counter() - start:.0f} s; {work / 'ray' / 'leaderboard.html'}")
 
 
 def commands(work: Path, model: Path, samples: int) -> list[list[str]]:
