@@ -17,7 +17,7 @@ from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
 from quantkit.validation.ask.data import eval_text
-from quantkit.validation.ask.text import measure_baseline, measure_quantized
+from quantkit.validation.ask.text import BaselineText, measure_baseline, measure_quantized
 from quantkit.validation.preflight import tokenizer_of
 from quantkit.validation.search.analyze import fitting
 from quantkit.validation.search.cost import affordable, limit
@@ -48,7 +48,12 @@ def source(small_model: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def windows(small_model: Path) -> NDArray[np.int64]:
-    return eval_text(None, tokenizer_of(small_model), 16, 128).windows
+    return eval_text(None, tokenizer_of(small_model), 8, 128).windows
+
+
+@pytest.fixture(scope="module")
+def baseline(source: Checkpoint, windows: NDArray[np.int64]) -> BaselineText:
+    return measure_baseline(open_builtin(source.path, Opening("cpu")), windows, None)
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +84,13 @@ def test_groups_are_those_that_the_engine_fuses(source: Checkpoint) -> None:
 )
 def test_an_estimate_is_near_what_the_group_alone_costs(
     name: str, title: str, source: Checkpoint, windows: NDArray[np.int64], measured: Measured,
-    tmp_path: Path,
+    baseline: BaselineText, tmp_path: Path,
 ) -> None:  # fmt: skip
     (group,) = (one for one in fusable_groups(source, "vllm") if one.name == name)
     inside = {module.name for module in group.modules}
     others = {module.name for module in source.modules} - inside
     scheme = schemes_named([title])[title]
     made = rtn(source.path, tmp_path / "one", scheme, keep=others)
-    baseline = measure_baseline(open_builtin(source.path, Opening("cpu")), windows, None)
     text = measure_quantized(open_builtin(made, Opening("cpu")), windows, baseline, None)
     assert text.kl is not None
     (cell,) = (one for one in measured.cells if (one.group, one.scheme) == (name, title))
@@ -180,14 +184,15 @@ def test_the_experts_of_a_layer_are_one_group(kind: str, tmp_path: Path) -> None
         assert 0 < kl[group.name, "fp8_dynamic"] < kl[group.name, "w4a16:64"]
 
 
-def test_the_command_writes_its_reports(small_model: Path, tmp_path: Path) -> None:
+def test_the_command_writes_its_reports(tmp_path: Path) -> None:
+    llama = byte_llama(tmp_path / "llama", hidden=128, wide=256)
     page, data = tmp_path / "a.html", tmp_path / "a.json"
     code, told = said(
-        "analyze", small_model, "--schemes", "w4a16", "--samples", "1", "--report", page,
+        "analyze", llama, "--schemes", "w4a16", "--samples", "1", "--report", page,
         "--report", data,
     )  # fmt: skip
     assert code == 0, told
-    assert "12 groups" in told
+    assert "8 groups" in told
     document: dict[str, Any] = json.loads(data.read_text())
     assert document["kind"] == "quantkit.sensitivity"
     saved = document["whole"]["w4a16"]["bytes_saved"]
