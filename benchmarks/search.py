@@ -73,6 +73,7 @@ def main() -> None:
     space = space_of(request, source)
     if "choices" not in found:
         measured, choices = estimates(request, space, source, seen, ui)
+        assert measured is not None, "the scorer is ours"
         keep("choices", [vars(one) for one in choices])
         keep("cost", dict(measured.cost))
     choices = [Choice(**one) for one in found["choices"]]
@@ -83,13 +84,17 @@ def main() -> None:
         for name in UNIFORM
     } | {f"{bits} bits": replace(budget, target_bits=bits) for bits in asked.bits}
     for name, limit in targets.items():
-        if name not in found:
+        alike = [other for other in targets if found.get(other, {}).get("limit") and limit.max_bytes
+                 and abs(limit.max_bytes / found[other]["limit"] - 1) < ROOM - 1]  # fmt: skip
+        if name not in found and alike:
+            keep(name, found[alike[0]])
+        elif name not in found:
             tried = candidates(replace(request, budget=limit), space, choices, whole)
             best = min(tried, key=lambda one: one.kl)
             kl, _ = judge.measure(best.recipe)
-            keep(name, {"kl": kl, "bytes": best.weight_bytes, "bits": best.bits_per_weight,
-                        "groups": best.groups, "estimate": best.estimate,
-                        "tried": [one.kl for one in tried]})  # fmt: skip
+            keep(name, {"limit": limit.max_bytes, "kl": kl, "bytes": best.weight_bytes,
+                        "bits": best.bits_per_weight, "groups": best.groups,
+                        "estimate": best.estimate, "tried": [one.kl for one in tried]})  # fmt: skip
     cost = found["cost"]
     print(f"schemes to choose from: {', '.join(SCHEMES)}; {asked.samples} windows seen, as many "
           f"others to compare; cost {cost['passes']} forward passes counted, "
