@@ -1,10 +1,11 @@
 """Searched recipes against uniform ones of the same size, by the KL of the whole model.
 
-    python benchmarks/search.py WORKDIR [--model DIR] [--samples 8] [--bits 5.4] [--device cpu]
+    python benchmarks/search.py WORKDIR [--moe] [--model DIR] [--samples 8] [--bits 5.4]
 
 Uniform recipes of the built-in backend, then the recipe that the search finds in no more bytes than
-each of them, and at `--bits`; all measured on the same windows of held-out text. Also what the pass
-of `analyze` cost. Results are kept in WORKDIR/search.json: a second run goes on where one stopped.
+each of them, and at `--bits`. The search sees half of the windows of held-out text, and all are
+compared on the other half. Also what the pass of `analyze` cost. Results are kept in
+WORKDIR/search.json: a second run goes on where one stopped.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from quantkit.backends.registry import load_recipe
 from quantkit.checkpoint.demo import demo_model
 from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.upcycle import demo_mixture
 from quantkit.cli.output import Output
 from quantkit.validation.search.analyze import read_text
 from quantkit.validation.search.assign import Choice
@@ -42,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--moe", action="store_true", help="the mixture made of the demo model")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--bits", type=float, nargs="*", default=[5.4])
     parser.add_argument("--device", default="auto")
@@ -49,13 +52,15 @@ def main() -> None:
     asked.work.mkdir(parents=True, exist_ok=True)
     file = asked.work / "search.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    model, ui = str(asked.model or demo_model()), Output()
+    model, ui = str(asked.model or (demo_mixture() if asked.moe else demo_model())), Output()
     source = open_checkpoint(Path(model))
     budget = Budget(target_bits=asked.bits[0], samples=asked.samples)
     request = SearchRequest(model, budget, ("serve.engines=[vllm]", "serve.gpu=h100"),
                             asked.work / "trials", asked.device)  # fmt: skip
-    text = read_text(source, None, asked.samples)
-    whole = Whole(model, source, text.windows, request.work, asked.device, ui)
+    text = read_text(source, None, 2 * asked.samples)
+    seen, unseen = replace(text, windows=text.windows[::2]), text.windows[1::2]
+    whole = Whole(model, source, seen.windows, request.work, asked.device, ui)
+    judge = Whole(model, source, unseen, request.work, asked.device, ui)
 
     def keep(key: str, value: Any) -> None:
         found[key] = value
@@ -63,11 +68,12 @@ def main() -> None:
 
     for name, (method, sets) in UNIFORM.items():
         if name not in found:
-            kl, size = whole.measure(load_recipe(method, sets))
+            kl, size = judge.measure(load_recipe(method, sets))
             keep(name, {"kl": kl, "bytes": size})
     space = space_of(request, source)
     if "choices" not in found:
-        measured, choices = estimates(request, space, source, text, ui)
+        measured, choices = estimates(request, space, source, seen, ui)
+        assert measured is not None, "the scorer is ours"
         keep("choices", [vars(one) for one in choices])
         keep("cost", dict(measured.cost))
     choices = [Choice(**one) for one in found["choices"]]
@@ -78,14 +84,21 @@ def main() -> None:
         for name in UNIFORM
     } | {f"{bits} bits": replace(budget, target_bits=bits) for bits in asked.bits}
     for name, limit in targets.items():
-        if name not in found:
+        alike = [other for other in targets if found.get(other, {}).get("limit") and limit.max_bytes
+                 and abs(limit.max_bytes / found[other]["limit"] - 1) < ROOM - 1]  # fmt: skip
+        if name not in found and alike:
+            keep(name, found[alike[0]])
+        elif name not in found:
             tried = candidates(replace(request, budget=limit), space, choices, whole)
             best = min(tried, key=lambda one: one.kl)
-            keep(name, {"kl": best.kl, "bytes": best.weight_bytes, "bits": best.bits_per_weight,
-                        "groups": best.groups, "estimate": best.estimate,
-                        "tried": [one.kl for one in tried]})  # fmt: skip
-    print(f"schemes to choose from: {', '.join(SCHEMES)}; {asked.samples} windows; cost "
-          f"{found['cost']['passes']} forward passes, limit {found['cost']['limit']}")  # fmt: skip
+            kl, _ = judge.measure(best.recipe)
+            keep(name, {"limit": limit.max_bytes, "kl": kl, "bytes": best.weight_bytes,
+                        "bits": best.bits_per_weight, "groups": best.groups,
+                        "estimate": best.estimate, "tried": [one.kl for one in tried]})  # fmt: skip
+    cost = found["cost"]
+    print(f"schemes to choose from: {', '.join(SCHEMES)}; {asked.samples} windows seen, as many "
+          f"others to compare; cost {cost['passes']} forward passes counted, "
+          f"{cost['timed_passes']} by the clock, limit {cost['limit']}")  # fmt: skip
     print("| recipe | MB | KL | searched, no more bytes: MB | KL | groups |")
     print("|---|---|---|---|---|---|")
     for name in UNIFORM:

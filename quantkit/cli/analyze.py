@@ -79,6 +79,6 @@ def analyze_command(
     cost = document["cost"]
     ui.text(
         f"{document['model']}: {len(document['groups'])} groups, {cost['seconds']:.1f} s, "
-        f"{cost['passes']:.1f} forward passes (limit {cost['limit']:.1f})"
+        f"{cost['passes']:.1f} forward passes counted (limit {cost['limit']:.1f})"
     )
     ui.document(document)

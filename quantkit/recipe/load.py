@@ -53,9 +53,14 @@ def read_recipe(name_or_path: str, sets: tuple[str, ...] = ()) -> tuple[Recipe, 
     file = _find(name_or_path)
     data = read_yaml_object(file, "recipe", EXAMPLE)
     data.setdefault("name", file.stem)
+    return as_recipe(data, sets, file.name if sets else str(file))
+
+
+def as_recipe(data: dict[str, Any], sets: tuple[str, ...], where: str) -> tuple[Recipe, str]:
+    """As `read_recipe`, of what the file `where` holds."""
     for change in sets:
         _apply(data, change)
-    origin = f"{file.name} with --set {' '.join(sets)}" if sets else str(file)
+    origin = f"{where} with --set {' '.join(sets)}" if sets else where
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

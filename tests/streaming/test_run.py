@@ -270,11 +270,13 @@ def test_without_a_limit_memory_does_not_grow_with_the_cores(
         works = (Work(info, (Piece("a", "a", scheme, part),), None, {}),)
         return worker_count([ShardTask("a", works)], "compressed-tensors", jobs, None)
 
-    assert workers(4096, 4096) == 7
+    assert workers(4096, 4096) == 1
+    assert workers(4096, 16384) == 8
     assert workers(8192, 28672) == 10
     assert workers(28672, 8192) == 4
     assert workers(28672, 8192, jobs=32) == 32
-    assert workers(576, 1536) == 8
+    assert workers(576, 1536) == 1
+    assert workers(576, 1536, jobs=4) == 4
 
 
 def test_workers_share_the_session_of_the_command_but_not_its_group() -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
+from quantkit.validation.sweep.cell import CellJob
 from quantkit.validation.sweep.file import read_sweep
+from quantkit.validation.sweep.ray_executor import memory_of
 from tests.support.helpers import copy_checkpoint, edit_json
 
 
@@ -97,3 +100,13 @@ def test_what_is_wrong_is_refused_before_any_work(
     with pytest.raises(InputError, match=telling) as caught:
         read_sweep(write(tmp_path, **given))
     assert code in caught.value.code
+
+
+def test_ray_is_asked_for_the_memory_that_the_plan_estimates(small_model: Path) -> None:
+    def memory(method: str, *sets: str) -> float:
+        return memory_of(CellJob("", str(small_model), method, list(sets), 1, device="cpu"))
+
+    weights = open_checkpoint(small_model).weight_bytes
+    assert memory("rtn_w8a16") == pytest.approx(weights * 4 / 3)
+    assert memory("modelopt_fp8") > 1_400_000_000 + weights
+    assert memory("modelopt_fp8", "ignore+=[@linear]") == memory("auto") == memory("rtn_w8a16")

@@ -1,4 +1,5 @@
-"""A sweep as a user runs it: a failed cell stops nothing, what is done stays, kills cost time."""
+"""A sweep as a user runs it, here and on Ray: a failed cell stops nothing, what is done stays, and
+kills cost time alone."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ import random
 import shutil
 import signal
 import subprocess
-import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import psutil
@@ -107,30 +109,36 @@ def test_an_output_that_holds_something_else_is_left(
     assert (out if what == "file" else out / "mine").read_text() == "mine"
 
 
-def strike(file: Path, out: Path, rounds: int, dice: random.Random) -> int:
-    """Run the sweep and kill it, or one of its workers, at a random moment, so many times; how many
-    kills hit something that ran."""
-    hits = 0
-    for _ in range(rounds):
+def strike(whole: tuple[Path, Path], out: Path, kills: int, span: float) -> None:
+    """Run the sweep and kill it, or one of its workers, at random moments within so many seconds,
+    until so many kills hit something that ran. A sweep that ends before is seen to be the same, and
+    begun anew."""
+    file, wanted = whole
+    dice, hits = random.Random(kills), 0
+    while hits < kills:
         words = command("sweep", file, "--out", out, "--resume")
         with subprocess.Popen(
             words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as running:
-            time.sleep(dice.uniform(0.5, 12))
+            with suppress(subprocess.TimeoutExpired):
+                running.wait(dice.uniform(0.5, span))
+            if running.returncode is not None:
+                assert running.returncode == 3
+                assert table(out) == table(wanted)
+                shutil.rmtree(out)
+                continue
             driver = psutil.Process(running.pid)
             with suppress(psutil.Error):
                 family = [driver, *driver.children(recursive=True)]
                 dice.choice(family).send_signal(signal.SIGKILL)
                 hits += 1
             if dice.random() < 0.5:
-                with suppress(ProcessLookupError):
-                    os.kill(running.pid, signal.SIGTERM)
+                running.terminate()
             running.wait(120)
-    return hits
 
 
 def test_two_kills_change_nothing_in_the_table(whole: tuple[Path, Path], tmp_path: Path) -> None:
-    survive(whole, tmp_path / "struck", 2)
+    survive(whole, tmp_path / "struck", 2, 6)
 
 
 @pytest.mark.slow
@@ -138,12 +146,53 @@ def test_twenty_kills_change_nothing_in_the_table(llama: Path, tmp_path: Path) -
     recipes = [GOOD, BROKEN, "rtn_fp8_dynamic", {"method": "rtn_w4a16", "set": {"group_size": 32}}]
     file, out = write(tmp_path, llama, recipes), tmp_path / "whole"
     assert quantkit("sweep", file, "--out", out).code == 3
-    survive((file, out), tmp_path / "struck", 20)
+    survive((file, out), tmp_path / "struck", 20, 12)
 
 
-def survive(whole: tuple[Path, Path], struck: Path, kills: int) -> None:
+def survive(whole: tuple[Path, Path], struck: Path, kills: int, span: float) -> None:
     file, out = whole
-    assert strike(file, struck, kills, random.Random(kills)) > 0
+    strike(whole, struck, kills, span)
     assert quantkit("sweep", file, "--out", struck, "--resume").code == 3
     assert table(struck) == table(out)
     assert not list(struck.glob("cells/*/*.partial"))
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A Ray cluster of two nodes."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    built = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    built.add_node(num_cpus=1)
+    yield built.address
+    built.shutdown()  # type: ignore[no-untyped-call]
+
+
+def test_two_nodes_give_the_same_table_though_a_worker_is_lost(
+    whole: tuple[Path, Path], address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = whole
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    killed: list[int] = []
+    over = Event()
+
+    def kill_one() -> None:
+        """Kill the first worker that is seen running a cell."""
+        while not killed and not over.wait(0.2):
+            for process in psutil.process_iter():
+                with suppress(psutil.Error):
+                    if process.name().startswith("ray::run_cell") and not killed:
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(process.pid)
+
+    watch = Thread(target=kill_one)
+    watch.start()
+    run = quantkit("sweep", file, "--out", tmp_path / "ray")
+    over.set()
+    watch.join()
+    assert run.code == 3, run.err
+    assert killed
+    assert table(tmp_path / "ray") == table(out)

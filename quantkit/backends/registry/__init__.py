@@ -19,9 +19,10 @@ from quantkit.backends.registry.llmcompressor import LLMCOMPRESSOR
 from quantkit.backends.registry.modelopt import MODELOPT
 from quantkit.backends.registry.msmodelslim import MSMODELSLIM
 from quantkit.backends.registry.rtn import RTN
+from quantkit.backends.registry.shipped import PREFIX, shipped_recipe
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
-from quantkit.recipe.load import explain_recipe, read_recipe
+from quantkit.recipe.load import as_recipe, explain_recipe, read_recipe
 from quantkit.recipe.model import Recipe
 
 __all__ = [
@@ -98,8 +99,11 @@ def refusals(backend: Backend, recipe: Recipe, scheme: Scheme, device: str) -> l
 def load_recipe(name_or_path: str, sets: tuple[str, ...] = ()) -> Recipe:
     """The recipe of a method name or a YAML file, `--set` applied, its options checked.
 
-    Raises InputError that names the file, the key path, the value and what is allowed.
+    `modelopt:PATH` is one that ModelOpt ships. Raises InputError that names the file, the key path,
+    the value and what is allowed.
     """
+    if name_or_path.startswith(PREFIX):
+        return checked(*as_recipe(shipped_recipe(name_or_path), sets, name_or_path))
     return checked(*read_recipe(name_or_path, sets))
 
 

@@ -22,6 +22,10 @@ the default does not grow with the cores."""
 
 MOST_WORKERS = 32
 
+SMALL_BYTES = 100_000_000
+"""A model of so many bytes is done before workers would have started: a process reads, quantizes
+and writes 200 to 400 MB/s, and takes more than a second to import torch."""
+
 
 def worker_count(
     tasks: Iterable[ShardTask], layout: Layout, jobs: int | None, memory: int | None
@@ -29,7 +33,7 @@ def worker_count(
     """Workers to start: `jobs` (None: one a core), or fewer where they would pass `memory` bytes.
 
     With neither, a few hundred MB and the largest tensor are the limit, in which one worker always
-    fits. Raises InputError when not even one fits into `memory`.
+    fits, and a small model has one. Raises InputError when not even one fits into `memory`.
     """
     count = jobs or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     if memory is None and jobs is not None:
@@ -37,6 +41,8 @@ def worker_count(
     works = [work for task in tasks for work in task.works]
     each = WORKER_BYTES + max((working_bytes(work, layout) for work in works), default=0)
     if memory is None:
+        if sum(work.tensor.bytes for work in works) <= SMALL_BYTES:
+            return 1
         room = DEFAULT_BYTES + max((work.tensor.bytes for work in works), default=0)
         return max(1, min(count, room // each))
     fitting = (memory - BASE_BYTES) // each

@@ -26,6 +26,7 @@ from quantkit.validation.memory import (
     refuse_too_large,
 )
 from quantkit.validation.preflight import refuse_missing_rows, tokenizer_of
+from quantkit.validation.search.cost import affordable, limit
 from quantkit.validation.search.groups import Group, fusable_groups, schemes_named
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ KIND = "quantkit.sensitivity"
 class Sensitivity:
     """What `analyze` measured.
 
-    cells: one a group and scheme that fits it. text: what was read; cost: seconds of the whole and
-    of one forward pass over all windows asked for, and how many such passes the whole took.
+    cells: one a group and scheme that fits it. text: what was read; cost: how many forward passes
+    over all windows asked for the whole took, counted and by the clock, the limit of the former,
+    and seconds of the whole and of one such pass.
     """
 
     model: str
@@ -160,11 +162,9 @@ def sensitivity(
 ) -> Sensitivity:
     """The cells of these groups in the schemes that fit them (`fits`), on as many of the windows as
     the cost allows."""
-    from quantkit.validation.search.sensitivity import measure, share_of_windows
+    from quantkit.validation.search.sensitivity import measure
 
-    place = resolve_device(device)
-    used = max(1, round(share_of_windows(len(schemes)) * len(text.windows)))
-    windows = text.windows[:: max(1, len(text.windows) // used)][:used]
+    place, windows = resolve_device(device), affordable(text.windows, len(schemes))
     need = needed_bytes(source, expanded=False) + _kept_bytes(source, windows.size)
     free = available_bytes(place)
     streamed = free is not None and need > free
@@ -196,20 +196,22 @@ def sensitivity(
             "digest": text.digest,
             "windows": len(text.windows),
             "measured_windows": len(windows),
-            "length": text.windows.shape[1],
+            "length": windows.shape[1],
         },
-        _cost(found, len(windows), len(text.windows), len(schemes)),
+        _cost(found, text.windows.size / windows.size, len(schemes)),
         notes,
     )
 
 
-def _cost(found: Measured, used: int, windows: int, schemes: int) -> dict[str, float]:
-    forward = found.forward_seconds / used * windows
+def _cost(found: Measured, more: float, schemes: int) -> dict[str, float]:
+    """`more`: the tokens asked for over those measured."""
+    forward = found.forward_seconds * more
     return {
+        "passes": round(found.products / (found.forward_products * more), 2),
+        "limit": limit(schemes),
+        "timed_passes": round(found.seconds / forward, 2),
         "seconds": round(found.seconds, 2),
         "forward_seconds": round(forward, 2),
-        "passes": round(found.seconds / forward, 2),
-        "limit": 1.2 * schemes + 1,
     }
 
 

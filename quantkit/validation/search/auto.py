@@ -14,6 +14,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from quantkit.backends.environments.device import resolve_device
 from quantkit.backends.process.job import Reporter
 from quantkit.backends.registry import load_recipe
 from quantkit.backends.registry.rtn import RTN
@@ -40,6 +41,7 @@ from quantkit.validation.search.assign import (
 from quantkit.validation.search.budget import Budget
 from quantkit.validation.search.groups import KEPT, Group, fusable_groups, schemes_named
 from quantkit.validation.search.recipe import recipe_of
+from quantkit.validation.search.scorer import OWN, library_scores
 from quantkit.validation.search.whole import Whole
 
 SCHEMA_VERSION = 1
@@ -82,7 +84,7 @@ class Candidate:
         """As a plain object, without the assignment."""
         return {
             "kl": self.kl,
-            "kl_estimate": self.estimate,
+            "estimate": self.estimate,
             "bits_per_weight": self.bits_per_weight,
             "weight_bytes": self.weight_bytes,
             "groups": self.groups,
@@ -91,12 +93,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """The winner, the candidates that it was chosen from (it among them), and what was measured."""
+    """The winner, the candidates that it was chosen from (it among them), and what they were
+    estimated from: `sensitivity`, or the choices of another scorer."""
 
     winner: Candidate
     candidates: tuple[Candidate, ...]
     budget: Budget
-    sensitivity: Sensitivity
+    sensitivity: Sensitivity | None
+    choices: Sequence[Choice]
 
     def to_json(self) -> dict[str, Any]:
         """The document that is kept beside the recipe."""
@@ -107,8 +111,19 @@ class Found:
             "winner": self.winner.to_json(),
             "candidates": [one.to_json() for one in self.candidates],
             "assignment": self.winner.assignment,
-            "sensitivity": self.sensitivity.to_json(),
+            "scorer": self.budget.scorer,
+            "scores": self._scores(),
+            "sensitivity": self.sensitivity.to_json() if self.sensitivity else None,
         }
+
+    def _scores(self) -> dict[str, dict[str, float]] | None:
+        """Group → scheme → score, of a scorer that estimates no KL."""
+        if self.sensitivity is not None:
+            return None
+        found: dict[str, dict[str, float]] = {}
+        for one in self.choices:
+            found.setdefault(one.group, {})[one.scheme] = one.kl
+        return found
 
 
 def search(request: SearchRequest, ui: Reporter) -> Found:
@@ -121,19 +136,35 @@ def search(request: SearchRequest, ui: Reporter) -> Found:
     if request.budget.max_kl is None:
         _refuse_budget(request.budget, space)
     text = read_text(source, None, request.budget.samples)
-    measured, choices = estimates(request, space, source, text, ui)
-    whole = Whole(request.model, source, text.windows, request.work, request.device, ui)
     try:
+        measured, choices = estimates(request, space, source, text, ui)
+        whole = Whole(request.model, source, text.windows, request.work, request.device, ui)
         found = candidates(request, space, choices, whole)
     finally:
         shutil.rmtree(request.work, ignore_errors=True)
-    return Found(min(found, key=lambda one: one.kl), tuple(found), request.budget, measured)
+    best = min(found, key=lambda one: one.kl)
+    return Found(best, tuple(found), request.budget, measured, choices)
 
 
 def estimates(
     request: SearchRequest, space: Space, source: Checkpoint, text: EvalText, ui: Reporter
-) -> tuple[Sensitivity, list[Choice]]:
-    """What each scheme costs each group; all choices, those to leave it in 16 bit among them."""
+) -> tuple[Sensitivity | None, list[Choice]]:
+    """What each scheme costs each group, where that was measured here; all choices, those to leave
+    it in 16 bit among them."""
+    weights = {group.name: group.weights for group in space.groups}
+    if request.budget.scorer != OWN:
+        scores = library_scores(
+            request.budget.scorer, source, space.groups, space.fits, text, ui,
+            work=request.work, device=resolve_device(request.device), seed=space.base_recipe.seed,
+            python=space.base_recipe.python, trust_remote_code=request.trust_remote_code,
+        )  # fmt: skip
+        sizes = {group.name: group.bits for group in space.groups}
+        cells = [
+            Choice(group, title, score, sizes[group](space.fits[group][title]))
+            for group, found in scores.items()
+            for title, score in found.items()
+        ]
+        return None, with_kept(cells, weights)
     measured = sensitivity(
         source,
         request.model,
@@ -147,7 +178,7 @@ def estimates(
         ui,
     )
     cells = [Choice(c.group, c.scheme, c.kl, c.bits) for c in measured.cells]
-    return measured, with_kept(cells, {group.name: group.weights for group in space.groups})
+    return measured, with_kept(cells, weights)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from quantkit.errors import InputError
-from quantkit.recipe.documents import parse_yaml
+from quantkit.recipe.documents import meant, parse_yaml
 from quantkit.recipe.units import parse_bytes
+from quantkit.validation.search.scorer import OWN, SCORERS
 
 SCHEMES = ("w4a16", "w4a16:32", "nvfp4a16", "fp8_dynamic", "w8a16")
 """What is chosen from unless told otherwise, as far as the engine loads it."""
@@ -25,7 +26,7 @@ class Budget:
     target_bits: the most stored bits a weight, scales included, over all layers that may be
     quantized, those left in 16 bit among them. max_bytes: of the checkpoint's weights. max_kl: the
     most mean KL divergence, in nats a token, measured on the whole model. schemes, samples: what is
-    chosen from, and windows of text.
+    chosen from, and windows of text. scorer: whose sensitivities (`options.scorer`).
     """
 
     target_bits: float | None = None
@@ -33,6 +34,7 @@ class Budget:
     max_kl: float | None = None
     schemes: tuple[str, ...] = SCHEMES
     samples: int = 16
+    scorer: str = OWN
 
     @property
     def described(self) -> str:
@@ -42,7 +44,8 @@ class Budget:
 
 
 _TARGETS = ("target_bits", "max_bytes", "max_kl")
-_KEYS = tuple(entry.name for entry in fields(Budget))
+_SCORER = "options.scorer"
+_KEYS = tuple(entry.name for entry in fields(Budget) if entry.name != "scorer")
 _HINT = "for example --set target_bits=5.4, --set max_bytes=5GB or --set max_kl=0.02"
 
 
@@ -54,6 +57,8 @@ def split_changes(changes: Sequence[str]) -> tuple[Budget, list[str]]:
         key, sign, text = change.partition("=")
         if key in _KEYS and sign:
             found[key] = _value(key, text)
+        elif key == _SCORER and sign:
+            found["scorer"] = _scorer(text)
         else:
             rest.append(change)
     targets = [key for key in _TARGETS if key in found]
@@ -64,7 +69,23 @@ def split_changes(changes: Sequence[str]) -> tuple[Budget, list[str]]:
             hint=_HINT,
             code="search.target",
         )
+    if "max_kl" in found and found.get("scorer", OWN) != OWN:
+        raise InputError(
+            f"{_SCORER}={found['scorer']} gives no KL, so max_kl cannot be searched with it.",
+            hint=f"target_bits or max_bytes, or {_SCORER}={OWN}",
+            code="search.scorer",
+        )
     return Budget(**found), rest
+
+
+def _scorer(text: str) -> str:
+    if text not in SCORERS:
+        raise InputError(
+            f"--set {_SCORER}={text}: there is no such scorer.{meant(text, SCORERS)}",
+            hint=f"one of {', '.join(SCORERS)}",
+            code="search.scorer",
+        )
+    return text
 
 
 def _value(key: str, text: str) -> Any:

@@ -49,18 +49,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Measured:
-    """All cells, and what they cost: seconds of the whole, and of its plain forward pass alone."""
+    """All cells, and what they cost: seconds of the whole, and of its plain forward pass alone;
+    likewise multiply-adds of linear layers."""
 
     cells: list[Cell]
     seconds: float
     forward_seconds: float
-
-
-def share_of_windows(schemes: int) -> float:
-    """The share of the windows that may be measured so that all costs (1.2 × schemes + 1) forward
-    passes over them: a window costs one forward, one more from the kept inputs, one back, and one a
-    scheme."""
-    return (1.2 * schemes + 1) / (schemes + 3)
+    products: int
+    forward_products: int
 
 
 def measure(
@@ -87,9 +83,11 @@ def measure(
     notes = Notes(asked, frozenset(group.name for group in groups if group.experts))
     model = _load(source, notes, device, streamed, ui)
     find_largest(model, notes)
+    _count_others(model, notes)
     start = time.perf_counter()
     batches = _batches(windows, pick_device(device))
-    kept, forward = _forward(model, batches, torch.Generator().manual_seed(seed), ui)
+    dice = torch.Generator().manual_seed(seed)
+    kept, forward, products = _forward(model, batches, notes, dice, ui)
     _backward(kept, notes, ui)
     seconds = time.perf_counter() - start
     tokens = windows.size
@@ -105,7 +103,7 @@ def measure(
         for title, scheme in schemes[group.name].items()
         if (group.name, title) in notes.sums
     ]
-    return Measured(cells, seconds, forward)
+    return Measured(cells, seconds, forward, notes.products, products)
 
 
 def _load(source: Checkpoint, notes: Notes, device: str, streamed: bool, ui: Reporter) -> nn.Module:
@@ -126,6 +124,19 @@ def _load(source: Checkpoint, notes: Notes, device: str, streamed: bool, ui: Rep
     with torch.no_grad():
         model: nn.Module = build_hosted(config, maker, progress).model
     return model.requires_grad_(False)
+
+
+def _count_others(model: nn.Module, notes: Notes) -> None:
+    """Count the products of linear layers that are not watched. Routers that are modules of another
+    kind stay uncounted: a thousandth of a pass."""
+
+    def after(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        assert isinstance(module, nn.Linear)
+        notes.counted(args[0], module.weight, output)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(after)
 
 
 def _batches(windows: NDArray[np.int64], device: torch.device) -> list[torch.Tensor]:
@@ -152,23 +163,28 @@ class _Kept:
 
 
 def _forward(
-    model: nn.Module, batches: Sequence[torch.Tensor], dice: torch.Generator, ui: Reporter
-) -> tuple[list[_Kept], float]:
-    """Every batch through the model, tokens drawn from what it predicts; the seconds without the
-    part that goes back from the logits to the last layer."""
-    found, seconds = [], 0.0
+    model: nn.Module,
+    batches: Sequence[torch.Tensor],
+    notes: Notes,
+    dice: torch.Generator,
+    ui: Reporter,
+) -> tuple[list[_Kept], float, int]:
+    """Every batch through the model, tokens drawn from what it predicts; the seconds and the
+    products without the part that goes back from the logits to the last layer."""
+    found, seconds, products = [], 0.0, 0
     ui.stage("forward", len(batches))
     for number, ids in enumerate(batches):
-        start = time.perf_counter()
+        start, before = time.perf_counter(), notes.products
         with _capturing(model) as (calls, leaf), torch.enable_grad():
             logits = model(input_ids=ids, use_cache=False).logits
         seconds += time.perf_counter() - start
+        products += notes.products - before
         with torch.enable_grad():
             _draw(logits, dice).backward()  # type: ignore[no-untyped-call]
         assert leaf[0].grad is not None
         found.append(_Kept(calls, leaf[0].grad))
         ui.advance(number + 1)
-    return found, seconds
+    return found, seconds, products
 
 
 def _draw(logits: torch.Tensor, dice: torch.Generator) -> torch.Tensor:

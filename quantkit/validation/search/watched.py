@@ -49,6 +49,8 @@ class Notes:
     signal: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     """Module → the largest weight of what it is fused with."""
+    products: int = 0
+    """Multiply-adds of all matrix products of linear layers so far, attention's own aside."""
     _open: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
     def add(self, key: tuple[str, str], moved: torch.Tensor, error: float) -> None:
@@ -64,6 +66,18 @@ class Notes:
             before = None
         self._open[key] = moved if before is None else before + moved
 
+    def counted(self, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y, the product of x with a weight, counted; and so will be its gradient's way back."""
+        size = count(x, weight)
+
+        def back(_gradient: torch.Tensor) -> None:
+            self.products += size
+
+        self.products += size
+        if y.requires_grad:
+            y.register_hook(back)  # type: ignore[no-untyped-call]
+        return y
+
     def close(self) -> None:
         """The positions of one batch are done."""
         for key, moved in self._open.items():
@@ -74,6 +88,11 @@ class Notes:
 def module_of(name: str) -> str:
     """The module of the checkpoint: an expert's name less its number, a tensor's its suffix."""
     return name.partition("[")[0].removesuffix(".weight")
+
+
+def count(x: torch.Tensor, weight: torch.Tensor) -> int:
+    """Multiply-adds of x [..., in] with weight [out, in]."""
+    return x.numel() * weight.shape[0]
 
 
 Tensors = tuple[torch.Tensor, torch.Tensor | None]
@@ -119,17 +138,17 @@ class Watched(nn.Module):
         if self.watching and torch.is_grad_enabled() and x.requires_grad:
             result: torch.Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             return result
-        return linear(x, *self.tensors)
+        return self.notes.counted(x, self.weight, linear(x, *self.tensors))
 
-    def note(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """x [n, in] and the gradient [n, out] of what came of it."""
+    def note(self, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor) -> None:
+        """x [n, in], what came of it (bias and all) and the gradient of that, [n, out]."""
         start = 0
         for index, (name, (rows, _)) in enumerate(zip(self.names, self.shapes, strict=True)):
             part = slice(start, start + rows)
             start += rows
             group, schemes = self.notes.asked.get(module_of(name), ("", {}))
             if schemes:
-                self._note(index, name, group, schemes, x, gradient[:, part], part)
+                self._note(index, name, group, schemes, x, y[:, part], gradient[:, part], part)
 
     def _note(
         self,
@@ -138,12 +157,13 @@ class Watched(nn.Module):
         group: str,
         schemes: Mapping[str, Scheme],
         x: torch.Tensor,
+        y: torch.Tensor,
         gradient: torch.Tensor,
         part: slice,
     ) -> None:
-        weight = self.weight[part]
-        plain = linear(x, weight)
-        notes = self.notes
+        whole_weight, bias = self.tensors
+        weight, notes, g = whole_weight[part], self.notes, gradient.float()
+        plain = y if bias is None else y - bias[part]
         notes.signal[group] = notes.signal.get(group, 0.0) + float(plain.float().square().sum())
         for title, scheme in schemes.items():
             key = (index, title)
@@ -152,13 +172,14 @@ class Watched(nn.Module):
                 if scheme.input is None:
                     whole -= weight.float()
                 self._rounded[key] = whole.to(weight.dtype)
+            notes.products += count(x, weight)
             if scheme.input is None:
                 error = linear(x, self._rounded[key]).float()
             else:
                 error = linear(rounded_input(x, scheme.input), self._rounded[key]).float()
                 error -= plain.float()
-            moved = (error * gradient.float()).sum(-1)
-            notes.add((group, title), moved, float(error.square().sum()))
+            moved = torch.linalg.vecdot(error, g)
+            notes.add((group, title), moved, float(torch.linalg.vector_norm(error)) ** 2)
 
     def forget(self) -> None:
         """Let go of the rounded weights, and of the layer's own where they are streamed."""
@@ -172,9 +193,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, x: torch.Tensor, layer: Watched) -> torch.Tensor:
+        y = linear(x, *layer.tensors)
+        layer.notes.products += count(x, layer.weight)
         context.save_for_backward(x)
-        context.layer = layer
-        return linear(x, *layer.tensors)
+        context.layer, context.plain = layer, y.clone()  # some families change theirs in place
+        return y
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -183,8 +206,9 @@ class _Product(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         with torch.no_grad():
             if len(rows):
-                layer.note(x.reshape(-1, x.shape[-1]), rows)
+                layer.note(x.reshape(-1, x.shape[-1]), context.plain.view(rows.shape), rows)
             back = linear(rows.to(layer.weight.dtype), layer.weight.T)
+            layer.notes.products += count(x, layer.weight)
         return back.view(x.shape), None
 
 

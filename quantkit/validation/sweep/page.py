@@ -16,7 +16,7 @@ from typing import Any
 from quantkit.validation.reports.markdown import number
 from quantkit.validation.sweep.leaderboard import COLUMNS, cell_text
 
-WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 640, 360, 58, 44, 16
+WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 640, 360, 80, 52, 16
 LEAST = 1e-9
 """KL under it is drawn there: the scale is logarithmic."""
 
@@ -106,7 +106,7 @@ def scatter(points: Sequence[Point], label: str, *, least: bool) -> str:
     for step in range(5):
         value = low + (high - low) * (step + 0.5) / 5
         x, _ = place(Point(value, 10**bottom, "", 0))
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" '
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" '
                      f'text-anchor="middle">{value:.3g}</text>')  # fmt: skip
     parts.append(f'<text class="label" x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 6}" '
                  f'text-anchor="middle">{escape(label)}</text>'

@@ -7,12 +7,19 @@ that dies costs the cells that it ran; Ray starts those again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from quantkit.backends.environments.device import resolve_devices
+from quantkit.backends.registry import load_recipe
 from quantkit.backends.streaming.ray_executor import RETRIES, WAIT, cluster, gpus_a_task
 from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.errors import QuantkitError
+from quantkit.pipeline.placement import place
+from quantkit.pipeline.plan import make_plan
 from quantkit.validation.sweep.cell import CellJob, run_cell
+from quantkit.validation.sweep.file import AUTO
 
 
 def run_on_ray(
@@ -25,7 +32,7 @@ def run_on_ray(
         most = max((node.get("memory", 0.0) for node in nodes), default=0.0)
         running = {}
         for number, job in cells:
-            asked = {"num_cpus": 1, "num_gpus": gpus, "memory": min(_memory(job), most)}
+            asked = {"num_cpus": 1, "num_gpus": gpus, "memory": min(memory_of(job), most)}
             remote = ray.remote(**asked, max_retries=RETRIES)(run_cell)
             running[remote.remote(job)] = number
         while running:
@@ -34,9 +41,19 @@ def run_on_ray(
                 done(running.pop(reference), _get(ray, reference))
 
 
-def _memory(job: CellJob) -> float:
-    """Bytes that quantizing and validating the model takes: its weights in 16 bit and a third."""
-    return open_checkpoint(Path(job.model)).weight_bytes * 4 / 3
+def memory_of(job: CellJob) -> float:
+    """Bytes of host memory that a cell takes: the weights in 16 bit and a third to validate it, or
+    what the plan estimates to quantize it. A plan that is refused asks nothing: its cell will say
+    why."""
+    model = open_checkpoint(Path(job.model))
+    needed = model.weight_bytes * 4 / 3
+    if job.method != AUTO:
+        with suppress(QuantkitError):
+            plan = make_plan(model, load_recipe(job.method, tuple(job.sets)), device=job.device)
+            if plan.backend.way == "process":
+                placed = place(model, plan.recipe, plan.backend, resolve_devices(job.device))
+                needed = max(needed, placed.need.host)
+    return needed
 
 
 def _get(ray: Any, reference: Any) -> dict[str, Any]:
