@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 import torch
-from methods import Measured, compared, plain, quantize
+from methods import TUNED, Measured, compared, plain, quantize
 from safetensors.torch import load_file, save_file
 
 from quantkit.calibration import build_tokens, load_calibration
@@ -41,6 +41,8 @@ PROMPT, NEW, ROUNDS = 32, 64, 5
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "llmcompressor_fp8_dynamic": (),
     "llmcompressor_w4a16": ("group_size=64",),
+    "llmcompressor_nvfp4": (),
+    "autoround_w4a16": ("group_size=64", *TUNED, "on_unseen=rtn"),
     "modelopt_fp8": ("experts=routed", "on_unseen=rtn"),
     "modelopt_nvfp4": ("experts=routed", "on_unseen=rtn"),
 }

@@ -3,9 +3,8 @@
     python benchmarks/moe_methods.py WORKDIR [--only NAME …] [--samples 8] [--pictures FOLDER]
                                              [--layers N]
 
-Each method makes WORKDIR/NAME, which is verified against the mixture in 16 bit; the runtime
-measures the metrics of `quantkit validate` on held-out text and holds its gates (the chat and the
-facts, which take minutes, are left to the command itself), and vLLM scores the same windows. In KL
+Each method makes WORKDIR/NAME, which `quantkit validate` verifies against the mixture in 16 bit,
+measures and holds to its gates; and vLLM scores the same windows of held-out text. In KL
 8 bits must be under 4 bits tuned, and these not above 4 bits rounded to nearest. What is measured
 stays in WORKDIR/NAME.json and is not measured again, so that the work can be cut into pieces;
 prints the table of all that is there, and ends with 1 where the order is another. --pictures draws
@@ -19,7 +18,6 @@ import argparse
 import json
 import math
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +29,14 @@ from numpy.typing import NDArray
 
 import quantkit
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
-from quantkit.checkpoint.upcycle import ACTIVE
 from quantkit.errors import QuantkitError
 from quantkit.validation.ask.data import eval_text
-from quantkit.validation.ask.text import BaselineText, measure_baseline, measure_quantized
-from quantkit.validation.judge.default_gates import default_gates
-from quantkit.validation.judge.metrics import PerWindow, text_metrics, weight_metrics
-from quantkit.validation.judge.verdicts import hold
 from quantkit.validation.reports.markdown import number, table
 from quantkit.validation.reports.plots import experts_figure
+from quantkit.validation.run import ValidateRequest, validate
 from quantkit.validation.subjects.base import Opening
 from quantkit.validation.subjects.engines import opener
+from tests.support.in_process import Quiet
 
 BASELINE = "BF16"
 METHODS: dict[str, tuple[str, ...]] = {
@@ -49,6 +44,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "rtn_fp8_dynamic": (),
     "llmcompressor_fp8_dynamic": (),
     "modelopt_fp8": SMALL,
+    "msmodelslim_w8a8": SMALL,
+    "msmodelslim_w8a8_dynamic": (),
     "llmcompressor_w4a16": (*SMALL, G64),
     "gptqmodel_w4a16": (*SMALL, G64),
     "autoround_w4a16": (*SMALL, G64, "options.iters=5"),
@@ -58,11 +55,14 @@ METHODS: dict[str, tuple[str, ...]] = {
     "modelopt_nvfp4": SMALL,
     "modelopt_nvfp4_experts_only": SMALL,
 }
-EIGHT = ("rtn_w8a8_dynamic", "rtn_fp8_dynamic", "llmcompressor_fp8_dynamic", "modelopt_fp8")
+EIGHT = (
+    "rtn_w8a8_dynamic", "rtn_fp8_dynamic", "llmcompressor_fp8_dynamic", "modelopt_fp8",
+    "msmodelslim_w8a8", "msmodelslim_w8a8_dynamic",
+)  # fmt: skip
 TUNED = ("llmcompressor_w4a16", "gptqmodel_w4a16", "autoround_w4a16")
 ROUNDED = ("rtn_w4a16",)
-METRICS = ("ppl_ratio", "kl_mean", "top1_agreement", "routing_agreement", "weight_sqnr_margin",
-           "verify_errors")  # fmt: skip
+METRICS = ("ppl_ratio", "kl_mean", "kl_of_rtn", "top1_agreement", "routing_agreement", "mcq_drop",
+           "weight_sqnr_margin", "verify_errors")  # fmt: skip
 
 
 def measured(name: str, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
@@ -90,34 +90,24 @@ def measured(name: str, model: Path, asked_for: argparse.Namespace) -> dict[str,
 
 
 def held_against(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
-    """The metrics of a checkpoint, and the default gates that they fail."""
-    integrity = quantkit.verify(out, source=model)
-    windows = windows_of(model, asked_for.samples)
-    file = asked_for.work / f"{BASELINE}.npz"
-    if not file.is_file():
-        with closing(opener("builtin")(model, Opening())) as subject:
-            said = measure_baseline(subject, windows, None)
-        np.savez(file, **{name: value for name, value in vars(said).items() if value is not None})
-    baseline = BaselineText(**np.load(file))
-    with closing(opener("builtin")(out, Opening())) as subject:
-        ours = measure_quantized(subject, windows, baseline, None)
-        weights_only = subject.weights_only
-        kernels = subject.kernels()
-    metrics = {
-        **text_metrics(PerWindow.of(baseline, ours), ours.kl),
-        **weight_metrics(integrity),
-    }  # fmt: skip
-    gates = default_gates({layer.scheme for layer in integrity.layers}, ACTIVE)
-    results = [
-        hold(gate, metrics[gate.metric], weights_only=weights_only)
-        for gate in gates
-        if gate.metric in metrics
-    ]
+    """What `quantkit validate` measures of a checkpoint, and the gates that it fails.
+
+    A cut copy answers nothing, and is measured nevertheless.
+    """
+    request = ValidateRequest(
+        out, str(model), device="cpu", samples=asked_for.samples, throughput=False,
+        broken_baseline=asked_for.layers is not None,
+    )  # fmt: skip
+    found = validate(request, Quiet()).to_json()
+    failed: dict[str, list[str]] = {"fail": [], "undecided": []}
+    for gate in found["gates"]:
+        failed.setdefault(gate["verdict"], []).append(gate["metric"])
+    metrics = {name: found["metrics"].get(name, {}).get("value") for name in METRICS}
     return {
-        **{name: metrics[name].value for name in METRICS},
-        "fails": [result.metric for result in results if result.verdict == "fail"],
-        "undecided": [result.metric for result in results if result.verdict == "undecided"],
-        "kernels": kernels,
+        **{name: math.nan if value is None else value for name, value in metrics.items()},
+        "fails": failed["fail"],
+        "undecided": failed["undecided"],
+        "seconds": found["seconds"],
     }
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from quantkit import plan
 from quantkit.backends.process.job import JobError
 from quantkit.backends.registry import load_recipe
 from quantkit.backends.registry.mixtures import mixtures
+from quantkit.calibration import build_tokens, load_calibration
 from quantkit.checkpoint.network.fused_experts import expert_block
 from quantkit.errors import CheckError, InputError
 from quantkit.pipeline import quantize as pipeline
@@ -124,6 +126,42 @@ def test_experts_in_nvfp4_and_attention_in_fp8(mixtral: Path, tmp_path: Path) ->
     assert "to the targets of its config group" in sglang.reasons[0].fix
     with pytest.raises(InputError, match="modelopt recipes have one scheme"):
         made(mixtral, tmp_path / "none", "modelopt_nvfp4", mix)
+
+
+@pytest.mark.library
+@pytest.mark.parametrize("width", [128, 256], ids=["square", "wide"])
+@pytest.mark.usefixtures("quick")
+def test_experts_of_a_kind_of_their_own_stay_whole(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ModelOpt would take DBRX's apart, and multiply with them the wrong way round."""
+    whole = MIXTURES["dbrx"]
+    ffn = {**whole["ffn_config"], "ffn_hidden_size": width}
+    monkeypatch.setitem(MIXTURES, "dbrx", {**whole, "ffn_config": ffn})
+    source = mixture("dbrx", tmp_path / "dbrx")
+    outcome = made(source, tmp_path / "out", "modelopt_fp8")
+    assert set(outcome.plan.layers) == {
+        f"transformer.blocks.{block}.norm_attn_norm.attn.{leaf}"
+        for block in range(2)
+        for leaf in ("Wqkv", "out_proj")
+    }
+    before, after = (load_file(f / "model.safetensors") for f in (source, outcome.out))
+    experts = [name for name in before if ".experts." in name]
+    assert len(experts) == 6
+    assert all(after[name].equal(before[name]) for name in experts)
+    assert verify(outcome.out, source).ok
+    # The range of what comes out of the experts of the first block into the second's attention.
+    sizes: dict[str, object] = {"samples": SAMPLES, "sequence_length": LENGTH}
+    tokens = build_tokens(load_calibration("quick.yaml", sizes), source)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    layer = "transformer.blocks.1.norm_attn_norm.attn.Wqkv"
+    largest: list[float] = []
+    model.get_submodule(layer).register_forward_pre_hook(
+        lambda _, args: largest.append(float(args[0].abs().max()))
+    )
+    with torch.no_grad():
+        model(input_ids=load_file(tokens.path)["input_ids"])
+    assert float(after[f"{layer}.input_scale"]) == pytest.approx(largest[0] / 448, rel=0.05)
 
 
 def starve(model: Path) -> None:

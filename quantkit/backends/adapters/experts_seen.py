@@ -95,6 +95,8 @@ class _Watched:
         self.seen = [0] * self.count
         self.feeding = self.counting = False
         self.calls = self.rows = self.real_rows = 0
+        self.scaled: torch.Tensor | None = None
+        """Of tokens that are scaled by the router before the experts: which are no padding."""
         self.now: dict[str, Counter[int]] = {"routed": Counter(), "seen": Counter()}
 
     def end(self) -> None:
@@ -162,7 +164,7 @@ class _Watched:
             hidden = given["hidden_states"].reshape(-1, given["hidden_states"].shape[-1])
             routes = next((given[name] for name in _ROUTED if name in given), None)
             if routes is None:
-                self._add_scaled(hidden)
+                self._add_scaled(hidden, ("routed",) if separate else ("routed", "seen"))
                 return
             real = self._real(len(hidden))
             self._add("routed", routes.reshape(len(hidden), -1), real)
@@ -191,6 +193,9 @@ class _Watched:
         """An expert that is a module of its own: the rows that come to it."""
 
         def computed(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if self.scaled is not None:
+                self.now["seen"][index] += int(self._not_zero(args[0]).sum())
+                return
             rows = args[0].numel() // args[0].shape[-1]
             self.now["seen"][index] += self.without_padding(rows)
 
@@ -210,14 +215,20 @@ class _Watched:
         self.rows, self.real_rows = rows, int(real.sum())
         return real
 
-    def _add_scaled(self, hidden: torch.Tensor) -> None:
+    def _add_scaled(self, hidden: torch.Tensor, kinds: tuple[str, ...]) -> None:
         """Llama 4 gives each expert every token times its score, [experts × tokens, hidden]: a
         token that is not routed to it is zeros."""
-        each = hidden.reshape(self.count, -1, hidden.shape[-1])
-        real = self._real(each.shape[1]).to(hidden.device)
-        counts = (each != 0).any(-1)[:, real].sum(1).tolist()
-        for kind in ("routed", "seen"):
+        self.scaled = self._real(len(hidden) // self.count).to(hidden.device)
+        counts = self._not_zero(hidden).sum(1).tolist()
+        for kind in kinds:
             self.now[kind].update(dict(enumerate(counts)))
+
+    def _not_zero(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Which rows of scaled tokens are tokens of the samples and not zeros, [experts, tokens]
+        without padding."""
+        assert self.scaled is not None
+        each = hidden.reshape(-1, len(self.scaled), hidden.shape[-1])
+        return (each != 0).any(-1)[:, self.scaled]
 
     def _add(self, kind: str, routes: torch.Tensor, real: torch.Tensor) -> None:
         chosen = routes[real.to(routes.device)].reshape(-1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def separate_experts(
     JobInputError for experts that the library does not take apart.
     """
     apart = separated(model, found)
-    linearize_moe(model)
+    with _text_part(model.config):
+        linearize_moe(model)
     if rename:
         model._weight_conversions = _with_names(getattr(model, "_weight_conversions", None) or [])
     for place in found.values():
@@ -37,6 +39,20 @@ def separate_experts(
                 code="llmcompressor.experts",
             )
     return {layer: list(names) for layer, names in apart.items()}
+
+
+@contextmanager
+def _text_part(config: Any) -> Iterator[None]:
+    """The config of a text model as its own text part, where the library reads the sizes of Llama
+    4's experts."""
+    if hasattr(config, "text_config"):
+        yield
+        return
+    config.text_config = config
+    try:
+        yield
+    finally:
+        del config.text_config
 
 
 def checkpoint_names(found: Mapping[str, Place]) -> dict[str, str]:

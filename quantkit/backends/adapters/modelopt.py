@@ -33,6 +33,7 @@ from quantkit.backends.adapters.modelopt_config import (
 )
 from quantkit.backends.adapters.modelopt_resume import forget, prepare
 from quantkit.backends.adapters.modelopt_state import restore_state, save_state
+from quantkit.backends.adapters.modelopt_whole import leave_whole
 from quantkit.backends.adapters.placed import load_placed, offload_removed
 from quantkit.backends.adapters.places import (
     Place,
@@ -57,6 +58,8 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         if job.task == "export":
             report.stage("restore")
             found = places(model, job.layers)
+            if job.layers:
+                leave_whole(model, found)
             model = restore_state(model, job)
             if job.layers:
                 check_followed(job, set(quantized_layers(model)), planned_names(model, found))
@@ -77,6 +80,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
 def _quantize(model: torch.nn.Module, job: Job, report: Reporter, result: Result) -> None:
     found = locate(model, job)
     config = quant_config(job, model, found)
+    leave_whole(model, found)
     calibration = Calibration(job, report, model, found) if job.tokens else None
     report.stage("quantize")
     mtq.quantize(model, config, calibration.run if calibration else None)
