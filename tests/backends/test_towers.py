@@ -68,6 +68,22 @@ def check_rest(source: Path, out: Path) -> None:
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
+def test_of_an_opened_tower_the_linear_layers_are_quantized(wrapped: Path, tmp_path: Path) -> None:
+    assert inside("quantize", wrapped, "--method", "rtn_fp8_dynamic", *TOWERS,
+                  "--out", tmp_path / "out")[0] == 0  # fmt: skip
+    before, after = open_checkpoint(wrapped), open_checkpoint(tmp_path / "out")
+    changed = {
+        module.name
+        for module in before.modules
+        if before.digest(module.tensor) != after.digest(module.tensor)
+    }
+    tower = {name for name in changed if not name.startswith("model.text_model.layers.")}
+    assert len(changed) == 34
+    assert len(tower) == 13  # two layers of six, and the projector
+    assert not [name for name in tower if "embed" in name]
+    assert verify(tmp_path / "out", wrapped).ok
+
+
 @pytest.mark.library
 @pytest.mark.parametrize("method", [m for methods in METHODS.values() for m in methods])
 @pytest.mark.usefixtures("quick")
