@@ -10,7 +10,8 @@ import numpy as np
 from quantkit.validation.ask.canary import judge
 from quantkit.validation.ask.exercises import by_kind, solved
 from quantkit.validation.ask.questions import BaselineAnswers, QuantizedAnswers, Questions
-from quantkit.validation.ask.text import QuantizedText
+from quantkit.validation.ask.reference import RoundedAnswers
+from quantkit.validation.judge import pictures
 from quantkit.validation.judge.bootstrap import missing
 from quantkit.validation.judge.metrics import (
     EXERCISES,
@@ -27,6 +28,7 @@ from quantkit.validation.judge.metrics import (
     text_metrics,
     weight_metrics,
 )
+from quantkit.validation.judge.pictures import OF_PICTURES, picture_metrics
 from quantkit.validation.reports.report import Both, Report, conversations, kl_histogram
 from quantkit.verification import VerifyReport
 
@@ -37,7 +39,7 @@ def fill(
     questions: Questions,
     theirs: BaselineAnswers,
     ours: QuantizedAnswers,
-    rounded: QuantizedText | str,
+    rounded: RoundedAnswers | str,
     stops: set[int],
 ) -> None:
     """Metrics, and what they were derived from; `rounded` is the baseline rounded to nearest, or
@@ -74,10 +76,17 @@ def fill(
     if isinstance(rounded, str):
         report.metrics |= dict.fromkeys(OF_RTN, missing(rounded))
     else:
-        reference = PerWindow.of(theirs.text, rounded)
+        reference = PerWindow.of(theirs.text, rounded.text)
         report.metrics |= reference_metrics(weights, reference)
         report.reference = described(weights, reference)
         report.notes.append(in_words(report.reference))
+    if q.pictures.why:
+        report.metrics |= dict.fromkeys(OF_PICTURES, missing(q.pictures.why))
+    elif ours.pictures is not None:
+        beside = rounded if isinstance(rounded, str) else rounded.pictures
+        assert beside is not None
+        report.metrics |= picture_metrics(q.pictures, ours.pictures, beside)
+        report.images = pictures.described(q.pictures, ours.pictures)
     report.values = {
         "perplexity": Both(
             float(np.exp(windows.nll_baseline.mean())), float(np.exp(windows.nll.mean()))
