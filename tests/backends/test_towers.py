@@ -100,6 +100,43 @@ def test_only_the_language_model_is_quantized(method: str, wrapped: Path, tmp_pa
     assert verify(outcome.out).ok
 
 
+MIXED = """\
+sources:
+  - type: pictures
+  - type: stdlib
+    part: topics
+"""
+"""Half of the samples are conversations about drawn pictures."""
+
+
+@pytest.mark.library
+@pytest.mark.parametrize(
+    "method", ["modelopt_fp8", "llmcompressor_w4a16", "llmcompressor_nvfp4", "llmcompressor_fp8"]
+)
+@pytest.mark.usefixtures("quick")
+def test_pictures_and_texts_calibrate_together(method: str, wrapped: Path, tmp_path: Path) -> None:
+    (tmp_path / "mixed.yaml").write_text(MIXED)
+    sets = ["calibration.name=mixed.yaml", "calibration.sequence_length=128"]
+    if method == "llmcompressor_w4a16":
+        sets.append("group_size=64")
+    outcome = made(wrapped, tmp_path / "out", method, *sets)
+    assert len(outcome.plan.layers) == 21
+    check_rest(wrapped, outcome.out)
+    assert verify(outcome.out, wrapped).ok
+    assert not [note for note in outcome.provenance.notes if note.startswith(TEXT)]
+
+
+@pytest.mark.library
+@pytest.mark.usefixtures("quick")
+def test_what_smooths_cannot_mix_pictures_and_texts(wrapped: Path, tmp_path: Path) -> None:
+    (tmp_path / "mixed.yaml").write_text(MIXED)
+    sets = ("calibration.name=mixed.yaml", "calibration.sequence_length=128")
+    with pytest.raises(InputError, match="only some have pictures") as caught:
+        made(wrapped, tmp_path / "out", "llmcompressor_w8a8", *sets)
+    assert caught.value.code == "llmcompressor.mixed_samples"
+    assert not (tmp_path / "out").exists()
+
+
 def both(source: Path, out: Path, *asked: str) -> tuple[int, str, str]:
     """What `plan` says, which is what `quantize` says."""
     told = inside("plan", source, *asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +37,12 @@ from quantkit.validation.reports.html import as_html
 from quantkit.validation.reports.markdown import as_markdown
 from quantkit.validation.subjects.base import Opening
 from quantkit.validation.subjects.builtin import open_builtin
+from quantkit.verification import verify
+from tests.support.cli import inside
 from tests.support.damage import Tensors, patching
 from tests.support.helpers import copy_checkpoint, edit_json, edit_tensors
 from tests.support.rtn import rtn
-from tests.support.validating import damaged, measured, verdicts
+from tests.support.validating import SOBER, damaged, measured, verdicts
 
 CONNECTOR = "model.connector.modality_projection.proj.weight"
 GROUPED = SCHEMES["w4a16"].with_weight(granularity="group", group_size=64)
@@ -210,6 +213,26 @@ def test_a_damaged_tower_or_projector_fails(
     assert found["kl_of_rtn"] == found["weight_sqnr_margin"] == "pass"  # text tells nothing
     if damage == "projector replaced":
         assert found["image_kl_of_rtn"] == "fail"
+
+
+@pytest.mark.engine
+def test_the_command_writes_it_all(source: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "out", tmp_path / "r.json"
+    assert inside("quantize", source, "--method", "rtn_fp8_dynamic", "--out", out)[0] == 0
+    told = inside(
+        "validate", out, "--baseline", source, "--samples", "8", "--no-throughput", "--gate", SOBER,
+        "--gate", "image_top1_agreement>=0.9", "--broken-baseline", "--report", report,
+    )  # fmt: skip
+    assert told[0] == 0, told
+    document = json.loads(report.read_text())
+    kept = json.loads((out / "quantkit.json").read_text())["results"]["validation"]
+    for name in OF_PICTURES:
+        assert kept["metrics"][name] == document["metrics"][name]
+        assert document["metrics"][name]["interval"] is not None
+    value = document["metrics"]["image_kl_mean"]["value"]
+    row = f"| KL divergence of the words that follow a picture, mean | {value:.4f} nats |"
+    assert row in (out / "README.md").read_text()
+    assert verify(out, source).ok
 
 
 @pytest.mark.engine
