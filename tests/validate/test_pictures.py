@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from quantkit.validation.ask.picture_prompts import (
     picture_prompts,
 )
 from quantkit.validation.ask.pictures import (
+    CannotLookError,
     PictureAnswers,
     QuantizedPictures,
     measure_baseline,
@@ -156,6 +158,16 @@ def test_the_baseline_is_itself(source: Path, quantized: dict[str, Path]) -> Non
     assert not again.errors.any()
     assert again.agrees.all()
     assert float(np.abs(again.kl).max()) < 1e-5
+
+
+def test_a_baseline_that_refuses_what_its_processor_makes_is_told(
+    source: Path, quantized: dict[str, Path]
+) -> None:
+    (prompt,) = asked(open_candidate(quantized["8"], str(source)), 1).prompts
+    subject = open_builtin(source, Opening("cpu"))
+    grey = {**prompt.inputs, "pixel_values": prompt.inputs["pixel_values"][:, :, :1]}
+    with pytest.raises(CannotLookError, match="the baseline cannot look at pictures: "):
+        measure_baseline(subject, [replace(prompt, inputs=grey)], None)
 
 
 def scale_tower(path: Path) -> None:

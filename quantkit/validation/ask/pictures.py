@@ -22,6 +22,12 @@ from quantkit.validation.subjects.base import Subject
 if TYPE_CHECKING:
     import torch
 
+    Shown = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class CannotLookError(ValueError):
+    """A model does not take what its processor makes of a picture."""
+
 
 @runtime_checkable
 class WithPictures(Protocol):
@@ -72,12 +78,13 @@ class PictureAnswers:
 def measure_baseline(
     subject: Subject, prompts: Sequence[PicturePrompt], progress: Progress | None
 ) -> BaselinePictures:
-    """Show the baseline the pictures."""
+    """Show the baseline the pictures; CannotLookError where its forward pass refuses what its
+    processor makes."""
     import torch
 
     first, ids, kept, embeddings = [], [], [], []
     dice: torch.Generator | None = None
-    for scores, before in _shown(subject, prompts, progress):
+    for scores, before in _refusing(_shown(subject, prompts, progress)):
         if dice is None:
             dice = torch.Generator(scores.device).manual_seed(0)
         likely = scores.log_softmax(-1)
@@ -93,6 +100,16 @@ def measure_baseline(
         torch.cat(kept).numpy(),
         torch.cat(embeddings).numpy() if embeddings else None,
     )
+
+
+def _refusing(shown: Iterator[Shown]) -> Iterator[Shown]:
+    try:
+        yield from shown
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        told = " ".join(str(e).split())[:200]
+        if "allocate" in told:
+            raise
+        raise CannotLookError(f"the baseline cannot look at pictures: {told}") from e
 
 
 def measure_quantized(
@@ -126,11 +143,11 @@ def _relative_error(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> f
 def ask_pictures(
     subject: Subject,
     prompts: Sequence[PicturePrompt],
-    baseline: BaselinePictures | None,
+    baseline: BaselinePictures | str | None,
     ui: Reporter,
 ) -> PictureAnswers | None:
     """The answers of a quantized model; None where no pictures are shown."""
-    if baseline is None:
+    if not isinstance(baseline, BaselinePictures):
         return None
     ui.stage("quantized: pictures", len(prompts))
     served = measure_quantized(subject, prompts, baseline, lambda done, _: ui.advance(done))
@@ -142,7 +159,7 @@ def ask_pictures(
 
 def _shown(
     subject: Subject, prompts: Sequence[PicturePrompt], progress: Progress | None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+) -> Iterator[Shown]:
     """Of each conversation the float32 logits [words, vocabulary] of its words, and the sketch of
     what comes before them."""
     assert isinstance(subject, WithPictures)

@@ -57,7 +57,8 @@ class Questions:
 
 @dataclass(frozen=True)
 class BaselineAnswers:
-    """What the baseline said; `canary_logprobs` is its mean log-probability of each own answer."""
+    """What the baseline said; `canary_logprobs` is its mean log-probability of each own answer,
+    `pictures` are in words why it cannot look at them."""
 
     text: BaselineText
     canary: list[list[int]]
@@ -66,7 +67,7 @@ class BaselineAnswers:
     exercises: list[list[int]]
     tasks: dict[str, Any]
     throughput: Throughput | None
-    pictures: BaselinePictures | None = None
+    pictures: BaselinePictures | str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,15 @@ def ask_baseline(
         asked = q.exercise_prompts
         make = staged("exercises", len(asked), lambda s: answer(s, asked, WORKED_TOKENS, _on(ui)))
         worked = cache.value("exercises", _digest(asked, WORKED_TOKENS), make)
-    seen: BaselinePictures | None = None
+    seen: BaselinePictures | str | None = None
     if shown := q.pictures.prompts:
         make = staged(
             "pictures", len(shown), lambda s: _arrays(pictures.measure_baseline(s, shown, _on(ui)))
         )
-        seen = BaselinePictures(**cache.arrays("pictures", q.pictures.digest, make))
+        try:
+            seen = BaselinePictures(**cache.arrays("pictures", q.pictures.digest, make))
+        except pictures.CannotLookError as error:
+            seen = str(error)
     speed = _throughput(baseline.subject, "baseline", ui) if q.throughput else None
     tasks: dict[str, Any] = {}
     if q.tasks is not None:

@@ -19,7 +19,7 @@ from quantkit.formats.registry import detect
 from quantkit.validation.ask import pictures
 from quantkit.validation.ask import text as texts
 from quantkit.validation.ask.cachefile import BaselineCache
-from quantkit.validation.ask.pictures import QuantizedPictures
+from quantkit.validation.ask.pictures import BaselinePictures, QuantizedPictures
 from quantkit.validation.ask.questions import BaselineAnswers, Lazy, Questions
 from quantkit.validation.ask.text import QuantizedText
 from quantkit.validation.preflight import Candidate
@@ -65,7 +65,7 @@ def ask_reference(
     def look() -> dict[str, Any]:
         subject = rounded.subject
         ui.stage("rounded to nearest: pictures", len(shown))
-        assert baseline.pictures is not None
+        assert isinstance(baseline.pictures, BaselinePictures)
         found = pictures.measure_quantized(subject, shown, baseline.pictures, on)
         return {key: value for key, value in vars(found).items() if key != "errors"}
 
@@ -74,6 +74,8 @@ def ask_reference(
 
     try:
         asked = _asked(candidate.held, opening, questions)
+        if not isinstance(baseline.pictures, BaselinePictures):
+            asked.pop(NAME_OF_PICTURES, None)
         found = {
             name: cache.arrays(name, asked[name], make)
             for name, make in ((NAME, read), (NAME_OF_PICTURES, look))

@@ -80,8 +80,8 @@ def fill(
         report.metrics |= reference_metrics(weights, reference)
         report.reference = described(weights, reference)
         report.notes.append(in_words(report.reference))
-    if q.pictures.why:
-        report.metrics |= dict.fromkeys(OF_PICTURES, missing(q.pictures.why))
+    if why := q.pictures.why or (theirs.pictures if isinstance(theirs.pictures, str) else ""):
+        report.metrics |= dict.fromkeys(OF_PICTURES, missing(why))
     elif ours.pictures is not None:
         beside = rounded if isinstance(rounded, str) else rounded.pictures
         assert beside is not None
