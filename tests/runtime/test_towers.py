@@ -12,6 +12,7 @@ from transformers import AutoModelForMultimodalLM
 
 from quantkit.errors import InputError
 from quantkit.runtime.load import load
+from quantkit.validation.subjects.embeddings import COLUMNS, watch_embeddings
 from tests.support.families import model
 from tests.support.tokenized_towers import END, FAMILIES, IMAGE, START, multimodal
 from tests.support.tokenizer import VOCABULARY
@@ -71,9 +72,20 @@ def test_logits_after_a_picture_are_those_of_transformers(family: str, tmp_path:
     ids[0, 4:10] = torch.tensor([START, IMAGE, IMAGE, IMAGE, IMAGE, END])
     pictures = seen(family)
     wanted = theirs(ids, **pictures).logits
-    assert torch.allclose(ours(ids, pictures=pictures).logits, wanted, atol=1e-5)
+    network: Any = ours.network
+    with watch_embeddings(network.model) as embeddings:
+        assert torch.allclose(ours(ids, pictures=pictures).logits, wanted, atol=1e-5)
+    one = embeddings.sketch()
+    assert one is not None
+    assert one.shape == (30, COLUMNS)
     other = {**pictures, "pixel_values": -pictures["pixel_values"]}
-    assert not torch.allclose(ours(ids, pictures=other).logits[0, -1], wanted[0, -1], atol=1e-3)
+    with watch_embeddings(network.model) as embeddings:
+        changed = ours(ids, pictures=other).logits
+    assert not torch.allclose(changed[0, -1], wanted[0, -1], atol=1e-3)
+    two = embeddings.sketch()
+    assert two is not None
+    differ = (one - two).abs().amax(-1) > 1e-4
+    assert differ.nonzero().flatten().tolist() == [5, 6, 7, 8]  # the picture's, and no other
 
 
 def test_a_model_without_a_tower_is_shown_nothing(tmp_path: Path) -> None:
