@@ -133,6 +133,9 @@ def _validated(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     share = ((found.get("reference") or {}).get("recovered") or {}).get("kl")
     if share is not None:
         yield f"of what rounding to nearest loses, recovered (KL){only}", f"{share:.0%}"
+    seen = metrics.get("image_kl_mean", {}).get("value")
+    if seen is not None:
+        yield f"KL divergence of the words that follow a picture, mean{only}", f"{seen:.4f} nats"
     cache = metrics.get("kv_kl", {}).get("value")
     if cache is not None:
         yield f"KL divergence that the quantized KV cache adds{only}", f"{cache:.4f} nats"

@@ -178,6 +178,10 @@ def _choose(module: Module, recipe: Recipe, scheme: Scheme) -> Scheme | str:
     if named_by(module, recipe.targets) is None:
         return f"{module.kind}, not in targets"
     entry = named_by(module, recipe.ignore)
+    if not entry and module.kind == "tower" and len(module.shape) != 2:
+        return "no linear layer"
+    if not entry and module.kind == "tower" and "embed" in module.name.lower():
+        return "an embedding of a tower"
     if not entry and module.kind == "experts" and fused_layer(module.name) is None:
         return _OTHER_EXPERTS
     return f"ignore {entry}" if entry else scheme

@@ -137,18 +137,30 @@ class Runtime(nn.Module):
         past_key_values: KVCache | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
+        pictures: Mapping[str, torch.Tensor] | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits [batch, n or logits_to_keep, vocabulary] of input_ids [batch, n].
 
         `attention_mask` [batch, cached + n] is 0 on padding. With `use_cache` the result holds a
-        cache to pass on as `past_key_values`.
+        cache to pass on as `past_key_values`. `pictures` are the other arguments that the model's
+        processor makes (`pixel_values`, …). Raises InputError (`runtime.no_tower`) for pictures
+        that nothing looks at.
         """
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         cache = past_key_values
         if cache is None and use_cache:
             cache = self.network.new_cache(input_ids.shape[0], input_ids.shape[1])
-        logits = self.network(input_ids, attention_mask, cache, logits_to_keep)
+        if not pictures:
+            logits = self.network(input_ids, attention_mask, cache, logits_to_keep)
+        elif isinstance(self.network, HostedNetwork):
+            logits = self.network(input_ids, attention_mask, cache, logits_to_keep, pictures)
+        else:
+            raise InputError(
+                "The model has no tower that looks at pictures.",
+                hint="give the text alone",
+                code="runtime.no_tower",
+            )
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
 
     @torch.inference_mode()

@@ -63,6 +63,8 @@ def seconds(pace: Pace, questions: Questions) -> dict[str, float]:
     if q.exercises:
         worked = sum(map(len, q.exercise_prompts))
         parts["exercises"] = pace.token * worked + pace.step * WORKED_TOKENS
+    if q.pictures.prompts:
+        parts["pictures"] = pace.token * sum(len(one.ids) for one in q.pictures.prompts)
     if q.throughput:
         prompt, new = fitting(PROMPT_TOKENS, NEW_TOKENS, q.longest)
         once = sum(pace.token * prompt * batch + pace.step * new for batch in BATCHES)

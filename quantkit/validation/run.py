@@ -21,6 +21,7 @@ from quantkit.validation.ask.choices import facts
 from quantkit.validation.ask.data import eval_text, refuse_seen, seen_by_calibration
 from quantkit.validation.ask.exercises import chat_exercises
 from quantkit.validation.ask.health import refuse_silent, silence
+from quantkit.validation.ask.picture_prompts import picture_prompts
 from quantkit.validation.ask.questions import Lazy, Questions, ask_baseline, ask_quantized
 from quantkit.validation.ask.reference import ask_reference, unknown
 from quantkit.validation.ask.tasks import choose_tasks
@@ -29,6 +30,7 @@ from quantkit.validation.forecast import say_how_long
 from quantkit.validation.judge.bootstrap import missing
 from quantkit.validation.judge.chosen import askable, gates_of, measurable
 from quantkit.validation.judge.metrics import EXERCISES, OF_RTN, ROUTING
+from quantkit.validation.judge.pictures import OF_PICTURES
 from quantkit.validation.judge.regression import compare, no_longer_measured, refuse_incomparable
 from quantkit.validation.judge.verdicts import hold
 from quantkit.validation.memory import check_memory, explained
@@ -152,10 +154,11 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     said = (word for fact in asked_facts for word in (fact.prompt, *fact.choices))
     texts = (tokenizer.encode(word, True) for word in said)
     exercises, worked = chat_exercises(base.path, tokenizer, request.samples, longest)
+    pictures = picture_prompts(candidate, request.engine, tokenizer, request.samples, longest)
     refuse_missing_rows(base, [*text.windows.tolist(), *ids, *worked, *texts])
     questions = Questions(
         tokenizer, text, prompts, ids, asked_facts, exercises, worked, tasks, request.throughput,
-        longest, chat_of(info),
+        longest, chat_of(info), pictures,
     )  # fmt: skip
 
     rounding = Opening(device, request.kernel, request.as_on, staged(ui, "load rounded to nearest"))
@@ -174,7 +177,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
                 ui,
                 baseline=name == "baseline",
                 cached=cache.holds("text", text.digest),
-                rounded=unknown(candidate, request.engine, rounding, text, cache),
+                rounded=unknown(candidate, request.engine, rounding, questions, cache),
             )
         return subject
 
@@ -200,7 +203,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
         finally:
             baseline.close()
     with explained(f"The baseline {base.path}, rounded", their_need):
-        rounded = ask_reference(candidate, request.engine, rounding, text, theirs.text, cache, ui)
+        rounded = ask_reference(candidate, request.engine, rounding, questions, theirs, cache, ui)
     with explained(str(candidate.path), our_need):
         subject = opened(candidate.path, "quantized", request.kernel, request.as_on)
         try:
@@ -249,7 +252,7 @@ def _unmeasured(report: Report) -> dict[str, str]:
     """Metric → why this run could not measure it, of those that not every model has."""
     routers = "the choices of this family's routers cannot be seen"
     found = {} if report.routing else {ROUTING: routers}
-    asked = (*OF_RTN, EXERCISES)
+    asked = [m for m in (*OF_RTN, *OF_PICTURES, EXERCISES) if m in report.metrics]
     return found | {name: m.why for name in asked if (m := report.metrics[name]).value is None}
 
 

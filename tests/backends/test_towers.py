@@ -68,6 +68,22 @@ def check_rest(source: Path, out: Path) -> None:
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
+def test_of_an_opened_tower_the_linear_layers_are_quantized(wrapped: Path, tmp_path: Path) -> None:
+    assert inside("quantize", wrapped, "--method", "rtn_fp8_dynamic", *TOWERS,
+                  "--out", tmp_path / "out")[0] == 0  # fmt: skip
+    before, after = open_checkpoint(wrapped), open_checkpoint(tmp_path / "out")
+    changed = {
+        module.name
+        for module in before.modules
+        if before.digest(module.tensor) != after.digest(module.tensor)
+    }
+    tower = {name for name in changed if not name.startswith("model.text_model.layers.")}
+    assert len(changed) == 34
+    assert len(tower) == 13  # two layers of six, and the projector
+    assert not [name for name in tower if "embed" in name]
+    assert verify(tmp_path / "out", wrapped).ok
+
+
 @pytest.mark.library
 @pytest.mark.parametrize("method", [m for methods in METHODS.values() for m in methods])
 @pytest.mark.usefixtures("quick")
@@ -82,6 +98,43 @@ def test_only_the_language_model_is_quantized(method: str, wrapped: Path, tmp_pa
     assert (TEXT in (outcome.out / "README.md").read_text()) == bool(told)
     assert verify(outcome.out, wrapped).ok
     assert verify(outcome.out).ok
+
+
+MIXED = """\
+sources:
+  - type: pictures
+  - type: stdlib
+    part: topics
+"""
+"""Half of the samples are conversations about drawn pictures."""
+
+
+@pytest.mark.library
+@pytest.mark.parametrize(
+    "method", ["modelopt_fp8", "llmcompressor_w4a16", "llmcompressor_nvfp4", "llmcompressor_fp8"]
+)
+@pytest.mark.usefixtures("quick")
+def test_pictures_and_texts_calibrate_together(method: str, wrapped: Path, tmp_path: Path) -> None:
+    (tmp_path / "mixed.yaml").write_text(MIXED)
+    sets = ["calibration.name=mixed.yaml", "calibration.sequence_length=128"]
+    if method == "llmcompressor_w4a16":
+        sets.append("group_size=64")
+    outcome = made(wrapped, tmp_path / "out", method, *sets)
+    assert len(outcome.plan.layers) == 21
+    check_rest(wrapped, outcome.out)
+    assert verify(outcome.out, wrapped).ok
+    assert not [note for note in outcome.provenance.notes if note.startswith(TEXT)]
+
+
+@pytest.mark.library
+@pytest.mark.usefixtures("quick")
+def test_what_smooths_cannot_mix_pictures_and_texts(wrapped: Path, tmp_path: Path) -> None:
+    (tmp_path / "mixed.yaml").write_text(MIXED)
+    sets = ("calibration.name=mixed.yaml", "calibration.sequence_length=128")
+    with pytest.raises(InputError, match="only some have pictures") as caught:
+        made(wrapped, tmp_path / "out", "llmcompressor_w8a8", *sets)
+    assert caught.value.code == "llmcompressor.mixed_samples"
+    assert not (tmp_path / "out").exists()
 
 
 def both(source: Path, out: Path, *asked: str) -> tuple[int, str, str]:

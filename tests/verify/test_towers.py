@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.checkpoint.wrap_vision import wrap_vision
 from quantkit.errors import InputError
 from quantkit.runtime.load import load
 from quantkit.verification import verify
+from quantkit.verification.configuration.towers import check_towers
+from tests.support.cli import inside
 from tests.support.damage import Tensors, dropping, patching
-from tests.support.helpers import copy_checkpoint, edit_tensors
+from tests.support.helpers import copy_checkpoint, edit_json, edit_tensors
 from tests.support.rtn import rtn
-from tests.support.tokenized_towers import multimodal
+from tests.support.tokenized_towers import FAMILIES, multimodal
 
 CONNECTOR = "model.connector.modality_projection.proj.weight"
 TOWER = "model.vision_model.encoder.layers.1.mlp.fc1.weight"
@@ -27,6 +30,15 @@ def pair(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     root = tmp_path_factory.mktemp("towers")
     source = wrap_vision(small_model, root / "source")
     return source, rtn(source, root / "fp8", SCHEMES["fp8_dynamic"])
+
+
+@pytest.fixture(scope="module")
+def sealed_pair(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as `quantkit quantize` publishes it, with its quantkit.json."""
+    out = tmp_path_factory.mktemp("sealed") / "fp8"
+    assert inside("quantize", pair[0], "--method", "rtn_fp8_dynamic", "--out", out)[0] == 0
+    assert verify(out).ok
+    return out
 
 
 def rename(old: str, new: str) -> Callable[[Path], None]:
@@ -42,6 +54,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, bool]] = {
     "another projector": (patching(CONNECTOR, lambda t: t.flip(0)), "ledger.altered", False),
     "no processor's settings": (
         lambda out: (out / "preprocessor_config.json").unlink(), "sidecar.missing", False,
+    ),
+    "no processor's own": (
+        lambda out: (out / "processor_config.json").unlink(), "sidecar.missing", False,
+    ),
+    "another normalisation of pixels": (
+        lambda out: edit_json(out / "preprocessor_config.json",
+                              lambda config: config.update(image_mean=[0.4] * 3)),
+        "sidecar.changed", False,
     ),
     "no projector": (dropping(CONNECTOR), "ledger.missing", True),
     "no tower": (dropping("model.vision_model"), "ledger.missing", True),
@@ -83,8 +103,43 @@ def test_what_the_config_promises_is_missed_without_a_source(
     assert {"complete.no_tower", "sidecar.no_processor"} <= told
 
 
+ALONE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no projector": (dropping(CONNECTOR), "complete.no_projector"),
+    "no tower": (dropping("model.vision_model"), "complete.missing_tower_layer"),
+    "a layer of the tower short": (
+        dropping("model.vision_model.encoder.layers.1."), "complete.missing_tower_layer",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ALONE)
+def test_what_is_missing_is_told_by_the_config_alone(
+    damage: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    change, code = ALONE[damage]
+    broken = copy_checkpoint(pair[1], tmp_path / "broken")
+    change(broken)
+    assert verify(broken).codes() == {code}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_quantkit_made_tells_damage_without_its_source(
+    damage: str, sealed_pair: Path, tmp_path: Path
+) -> None:
+    broken = copy_checkpoint(sealed_pair, tmp_path / "broken")
+    DAMAGES[damage][0](broken)
+    assert not verify(broken).ok
+
+
 @pytest.mark.parametrize("family", ["gemma4", "llama4", "mllama"])
 def test_norms_of_towers_have_sizes_of_their_own(family: str, tmp_path: Path) -> None:
     source = multimodal(family, tmp_path / "source")
     out = rtn(source, tmp_path / "fp8", SCHEMES["fp8_dynamic"])
     assert verify(out).ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_towers_of_every_family_are_found_whole(family: str, tmp_path: Path) -> None:
+    whole = open_checkpoint(multimodal(family, tmp_path / "source"))
+    assert list(check_towers(whole.modules, whole.config)) == []

@@ -53,8 +53,10 @@ class HostedNetwork(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache: Any = None,
         keep: int = 0,
+        pictures: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """See `Decoder.forward`; keys and values are rounded as they enter a cache."""
+        """See `Decoder.forward`; keys and values are rounded as they enter a cache. `pictures` are
+        other arguments, which come to the device, numbers with a point in the model's dtype."""
         if cache is None and self.cache_rules:
             cache = self.new_cache(ids.shape[0], ids.shape[1])
         result = self.model(
@@ -63,9 +65,14 @@ class HostedNetwork(nn.Module):
             past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=keep,
+            **{name: self._placed(value) for name, value in (pictures or {}).items()},
         )
         logits: torch.Tensor = result.logits
         return logits
+
+    def _placed(self, value: torch.Tensor) -> torch.Tensor:
+        dtype = self.embed.dtype if value.is_floating_point() else None
+        return value.to(self.embed.device, dtype)
 
 
 def build_hosted(config: Any, maker: LayerMaker, progress: Progress | None = None) -> HostedNetwork:

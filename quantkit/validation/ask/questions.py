@@ -16,6 +16,7 @@ from quantkit.backends.process.job import Reporter
 from quantkit.calibration.chat import Render
 from quantkit.calibration.tokenizer import Tokenizer
 from quantkit.checkpoint.progress import Progress
+from quantkit.validation.ask import pictures
 from quantkit.validation.ask import text as texts
 from quantkit.validation.ask.cachefile import BaselineCache
 from quantkit.validation.ask.canary import answer, answer_logprobs, answer_tokens
@@ -24,6 +25,8 @@ from quantkit.validation.ask.data import EvalText
 from quantkit.validation.ask.exercises import NEW_TOKENS as WORKED_TOKENS
 from quantkit.validation.ask.exercises import Exercise
 from quantkit.validation.ask.kvcache import CacheAnswers, ask_cache
+from quantkit.validation.ask.picture_prompts import NONE, PicturePrompts
+from quantkit.validation.ask.pictures import BaselinePictures, PictureAnswers, ask_pictures
 from quantkit.validation.ask.tasks import TaskChoice, run_tasks
 from quantkit.validation.ask.text import BaselineText, QuantizedText
 from quantkit.validation.subjects.base import Subject, Throughput
@@ -32,7 +35,7 @@ from quantkit.validation.subjects.base import Subject, Throughput
 @dataclass(frozen=True)
 class Questions:
     """What both models are asked: the text, the canary's prompts, the facts, exercises with their
-    prompts (none of models that do not chat), tasks and speed.
+    prompts (none of models that do not chat), tasks, speed, and pictures.
 
     `longest` are the networks' positions, None where they have no limit; `render` is the chat
     template, where the model has one.
@@ -49,11 +52,13 @@ class Questions:
     throughput: bool
     longest: int | None = None
     render: Render | None = None
+    pictures: PicturePrompts = NONE
 
 
 @dataclass(frozen=True)
 class BaselineAnswers:
-    """What the baseline said; `canary_logprobs` is its mean log-probability of each own answer."""
+    """What the baseline said; `canary_logprobs` is its mean log-probability of each own answer,
+    `pictures` are in words why it cannot look at them."""
 
     text: BaselineText
     canary: list[list[int]]
@@ -62,6 +67,7 @@ class BaselineAnswers:
     exercises: list[list[int]]
     tasks: dict[str, Any]
     throughput: Throughput | None
+    pictures: BaselinePictures | str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class QuantizedAnswers:
     tasks: dict[str, Any]
     throughput: Throughput | None
     cache: CacheAnswers | None = None
+    pictures: PictureAnswers | None = None
 
 
 class Lazy:
@@ -145,6 +152,15 @@ def ask_baseline(
         asked = q.exercise_prompts
         make = staged("exercises", len(asked), lambda s: answer(s, asked, WORKED_TOKENS, _on(ui)))
         worked = cache.value("exercises", _digest(asked, WORKED_TOKENS), make)
+    seen: BaselinePictures | str | None = None
+    if shown := q.pictures.prompts:
+        make = staged(
+            "pictures", len(shown), lambda s: _arrays(pictures.measure_baseline(s, shown, _on(ui)))
+        )
+        try:
+            seen = BaselinePictures(**cache.arrays("pictures", q.pictures.digest, make))
+        except pictures.CannotLookError as error:
+            seen = str(error)
     speed = _throughput(baseline.subject, "baseline", ui) if q.throughput else None
     tasks: dict[str, Any] = {}
     if q.tasks is not None:
@@ -153,7 +169,7 @@ def ask_baseline(
         key = choice.digest if q.longest is None else _digest(choice.digest, q.longest)
         tasks = cache.value("tasks", key, make)
     return BaselineAnswers(
-        text, said, likely, right(facts["logprobs"], q.facts), worked, tasks, speed
+        text, said, likely, right(facts["logprobs"], q.facts), worked, tasks, speed, seen
     )
 
 
@@ -174,12 +190,13 @@ def ask_quantized(
     if q.exercises:
         ui.stage("quantized: exercises", len(q.exercises))
         worked = answer(subject, q.exercise_prompts, WORKED_TOKENS, _on(ui))
+    seen = ask_pictures(subject, q.pictures.prompts, baseline.pictures, ui)
     speed = _throughput(subject, "quantized", ui) if q.throughput else None
     tasks: dict[str, Any] = {}
     if q.tasks is not None:  # last: an engine of lm-eval's own takes the place of this one
         ui.stage("quantized: tasks")
         tasks = run_tasks(subject, q.tokenizer, q.tasks, q.longest, q.render)
-    return QuantizedAnswers(text, said, likely, facts, worked, tasks, speed, cache)
+    return QuantizedAnswers(text, said, likely, facts, worked, tasks, speed, cache, seen)
 
 
 def ask_text_and_facts(
@@ -203,8 +220,8 @@ def _facts(subject: Subject, questions: Questions, ui: Reporter) -> NDArray[np.f
     return choice_logprobs(subject, q.tokenizer, q.facts, _on(ui), q.longest)
 
 
-def _arrays(text: BaselineText) -> dict[str, NDArray[Any]]:
-    return {name: value for name, value in vars(text).items() if value is not None}
+def _arrays(said: BaselineText | BaselinePictures) -> dict[str, NDArray[Any]]:
+    return {name: value for name, value in vars(said).items() if value is not None}
 
 
 def _on(ui: Reporter) -> Progress:

@@ -106,7 +106,7 @@ def measure_baseline(
             scores = scores.log_softmax(-1)
             logprobs[place] = scores.gather(-1, following).squeeze(-1).cpu()
             first[place] = scores.argmax(-1).cpu()
-            ids = _keep(scores, dice)
+            ids = keep(scores, dice)
             kept_ids[place] = ids.to(torch.int32).cpu()
             kept[place] = scores.gather(-1, ids).cpu()
     assert kept_ids is not None
@@ -180,7 +180,7 @@ def _control(
     return torch.where(sound, weight * off, 0.0)
 
 
-def _keep(logprobs: torch.Tensor, dice: torch.Generator) -> torch.Tensor:
+def keep(logprobs: torch.Tensor, dice: torch.Generator) -> torch.Tensor:
     """Of log-probabilities [rows, vocabulary] the ids [rows, kept] of the module's docstring."""
     import torch
 

@@ -9,8 +9,10 @@ from quantkit.checkpoint.network.config import experts_per_token
 from quantkit.checkpoint.network.parameters import active_parameters
 from quantkit.formats.registry import detect
 from quantkit.recipe.gates import Gate, parse_gate
+from quantkit.validation.ask.picture_prompts import sees
 from quantkit.validation.judge.default_gates import default_gates
 from quantkit.validation.judge.metrics import OF_CACHE, OF_LOGITS, OF_RTN, ROUTING
+from quantkit.validation.judge.pictures import OF_PICTURES
 from quantkit.validation.judge.verdicts import accepted, chosen_gates
 from quantkit.validation.preflight import Candidate
 from quantkit.verification import VerifyReport
@@ -25,10 +27,26 @@ def gates_of(
     base = candidate.baseline
     schemes = {layer.scheme for layer in integrity.layers}
     size = active_parameters(base.shapes, base.config)
-    defaults = default_gates(schemes, experts_per_token(base.config), size, _kv_cache(candidate))
+    defaults = default_gates(
+        schemes,
+        experts_per_token(base.config),
+        size,
+        _kv_cache(candidate),
+        tower_schemes=_tower_schemes(candidate, integrity),
+    )
     stated = [parse_gate(text, "recipe") for text in recipe_gates]
     counted, warnings = accepted(stated, defaults)
     return chosen_gates(defaults, counted, asked), warnings
+
+
+def _tower_schemes(candidate: Candidate, integrity: VerifyReport) -> set[str] | None:
+    """The schemes of the layers that a picture passes before the language model's blocks; None
+    without a vision tower."""
+    if not sees(candidate.held):
+        return None
+    kinds = {module.name: module.kind for module in candidate.baseline.modules}
+    before = ("tower", "embedding")
+    return {one.scheme for one in integrity.layers if kinds.get(one.module) in before}
 
 
 def _kv_cache(candidate: Candidate) -> str:
@@ -44,6 +62,7 @@ def askable(gates: list[Gate], engine: str) -> tuple[list[Gate], list[str]]:
     why = {
         **dict.fromkeys(OF_LOGITS, f"{engine} gives no logits"),
         ROUTING: f"{engine} does not show its routers",
+        **dict.fromkeys(OF_PICTURES, f"{engine} is shown no pictures here"),
         **dict.fromkeys(OF_RTN, f"{engine} cannot hold the baseline rounded to nearest"),
         **dict.fromkeys(OF_CACHE, f"{engine} does not show its key-value cache"),
     }

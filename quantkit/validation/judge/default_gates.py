@@ -35,6 +35,22 @@ OF_RTN: dict[int, tuple[str, ...]] = {
 }
 """The same beside the baseline rounded to nearest."""
 
+OF_PICTURES: dict[int, tuple[str, ...]] = {
+    8: ("image_kl_mean<=0.05", "image_kl_of_rtn<=1.25"),
+    4: ("image_kl_mean<=0.5", "image_kl_of_rtn<=1.15"),
+    3: ("image_kl_mean<=1.5", "image_kl_of_rtn<=1.15"),
+    2: ("image_kl_mean<=2.5", "image_kl_of_rtn<=1.15"),
+}
+"""The same on the words that follow a picture, of a model with a vision tower."""
+
+OF_EMBEDDINGS: dict[int, tuple[str, ...]] = {
+    16: ("image_embedding_error<=0.01",),
+    8: ("image_embedding_error<=0.1",),
+    4: ("image_embedding_error<=0.5",),
+}
+"""Bits of the narrowest weights among towers and embeddings → how far what they make of a picture
+may be from the baseline's."""
+
 OF_CACHE: dict[str, tuple[str, ...]] = {
     "fp8": ("kv_ppl_ratio<=1.01", "kv_kl<=0.02", "kv_scale_off<=1.5"),
     "nvfp4": ("kv_ppl_ratio<=1.2", "kv_kl<=0.2"),
@@ -45,6 +61,7 @@ _LOSSLESS = {
     "ppl_ratio": 1.0,
     "kl_mean": 0.0,
     "canary_drift": 0.0,
+    "image_kl_mean": 0.0,
     "kv_ppl_ratio": 1.0,
     "kv_kl": 0.0,
 }
@@ -59,17 +76,24 @@ def default_gates(
     experts_per_token: int = 0,
     parameters: int = PARAMETERS,
     kv_cache: str = "none",
+    *,
+    tower_schemes: Iterable[str] | None = None,
 ) -> list[Gate]:
     """The gates of a checkpoint with layers of these schemes, or ggml types: those of the narrowest
     weights, and the strictest where no name tells how many bits they have.
 
-    `parameters` are those that compute a token; `kv_cache` is the declared one. Of a mixture
+    `parameters` are those that compute a token; `kv_cache` is the declared one. `tower_schemes`
+    are those of the towers' layers (none: in 16 bit); None without a vision tower. Of a mixture
     (`experts_per_token` > 0) all of a token's experts must be the baseline's, which more of them
     make less likely.
     """
     bits = min((_bits(name) for name in schemes), default=max(BY_BITS))
     cache = next((gates for name, gates in OF_CACHE.items() if kv_cache.startswith(name)), ())
-    texts = (*ALWAYS, *BY_BITS[bits], *OF_RTN[bits], *cache)
+    pictures: tuple[str, ...] = ()
+    if tower_schemes is not None:
+        narrowest = min((_bits(name) for name in tower_schemes), default=16)
+        pictures = OF_PICTURES[bits] + OF_EMBEDDINGS.get(narrowest, ())
+    texts = (*ALWAYS, *BY_BITS[bits], *OF_RTN[bits], *pictures, *cache)
     gates = [for_size(parse_gate(text, "default"), parameters) for text in texts]
     if experts_per_token:
         limit = round(SAME_EXPERT[bits] ** experts_per_token, 2)

@@ -31,6 +31,8 @@ TOLERANCE: dict[str, float] = {
     "ppl_ratio": 0.002, "kl_mean": 0.002, "kl_p99": 0.02, "top1_agreement": 0.005,
     "routing_agreement": 0.01, "ppl_of_rtn": 0.002, "kl_of_rtn": 0.02,
     "kv_ppl_ratio": 0.002, "kv_kl": 0.002, "kv_scale_off": 0.1,
+    "image_kl_mean": 0.002, "image_top1_agreement": 0.005, "image_kl_of_rtn": 0.02,
+    "image_embedding_error": 0.001,
     "mcq_drop": 0.01, "exercise_drop": 0.02, "canary_drift": 0.01, "weight_sqnr_margin": 0.5,
     "canary_failures": 0.0,
     "verify_errors": 0.0, "prefill_speedup": 0.1, "decode_speedup": 0.1, "memory_ratio": 0.01,
@@ -136,12 +138,14 @@ def _paired(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Measur
         "kl_mean": ("windows", "kl"),
         "top1_agreement": ("windows", "agreement"),
         "routing_agreement": ("windows", "routing"),
+        "image_kl_mean": ("images", "kl"),
+        "image_top1_agreement": ("images", "agreement"),
         "mcq_drop": ("right", "quantized"),
     }
     if name not in places:
         return None
     part, key = places[name]
-    ours, theirs = _array(new[part].get(key)), _array(old[part].get(key))
+    ours, theirs = (_array((one.get(part) or {}).get(key)) for one in (new, old))
     if ours is None or theirs is None or len(ours) != len(theirs) or len(ours) < FEWEST:
         return None
     if name == "mcq_drop":

@@ -15,7 +15,8 @@ Verdict = Literal["pass", "fail", "undecided"]
 ACCURACY = (
     "ppl_ratio", "kl_mean", "ppl_of_rtn", "kl_of_rtn", "kl_p99", "kl_max", "top1_agreement",
     "routing_agreement", "mcq_drop", "exercise_drop", "canary_failures", "canary_drift",
-    "kv_ppl_ratio", "kv_kl",
+    "kv_ppl_ratio", "kv_kl", "image_kl_mean", "image_top1_agreement", "image_kl_of_rtn",
+    "image_embedding_error",
 )  # fmt: skip
 """Metrics that a run without the activations' quantization cannot vouch for, tasks aside."""
 

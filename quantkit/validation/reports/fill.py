@@ -10,7 +10,8 @@ import numpy as np
 from quantkit.validation.ask.canary import judge
 from quantkit.validation.ask.exercises import by_kind, solved
 from quantkit.validation.ask.questions import BaselineAnswers, QuantizedAnswers, Questions
-from quantkit.validation.ask.text import QuantizedText
+from quantkit.validation.ask.reference import RoundedAnswers
+from quantkit.validation.judge import pictures
 from quantkit.validation.judge.bootstrap import missing
 from quantkit.validation.judge.metrics import (
     EXERCISES,
@@ -28,6 +29,7 @@ from quantkit.validation.judge.metrics import (
     text_metrics,
     weight_metrics,
 )
+from quantkit.validation.judge.pictures import OF_PICTURES, picture_metrics
 from quantkit.validation.reports.report import Both, Report, conversations, kl_histogram
 from quantkit.verification import VerifyReport
 
@@ -38,7 +40,7 @@ def fill(
     questions: Questions,
     theirs: BaselineAnswers,
     ours: QuantizedAnswers,
-    rounded: QuantizedText | str,
+    rounded: RoundedAnswers | str,
     stops: set[int],
 ) -> None:
     """Metrics, and what they were derived from; `rounded` is the baseline rounded to nearest, or
@@ -75,10 +77,17 @@ def fill(
     if isinstance(rounded, str):
         report.metrics |= dict.fromkeys(OF_RTN, missing(rounded))
     else:
-        reference = PerWindow.of(theirs.text, rounded)
+        reference = PerWindow.of(theirs.text, rounded.text)
         report.metrics |= reference_metrics(weights, reference)
         report.reference = described(weights, reference)
         report.notes.append(in_words(report.reference))
+    if why := q.pictures.why or (theirs.pictures if isinstance(theirs.pictures, str) else ""):
+        report.metrics |= dict.fromkeys(OF_PICTURES, missing(why))
+    elif ours.pictures is not None:
+        beside = rounded if isinstance(rounded, str) else rounded.pictures
+        assert beside is not None
+        report.metrics |= picture_metrics(q.pictures, ours.pictures, beside)
+        report.images = pictures.described(q.pictures, ours.pictures)
     report.values = {
         "perplexity": Both(perplexity(windows.nll_baseline), perplexity(windows.nll)),
         "mcq_accuracy": Both(float(theirs.facts.mean()), float(ours.facts.mean())),

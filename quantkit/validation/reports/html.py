@@ -10,12 +10,14 @@ from typing import Any
 from quantkit.errors import InputError
 from quantkit.recipe.gates import outcome
 from quantkit.validation.reports.markdown import (
+    PICTURE_HEAD,
     beside_online,
     gate_row,
     kernels,
     lowest_routing,
     measured,
     number,
+    worst_pictures,
 )
 
 Document = Mapping[str, Any]
@@ -58,6 +60,8 @@ def as_html(document: Document) -> str:
         kernels=kernels(document["engine"]),
         number=number,
         routing=lowest_routing(document),
+        shown=worst_pictures(document),
+        picture_head=PICTURE_HEAD,
         worst=sorted(document["layers"], key=lambda layer: layer["sqnr_db"])[:10],
         pictures={
             name: None if figure is None else Markup(plots.svg(figure))  # noqa: S704  ours

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import inf
 from typing import Any
 
 from quantkit.recipe.gates import outcome
 
 WORST_LAYERS = 5
+WORST_PICTURES = 5
+PICTURE_HEAD = ["question", "answer", "KL, nats", "same token first"]
 
 
 def as_markdown(document: Mapping[str, Any]) -> str:
@@ -44,6 +47,10 @@ def as_markdown(document: Mapping[str, Any]) -> str:
     if routing:
         lines += ["", f"## The {len(routing)} layers with the lowest routing agreement", ""]
         lines += table(["decoder layer", "share of tokens with the baseline's experts"], routing)
+    shown = worst_pictures(document)
+    if shown:
+        lines += ["", f"## The {len(shown)} pictures with the largest KL", ""]
+        lines += table(PICTURE_HEAD, shown)
     layers = sorted(document["layers"], key=lambda layer: layer["sqnr_db"])
     if layers:
         lines += ["", f"## The {WORST_LAYERS} layers with the lowest weight SQNR", ""]
@@ -61,6 +68,24 @@ def lowest_routing(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     nor in the reports of earlier versions."""
     rows = sorted(document.get("routing", ()), key=lambda row: row["agreement"])
     return [(str(row["layer"]), f"{row['agreement']:.1%}") for row in rows[:WORST_LAYERS]]
+
+
+def worst_pictures(document: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The pictures whose words lose most: what was asked and answered, KL and top-1 agreement of
+    the words; none of models without a vision tower, nor in the reports of earlier versions."""
+    images = document.get("images")
+    if not images:
+        return []
+    columns = ("kl", "agreement", "questions", "answers")
+    rows = sorted(
+        zip(*(images[name] for name in columns), strict=True),
+        key=lambda row: inf if row[0] is None else row[0],  # no number: worse than any
+        reverse=True,
+    )
+    return [
+        (question, answer, number(kl), f"{agreement:.1%}")
+        for kl, agreement, question, answer in rows[:WORST_PICTURES]
+    ]
 
 
 def measured(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

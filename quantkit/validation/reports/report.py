@@ -41,7 +41,8 @@ class Report:
     checkpoint, baseline, engine, text: who was compared, how, and on what. metrics: what gates can
     be held against, measured or not; values, windows (means over each), right (facts answered), …:
     what they were derived from; routing: of a mixture of experts, by decoder layer the share of
-    tokens that the baseline's experts compute. reference: the baseline rounded to nearest in the
+    tokens that the baseline's experts compute; images: which pictures a model with a vision tower
+    was shown, and what is lost on each. reference: the baseline rounded to nearest in the
     checkpoint's formats, and the share of its loss that the checkpoint recovers. changes: since an
     earlier report, where there is one. online: the baseline as an engine's own method quantizes it
     while it loads.
@@ -63,6 +64,7 @@ class Report:
     throughput: Both = Both(None, None)
     kl_histogram: dict[str, Any] | None = None
     routing: dict[int, float] = field(default_factory=dict)
+    images: dict[str, Any] | None = None
     reference: dict[str, Any] | None = None
     changes: list[Change] | None = None
     online: OnlineResult | None = None
@@ -108,6 +110,7 @@ class Report:
             "routing": [
                 {"layer": layer, "agreement": share} for layer, share in self.routing.items()
             ],
+            "images": self.images,
             "reference": self.reference,
             "windows": {k: _list(v) for k, v in vars(self.windows).items()} if self.windows else {},
             "right": {name: [int(v) for v in value] for name, value in vars(self.right).items()},

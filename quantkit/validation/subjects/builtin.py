@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from quantkit import __version__
 from quantkit.checkpoint.progress import Progress
 from quantkit.validation.subjects.base import Opening, Throughput
+from quantkit.validation.subjects.embeddings import watch_embeddings
 from quantkit.validation.subjects.routing import Routes, watch_routers
 
 if TYPE_CHECKING:
@@ -70,6 +71,20 @@ class Builtin:
             rows = slice(start, min(start + step, len(windows)))
             ids = torch.from_numpy(windows[rows]).to(self.runtime.device)
             yield rows, self.runtime(ids, logits_to_keep=last).logits
+
+    def show(
+        self, ids: Sequence[int], inputs: Mapping[str, NDArray[Any]], last: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [last, vocabulary] of the last positions of a conversation, and a sketch of the
+        embeddings of all [n, columns]; `inputs` are what a processor made of its picture."""
+        import torch
+
+        row = torch.tensor(ids, device=self.runtime.device).unsqueeze(0)
+        pictures = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        assert not self.runtime.lean
+        with watch_embeddings(self.runtime.network.model) as embeddings:
+            found = self.runtime(row, logits_to_keep=last, pictures=pictures)
+        return found.logits[0], embeddings.sketch()
 
     def watch_routers(self) -> AbstractContextManager[Routes]:
         """Note which experts the routers choose while the block runs."""

@@ -16,6 +16,7 @@ from quantkit.errors import InputError
 from quantkit.formats.quantized import QuantizedCheckpoint, as_subject
 from quantkit.formats.registry import writer_named
 from quantkit.verification.configuration.mixture import check_mixture
+from quantkit.verification.configuration.towers import check_towers
 from quantkit.verification.findings import Finding, error, warning
 
 Fault = tuple[str, str | None]
@@ -27,7 +28,6 @@ _INPUT_IS_HIDDEN = {
     "kv_a_proj_with_mqa", "w1", "w3",
 }  # fmt: skip
 _OUTPUT_IS_HIDDEN = {"o_proj", "down_proj", "w2"}
-_TOWERS = ("vision_config", "audio_config")
 _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_layers")
 
 
@@ -86,7 +86,7 @@ def _check(subject: QuantizedCheckpoint) -> list[Finding]:
         *_check_ends(subject, text),
         *_check_tied_head(subject),
         *_check_mtp(subject, text),
-        *_check_towers(subject),
+        *check_towers(subject.modules.values(), subject.checkpoint.config),
         *_check_shapes(subject, text),
         *check_mixture(subject.modules.values(), subject.checkpoint.config),
     ]
@@ -234,17 +234,6 @@ def _check_mtp(subject: QuantizedCheckpoint, text: Mapping[str, Any]) -> Iterato
             f"config.json promises {promised} multi-token-prediction layers; the checkpoint has "
             "none, and speculative decoding with it fails",
             "copy them from the source in 16 bit, or set their number in config.json to 0",
-        )
-
-
-def _check_towers(subject: QuantizedCheckpoint) -> Iterator[Finding]:
-    promised = [key for key in _TOWERS if subject.checkpoint.config.get(key)]
-    if promised and not any(m.kind == "tower" for m in subject.modules.values()):
-        yield error(
-            "complete.no_tower",
-            f"config.json has a {promised[0]}; the checkpoint has no tensor outside of the "
-            "language model",
-            "copy towers and projectors from the source in 16 bit",
         )
 
 
