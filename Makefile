@@ -10,9 +10,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.ready
 	$(BIN)/quantkit demo
 
-# Minutes, for every change: lint, types, the tests without a library, an engine or a whole validation.
+# Two minutes, for every change: lint, types, the tests without a library, an engine or a broad table.
 check: lint types
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not library and not engine and not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not library and not engine and not broad and not slow and not gpu"
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"

@@ -28,6 +28,8 @@ from quantkit.checkpoint.directory import is_sidecar
 from quantkit.errors import InputError
 from tests.support.helpers import edit_json
 
+pytestmark = pytest.mark.broad
+
 END = 2  # <|im_end|>
 TEXTS = [" one two three four", " five", " a b c d e f g h i j k"]
 

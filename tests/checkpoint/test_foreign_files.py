@@ -30,6 +30,8 @@ from quantkit.verification import verify
 from quantkit.verification.files.sidecars import check_alone
 from tests.support.helpers import edit_json, edit_tensors
 
+pytestmark = pytest.mark.broad
+
 TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128,
     "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False,

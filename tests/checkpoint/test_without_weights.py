@@ -18,6 +18,8 @@ from tests.support.families import CONFIGS, model
 from tests.support.helpers import edit_json
 from tests.support.hubserver import serve
 
+pytestmark = pytest.mark.broad
+
 TEXT = [name for name in CONFIGS if name not in ("gemma3", "qwen2_5_vl", "qwen3_vl")]
 
 

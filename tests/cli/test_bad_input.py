@@ -25,6 +25,8 @@ from quantkit.pipeline.request import Request
 from tests.support.cli import QUICK, command, quantkit, refused
 from tests.support.helpers import copy_checkpoint, edit_json, edit_tensors
 
+pytestmark = pytest.mark.broad
+
 FP8 = ("--method", "modelopt_fp8")
 METHODS = ["modelopt_fp8", "llmcompressor_fp8_dynamic"]
 """One of ModelOpt and one of another library, for what must not depend on the backend."""

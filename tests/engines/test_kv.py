@@ -16,6 +16,8 @@ from tests.runtime.test_launch import modelopt
 from tests.support.cli import quantkit
 from tests.support.helpers import edit_json
 
+pytestmark = pytest.mark.broad
+
 ATTENTION = "model.layers.0.self_attn"
 
 

@@ -21,6 +21,8 @@ from quantkit.verification import verify
 from tests.support.cli import quantkit, refused
 from tests.support.helpers import edit_json
 
+pytestmark = pytest.mark.broad
+
 FP8 = torch.float8_e4m3fn
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip

@@ -21,6 +21,8 @@ from tests.support.families import CONFIGS, NO_DIM, SMALL, model
 from tests.support.helpers import edit_json
 from tests.support.mixtures import MIXTURES, mixture
 
+pytestmark = pytest.mark.broad
+
 HYBRID: dict[str, Callable[[], Any]] = {
     "lfm2": lambda: hf.Lfm2Config(**NO_DIM, layer_types=["conv", "full_attention"]),
     "qwen3_5_text": lambda: hf.Qwen3_5TextConfig(

@@ -26,6 +26,8 @@ from tests.support.families import BASES, INT4, model
 from tests.support.helpers import edit_json
 from tests.support.rtn import rtn
 
+pytestmark = pytest.mark.broad
+
 Base = Callable[[str], Path]
 USED = sorted({(seed.base, seed.engine) for seed in SEEDS})
 

@@ -111,6 +111,7 @@ def test_a_mixture_goes_on_after_a_tuned_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.library
+@pytest.mark.slow
 def test_a_smaller_placement_goes_on(demo_model: Path, tmp_path: Path) -> None:
     """From finished layers, and elsewhere from the finished stage, with the same tensors."""
     four, method = cut_layers(demo_model, tmp_path / "four", 4), "modelopt_fp8"

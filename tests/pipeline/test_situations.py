@@ -53,6 +53,8 @@ from tests.support.situations import (
     write,
 )
 
+pytestmark = pytest.mark.broad
+
 FP8 = ("plan", "@", "--method", "rtn_fp8_dynamic")
 MXFP8 = ("plan", "@", "--method", "rtn_mxfp8", "--engine", "vllm")
 VERIFY = ("verify", "@")

@@ -16,6 +16,8 @@ from tests.support.families import model
 from tests.support.kvcache import INT8, calibrated, with_cache
 from tests.support.rtn import rtn, tiny_moe
 
+pytestmark = pytest.mark.broad
+
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 LAYERS = 2
 

@@ -15,6 +15,8 @@ from quantkit.runtime.preview import preview, refuse
 from quantkit.runtime.vllm_ops import cpu as vllm_operators
 from tests.support.cli import quantkit, refused
 
+pytestmark = pytest.mark.broad
+
 Artifact = Callable[[str], Path]
 
 CPU = torch.device("cpu")

@@ -21,6 +21,8 @@ from tests.support.helpers import edit_tensors
 from tests.support.mixtures import MIXTURES, expand, mixture, mxfp4
 from tests.support.rtn import fuse_experts, rtn
 
+pytestmark = pytest.mark.broad
+
 FP8 = SCHEMES["fp8_dynamic"]
 INT4 = SCHEMES["w4a16"].with_weight(group_size=32)
 IN_16_BIT = ("dbrx", "jetmoe")

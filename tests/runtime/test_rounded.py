@@ -29,6 +29,8 @@ from tests.support.kernels import SHAPES
 from tests.support.mixtures import mixture, mxfp4
 from tests.support.rtn import fuse_experts, rtn, tiny_moe
 
+pytestmark = pytest.mark.broad
+
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 INT4 = SCHEMES["w4a16"].with_weight(group_size=64)
 WRITTEN = {

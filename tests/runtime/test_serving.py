@@ -85,7 +85,9 @@ def emulates_fp8() -> bool:
     return 2 * 32 * 256 * 512 / (time.perf_counter() - start) < 0.5e9
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c == "w4a16" else c for c in CASES]
+)
 @pytest.mark.usefixtures("vllm_python")
 def test_vllm_loads_and_agrees_with_the_builtin_runtime(
     case: str, demo_model: Path, tmp_path: Path

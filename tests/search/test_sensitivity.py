@@ -30,6 +30,8 @@ from tests.support.mixtures import mixture
 from tests.support.rtn import rtn
 from tests.support.tiny import byte_llama
 
+pytestmark = pytest.mark.broad
+
 TITLES = ["fp8_dynamic", "w4a16:64"]
 
 

@@ -34,6 +34,8 @@ from tests.support.streaming import (
 )
 from tests.support.written import WRITERS
 
+pytestmark = pytest.mark.broad
+
 SCHEMES = (
     "fp8_dynamic", "fp8_block", "w8a8_dynamic", "w8a16", "w8a16::asymmetric", "w4a16:64",
     "w4a16:32:asymmetric", "nvfp4a16", "mxfp4a16", "mxfp8",

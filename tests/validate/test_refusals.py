@@ -37,6 +37,8 @@ from tests.support.helpers import cut_layers, edit_json, edit_tensors
 from tests.support.rtn import rtn
 from tests.support.validating import SOBER, Quiet, damaged
 
+pytestmark = pytest.mark.broad
+
 
 def truncate(directory: Path) -> None:
     file = directory / "model.safetensors"
