@@ -26,6 +26,8 @@ from quantkit.backends.environments.managed import (
 from quantkit.errors import BackendError, InputError
 from tests.support.cli import quantkit, refused
 
+pytestmark = pytest.mark.broad
+
 ROOT = Path(__file__).parents[2]
 TINY = Spec("tiny", "tiny_library", "tests", ("tiny-library==1.0",))
 SCRIPT = "tiny-hello"

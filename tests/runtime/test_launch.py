@@ -17,6 +17,8 @@ from tests.support.cli import quantkit, refused
 from tests.support.helpers import edit_json
 from tests.support.rtn import rtn
 
+pytestmark = pytest.mark.broad
+
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 KEPT_IN_16_BIT = [

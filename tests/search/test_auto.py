@@ -12,6 +12,8 @@ from quantkit.recipe.load import read_recipe
 from tests.support.cli import inside, said
 from tests.support.tiny import byte_llama
 
+pytestmark = pytest.mark.broad
+
 BUDGET = (
     "--set", "schemes=[w4a16:64,fp8_dynamic]", "--set", "samples=2", "--engine", "vllm",
     "--gpu", "h100",

@@ -28,6 +28,8 @@ from tests.streaming.test_load import Quiet
 from tests.support.helpers import edit_json
 from tests.support.streaming import stream, write_model
 
+pytestmark = pytest.mark.broad
+
 ROOT = Path(__file__).parents[2]
 CHILD = (
     "import sys; from pathlib import Path; from tests.support.streaming import stream\n"
