@@ -24,9 +24,13 @@ LIBRARY_FIXTURES = {"outputs", "artifact"}
 ENGINE_FIXTURES = {"vllm_python"}
 
 
+gc.disable()  # what collection imports is no garbage: a seventh of its time
+
+
 def pytest_collection_finish() -> None:
     """What collection imported stays: no later search for garbage goes through it again."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
