@@ -1,15 +1,17 @@
 """The demo model as a mixture of 4 experts through every method that takes it, proven in vLLM.
 
     python benchmarks/moe_methods.py WORKDIR [--only NAME …] [--samples 8] [--pictures FOLDER]
-                                             [--layers N]
+                                             [--layers N] [--no-vllm] [--validate]
 
-Each method makes WORKDIR/NAME, which `quantkit validate` verifies against the mixture in 16 bit,
-measures and holds to its gates; and vLLM scores the same windows of held-out text. In KL
-8 bits must be under 4 bits tuned, and these not above 4 bits rounded to nearest. What is measured
+Each method makes WORKDIR/NAME, which is verified against the mixture in 16 bit; the runtime
+measures the metrics of `quantkit validate` on held-out text and holds its gates. With --validate
+the whole command does (chat and facts take minutes). vLLM scores the same windows of text. In KL 8
+bits must be under 4 bits tuned, and these not above 4 bits rounded to nearest. What is measured
 stays in WORKDIR/NAME.json and is not measured again, so that the work can be cut into pieces;
 prints the table of all that is there, and ends with 1 where the order is another. --pictures draws
 `experts.png`: the tokens that the router sent to each expert, layers × experts.
 With --layers the mixture is cut to N layers: it models no language, so that only KL says something.
+With --no-vllm the last column is left for another run.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import json
 import math
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,13 @@ from numpy.typing import NDArray
 
 import quantkit
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
+from quantkit.checkpoint.upcycle import ACTIVE
 from quantkit.errors import QuantkitError
 from quantkit.validation.ask.data import eval_text
+from quantkit.validation.ask.text import BaselineText, measure_baseline, measure_quantized
+from quantkit.validation.judge.default_gates import default_gates
+from quantkit.validation.judge.metrics import PerWindow, text_metrics, weight_metrics
+from quantkit.validation.judge.verdicts import hold
 from quantkit.validation.reports.markdown import number, table
 from quantkit.validation.reports.plots import experts_figure
 from quantkit.validation.run import ValidateRequest, validate
@@ -61,8 +69,8 @@ EIGHT = (
 )  # fmt: skip
 TUNED = ("llmcompressor_w4a16", "gptqmodel_w4a16", "autoround_w4a16")
 ROUNDED = ("rtn_w4a16",)
-METRICS = ("ppl_ratio", "kl_mean", "kl_of_rtn", "top1_agreement", "routing_agreement", "mcq_drop",
-           "weight_sqnr_margin", "verify_errors")  # fmt: skip
+METRICS = ("ppl_ratio", "kl_mean", "top1_agreement", "routing_agreement", "weight_sqnr_margin",
+           "verify_errors")  # fmt: skip
 
 
 def measured(name: str, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
@@ -84,13 +92,47 @@ def measured(name: str, model: Path, asked_for: argparse.Namespace) -> dict[str,
             keep("predicted", [verdict.outcome for verdict in report.verdicts])
         if "metrics" not in found:
             keep("metrics", held_against(out, model, asked_for))
-    if "vllm" not in found:
+        if asked_for.validate and "validated" not in found:
+            keep("validated", validated(out, model, asked_for))
+    if "vllm" not in found and not asked_for.no_vllm:
         keep("vllm", in_vllm(out, model, asked_for.samples))
     return found
 
 
 def held_against(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
-    """What `quantkit validate` measures of a checkpoint, and the gates that it fails.
+    """The metrics of a checkpoint, and the default gates that they fail."""
+    integrity = quantkit.verify(out, source=model)
+    windows = windows_of(model, asked_for.samples)
+    file = asked_for.work / f"{BASELINE}.npz"
+    if not file.is_file():
+        with closing(opener("builtin")(model, Opening())) as subject:
+            said = measure_baseline(subject, windows, None)
+        np.savez(file, **{name: value for name, value in vars(said).items() if value is not None})
+    baseline = BaselineText(**np.load(file))
+    with closing(opener("builtin")(out, Opening())) as subject:
+        ours = measure_quantized(subject, windows, baseline, None)
+        weights_only = subject.weights_only
+        kernels = subject.kernels()
+    metrics = {
+        **text_metrics(PerWindow.of(baseline, ours), ours.kl),
+        **weight_metrics(integrity),
+    }  # fmt: skip
+    gates = default_gates({layer.scheme for layer in integrity.layers}, ACTIVE)
+    results = [
+        hold(gate, metrics[gate.metric], weights_only=weights_only)
+        for gate in gates
+        if gate.metric in metrics
+    ]
+    return {
+        **{name: metrics[name].value for name in METRICS},
+        "fails": [result.metric for result in results if result.verdict == "fail"],
+        "undecided": [result.metric for result in results if result.verdict == "undecided"],
+        "kernels": kernels,
+    }
+
+
+def validated(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
+    """Which gates `quantkit validate` fails or does not decide, chat and facts among them.
 
     A cut copy answers nothing, and is measured nevertheless.
     """
@@ -98,16 +140,10 @@ def held_against(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[
         out, str(model), device="cpu", samples=asked_for.samples, throughput=False,
         broken_baseline=asked_for.layers is not None,
     )  # fmt: skip
-    found = validate(request, Quiet()).to_json()
-    failed: dict[str, list[str]] = {"fail": [], "undecided": []}
-    for gate in found["gates"]:
-        failed.setdefault(gate["verdict"], []).append(gate["metric"])
-    metrics = {name: found["metrics"].get(name, {}).get("value") for name in METRICS}
+    found = validate(request, Quiet())
     return {
-        **{name: math.nan if value is None else value for name, value in metrics.items()},
-        "fails": failed["fail"],
-        "undecided": failed["undecided"],
-        "seconds": found["seconds"],
+        verdict: [gate.metric for gate in found.gates if gate.verdict == verdict]
+        for verdict in ("pass", "fail", "undecided")
     }
 
 
@@ -132,7 +168,7 @@ def in_vllm(path: Path, model: Path, samples: int) -> dict[str, Any]:
 
 def row(name: str, found: dict[str, Any], work: Path, baseline: float) -> list[str]:
     """A row of the table; `baseline` is vLLM's perplexity of the mixture in 16 bit."""
-    note, metrics, vllm = note_of(work / name), found["metrics"], found["vllm"]
+    note, metrics, vllm = note_of(work / name), found["metrics"], found.get("vllm", {})
     fewest = (note.get("experts") or {}).get("min")
     ratio = number(vllm["perplexity"] / baseline) if "perplexity" in vllm else "–"
     return [
@@ -141,9 +177,17 @@ def row(name: str, found: dict[str, Any], work: Path, baseline: float) -> list[s
         "–" if fewest is None else str(fewest),
         *(number(metrics[metric]) for metric in METRICS),
         ", ".join(metrics["fails"]) or "–",
+        of_validate(found.get("validated")),
         ", ".join(found["predicted"]),
         ratio,
     ]
+
+
+def of_validate(found: dict[str, list[str]] | None) -> str:
+    """What the whole command says: the gates that fail, or how many hold."""
+    if found is None:
+        return "–"
+    return ", ".join(found["fail"]) or f"{len(found['pass'])} hold"
 
 
 def note_of(out: Path) -> dict[str, Any]:
@@ -169,10 +213,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--no-vllm", action="store_true")
+    parser.add_argument("--validate", action="store_true")
     asked_for = parser.parse_args()
     asked_for.work.mkdir(parents=True, exist_ok=True)
     model = mixture(asked_for.work, asked_for.layers)
-    baseline = measured(BASELINE, model, asked_for)["vllm"].get("perplexity", math.nan)
+    baseline = measured(BASELINE, model, asked_for).get("vllm", {}).get("perplexity", math.nan)
     for name in asked_for.only:
         try:
             measured(name, model, asked_for)
@@ -180,14 +226,23 @@ def main() -> None:
             print(f"{name}: {refused}", file=sys.stderr)
     kept = {name: asked_for.work / f"{name}.json" for name in METHODS}
     found = {name: json.loads(file.read_text()) for name, file in kept.items() if file.is_file()}
-    found = {name: each for name, each in found.items() if "vllm" in each}  # others are half done
+    found = {name: each for name, each in found.items() if "metrics" in each}
     kl = {name: each["metrics"]["kl_mean"] for name, each in found.items()}
-    columns = ["method", "MB", "fewest tokens", *METRICS, "fails", "plan", "vLLM ppl_ratio"]
+    columns = [
+        "method",
+        "MB",
+        "fewest tokens",
+        *METRICS,
+        "fails",
+        "validate",
+        "plan",
+        "vLLM ppl_ratio",
+    ]
     ordered = sorted(found, key=kl.__getitem__)
     rows = [row(name, found[name], asked_for.work, baseline) for name in ordered]
     print("\n".join(table(columns, rows)))
     for name in ordered:
-        if why := found[name]["vllm"].get("refused"):
+        if why := found[name].get("vllm", {}).get("refused"):
             print(f"\nvLLM does not run {name}: {why}")
     if asked_for.pictures:
         notes = (note_of(asked_for.work / name) for name in found)
