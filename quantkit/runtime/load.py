@@ -11,6 +11,7 @@ import torch
 from quantkit.backends.adapters.hf_config import stated_value
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in
+from quantkit.checkpoint.lean_transformers import without_docstrings
 from quantkit.checkpoint.network.config import stop_tokens
 from quantkit.checkpoint.progress import Progress
 from quantkit.engines.online import Online
@@ -160,7 +161,8 @@ def read_config(source: CheckpointReader) -> Any:
     kind = values.pop("model_type", None)
     values.pop("quantization_config", None)
     try:
-        config = AutoConfig.for_model(kind, **values)
+        with without_docstrings():
+            config = AutoConfig.for_model(kind, **values)
     except Exception as error:  # each family checks its values in its own way
         raise _unreadable(source, " ".join(str(error).split()) or type(error).__name__) from error
     heads = getattr(config, "num_attention_heads", 1)

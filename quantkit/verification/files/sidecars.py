@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.directory import Checkpoint, read_json
+from quantkit.checkpoint.lean_transformers import without_docstrings
 from quantkit.checkpoint.network.config import is_tied
 from quantkit.checkpoint.network.multimodal import is_multimodal
 from quantkit.checkpoint.weight_files import newer_tokenizer
@@ -311,7 +312,8 @@ def _completed(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
     plain = deepcopy({k: v for k, v in config.items() if k not in FREE_CONFIG_KEYS})
     try:
-        kind = CONFIG_MAPPING[str(config.get("model_type"))]
+        with without_docstrings():
+            kind = CONFIG_MAPPING[str(config.get("model_type"))]
         completed: dict[str, Any] = kind.from_dict(plain).to_dict()
     except Exception:  # no such class, or values that its own validation refuses
         return None
