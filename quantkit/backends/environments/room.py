@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+
+from quantkit.backends.environments.device import has_nvidia_gpu
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -52,6 +55,15 @@ def gpu_rooms() -> dict[int, int]:
         return {int(index): int(free) << 20 for index, free in rows}
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
+
+
+def absent_gpus(devices: Sequence[str]) -> list[str]:
+    """Those of `cuda:N` that this machine, or what CUDA_VISIBLE_DEVICES leaves of it, has not."""
+    rooms, visible = gpu_rooms(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not rooms:
+        return [] if has_nvidia_gpu() else list(devices)
+    count = len(rooms) if visible is None else len([name for name in visible.split(",") if name])
+    return [device for device in devices if int(device.partition(":")[2] or 0) >= count]
 
 
 def _cgroup_room() -> int | None:
