@@ -7,6 +7,7 @@ output's name unverified.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from quantkit.backends.environments.device import resolve_devices
@@ -72,12 +73,23 @@ def _decide(request: Request, source: Checkpoint) -> Plan:
         trust_remote_code=request.trust_remote_code,
         state=state,
     )
-    plan = replace(plan, placed=place(source, plan.recipe, plan.backend, devices, state=state))
+    room = _room(request, plan)
+    placed = place(source, plan.recipe, plan.backend, devices, state=state, room=room)
+    plan = replace(plan, placed=placed)
     refuse_incomplete(source)
     refuse_beyond_dense(source, plan, request.model)
     way_of(plan.backend).check(source, plan)
     note = text_only_note(source, plan)
     return replace(plan, notes=(*plan.notes, note)) if note else plan
+
+
+def _room(request: Request, plan: Plan) -> Callable[[str], int | None] | None:
+    """What tells the free memory where a library will work: a cluster's, or None for here."""
+    if request.executor == "local" or plan.backend.way == "streaming":
+        return None
+    from quantkit.backends.process.on_ray import cluster_room
+
+    return cluster_room()
 
 
 def quantize(request: Request, ui: Reporter) -> Outcome:
