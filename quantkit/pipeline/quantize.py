@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from quantkit.backends.environments.device import resolve_devices
+from quantkit.backends.environments.room import refuse_absent_gpus
 from quantkit.backends.process.job import Reporter
 from quantkit.backends.registry import backend_named
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
@@ -34,7 +35,10 @@ def preflight(request: Request) -> tuple[Checkpoint, Plan]:
     path = resolve_model(request.model, trust_remote_code=request.trust_remote_code)
     source = _in_16_bit(request, open_checkpoint(path))
     plan = check_engines(source, _decide(request, source))
-    refuse_too_large(plan.placed, plan.recipe, resolve_devices(request.device))
+    devices = resolve_devices(request.device)
+    if request.executor == "local":
+        refuse_absent_gpus(devices)
+    refuse_too_large(plan.placed, plan.recipe, devices)
     return source, plan
 
 

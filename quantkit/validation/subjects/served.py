@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.backends.environments.device import devices_named, resolve_devices
-from quantkit.backends.environments.room import absent_gpus
+from quantkit.backends.environments.room import refuse_absent_gpus
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.network.config import positions, stop_tokens
 from quantkit.checkpoint.network.language import text_config
@@ -220,13 +220,7 @@ def _refuse_devices(engine: EngineProcessSpec, devices: Sequence[str]) -> None:
             hint="--device cuda:0,1, or one device",
             code="validate.devices",
         )
-    absent = absent_gpus(devices)
-    if absent:
-        raise InputError(
-            f"{', '.join(absent)} of --device {asked} cannot be had: this machine has no such GPU.",
-            hint="nvidia-smi lists those that are here",
-            code="validate.devices",
-        )
+    refuse_absent_gpus(devices)
 
 
 def _refuse_garbage(checkpoint: Checkpoint, engine: EngineProcessSpec) -> None:
