@@ -33,7 +33,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
 
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "backends": (
-        ("child",),
+        ("child_process",),
         ("registry", "streaming"),
         ("environments",),
         ("process",),

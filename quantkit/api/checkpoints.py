@@ -61,7 +61,9 @@ def quantize(
     python: the interpreter that has the backend's library.
     resume: go on with a run of the same request that was stopped.
     push: validate the result, then send it to this private repository of the Hub.
-    memory (bytes, or "2GB"), jobs (0: as many fit), executor ("local", "ray"): of rtn_* methods.
+    memory (bytes, or "2GB"), jobs (0: as many fit): of rtn_* methods.
+    executor: "local", or "ray" for the cluster that RAY_ADDRESS names: shards of rtn_* methods on
+    all nodes, a library's job on one.
 
     Raises InputError for what is wrong with the request or the model (before any work),
     BackendError when the library failed, CheckError when the result did not verify; `out` is then

@@ -54,7 +54,8 @@ def quantize_command(
     ] = "",
     jobs: Annotated[int | None, typer.Option("--jobs", help="Workers of an rtn_* run.")] = None,
     executor: Annotated[
-        str, typer.Option("--executor", help="Where an rtn_* run works: local or ray.")
+        str,
+        typer.Option("--executor", help="Where the work is done: local, or ray (a cluster)."),
     ] = "local",
     push: Annotated[
         str,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -70,7 +71,9 @@ def run(request: Request, source: Checkpoint, plan: Plan, ui: Reporter) -> Outco
                 _check_state_file(
                     request.checkpoint_save, request.overwrite or goes_on, source, plan
                 )
-            result = _library_stage(state, job, python, request.out, ui)
+            result = _library_stage(
+                state, job, python, request.out, ui, _worker(request, plan, state)
+            )
             state.place()
             result.notes += tokens.summary["notes"] if tokens else []
             plan = as_written(without(plan, source, result.kept), partial)
@@ -119,7 +122,24 @@ def _kept_if_worth(state: Unfinished) -> Iterator[None]:
         raise
 
 
-def _library_stage(state: Unfinished, job: Job, python: Path, out: Path, ui: Reporter) -> Result:
+def _worker(request: Request, plan: Plan, state: Unfinished) -> Callable[..., Result]:
+    """What runs the job: a child of this process, or a node of a cluster."""
+    if request.executor == "local":
+        return run_worker
+    from quantkit.backends.process.on_ray import run_on_node
+
+    memory = plan.placed.need.host if plan.placed else 0
+    return functools.partial(run_on_node, memory=memory, again=state.begin)
+
+
+def _library_stage(
+    state: Unfinished,
+    job: Job,
+    python: Path,
+    out: Path,
+    ui: Reporter,
+    worker: Callable[..., Result],
+) -> Result:
     """The worker's output in `state.library`: from the run before where it is whole, else now."""
     result = state.finished()
     if result is not None and (not job.checkpoint_save or Path(job.checkpoint_save).is_file()):
@@ -127,7 +147,8 @@ def _library_stage(state: Unfinished, job: Job, python: Path, out: Path, ui: Rep
         return result
     state.begin()
     job = replace(job, resume_folder=str(state.layers.resolve()))
-    result = run_logged(job, state.library, python, out, ui, state.folder.resolve())
+    folder = state.folder.resolve()
+    result = run_logged(job, state.library, python, out, ui, folder, worker=worker)
     state.finish(result)
     return result
 
@@ -146,7 +167,6 @@ def _refuse_stream_flags(request: Request, plan: Plan) -> None:
     asked = {
         "--memory": request.memory is not None,
         "--jobs": request.jobs is not None,
-        "--executor": request.executor != "local",
     }
     flags = [flag for flag, given in asked.items() if given]
     if flags:
@@ -259,13 +279,20 @@ def _job(
 
 
 def run_logged(
-    job: Job, partial: Path, python: Path, out: Path, ui: Reporter, work: Path | None = None
+    job: Job,
+    partial: Path,
+    python: Path,
+    out: Path,
+    ui: Reporter,
+    work: Path | None = None,
+    *,
+    worker: Callable[..., Result] = run_worker,
 ) -> Result:
     """Run the worker; its log ends up in the output, or beside it when it failed (`_new_log`)."""
     log = _new_log(out)
     placed = replace(job, out=str(partial.resolve()))
     try:
-        result = run_worker(placed, python=python, log=log, report=ui, work=work)
+        result = worker(placed, python=python, log=log, report=ui, work=work)
     except KeyboardInterrupt:
         log.unlink(missing_ok=True)
         raise

@@ -7,9 +7,11 @@ output's name unverified.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from quantkit.backends.environments.device import resolve_devices
+from quantkit.backends.environments.room import refuse_absent_gpus
 from quantkit.backends.process.job import Reporter
 from quantkit.backends.registry import backend_named
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
@@ -33,7 +35,10 @@ def preflight(request: Request) -> tuple[Checkpoint, Plan]:
     path = resolve_model(request.model, trust_remote_code=request.trust_remote_code)
     source = _in_16_bit(request, open_checkpoint(path))
     plan = check_engines(source, _decide(request, source))
-    refuse_too_large(plan.placed, plan.recipe, resolve_devices(request.device))
+    devices = resolve_devices(request.device)
+    if request.executor == "local":
+        refuse_absent_gpus(devices)
+    refuse_too_large(plan.placed, plan.recipe, devices)
     return source, plan
 
 
@@ -72,12 +77,23 @@ def _decide(request: Request, source: Checkpoint) -> Plan:
         trust_remote_code=request.trust_remote_code,
         state=state,
     )
-    plan = replace(plan, placed=place(source, plan.recipe, plan.backend, devices, state=state))
+    room = _room(request, plan)
+    placed = place(source, plan.recipe, plan.backend, devices, state=state, room=room)
+    plan = replace(plan, placed=placed)
     refuse_incomplete(source)
     refuse_beyond_dense(source, plan, request.model)
     way_of(plan.backend).check(source, plan)
     note = text_only_note(source, plan)
     return replace(plan, notes=(*plan.notes, note)) if note else plan
+
+
+def _room(request: Request, plan: Plan) -> Callable[[str], int | None] | None:
+    """What tells the free memory where a library will work: a cluster's, or None for here."""
+    if request.executor == "local" or plan.backend.way == "streaming":
+        return None
+    from quantkit.backends.process.on_ray import cluster_room
+
+    return cluster_room()
 
 
 def quantize(request: Request, ui: Reporter) -> Outcome:

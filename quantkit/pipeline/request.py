@@ -15,15 +15,15 @@ from quantkit.recipe.model import Recipe
 from quantkit.verification import VerifyReport
 
 Executor = Literal["local", "ray"]
-"""Where a run of the streaming backend works."""
+"""Where shards (built-in) or the whole job (a library) work: here, or on a Ray cluster."""
 
 
 @dataclass(frozen=True)
 class Request:
     """One `quantkit quantize`: `model` is a directory or a Hub name; paths are the user's.
 
-    `resume` goes on with a run that was stopped; `memory` (bytes), `jobs` (worker processes) and
-    `executor` are for the streaming backend.
+    `resume` goes on with a run that was stopped; `memory` (bytes) and `jobs` (worker processes)
+    are for the streaming backend.
     """
 
     model: str

@@ -190,10 +190,18 @@ def _unreadable(source: CheckpointReader, why: str) -> InputError:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU where there is one; InputError for a device that is not there.
+    """ "auto" is the first GPU where there is one; InputError for a device that is not there, and
+    for several.
 
     A GPU named by its number becomes the current one: Triton starts kernels there.
     """
+    if "," in name:
+        raise InputError(
+            f"The built-in runtime computes on one device, and {name} names several.",
+            hint="one device, or validate with --engine vllm, sglang or transformers, which divide "
+            "a model over GPUs",
+            code="runtime.devices",
+        )
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

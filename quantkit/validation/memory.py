@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from quantkit.backends.environments.room import host_room
+from quantkit.backends.environments.device import resolve_devices
+from quantkit.backends.environments.room import device_room, host_room
 from quantkit.checkpoint.directory import Checkpoint
 from quantkit.checkpoint.gguf import GgufFile
 from quantkit.checkpoint.network.language import text_config
@@ -38,7 +39,12 @@ def needed_bytes(held: Checkpoint | GgufFile, *, expanded: bool) -> int:
 
 
 def available_bytes(device: str) -> int | None:
-    """Bytes that are free for a model on a device; None where nothing tells."""
+    """Bytes that are free for a model on a device; None where nothing tells. Of several, which get
+    equal parts, the least that one has free counts for each."""
+    if "," in device:
+        rooms = [device_room(one) for one in resolve_devices(device)]
+        known = [room for room in rooms if room is not None]
+        return min(known) * len(rooms) if known else None
     if device.startswith("cuda"):
         import torch
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from quantkit import __version__
-from quantkit.backends.environments.device import resolve_device
+from quantkit.backends.environments.device import devices_named, resolve_devices
 from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.checkpoint.network.config import stop_tokens
@@ -104,7 +104,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     online = online_named(request.against_online, served) if request.against_online else None
     here = None if request.baseline else source_here(request.path, ui)
     candidate = open_candidate(request.path, str(here[0]) if here else request.baseline)
-    device = resolve_device(request.device)
+    device = devices_named(resolve_devices(request.device))
     refuse_unopenable(request.engine, candidate.baseline.path, Opening(device))
     refuse_unopenable(
         request.engine, candidate.path, Opening(device, request.kernel, request.as_on)

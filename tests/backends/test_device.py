@@ -11,7 +11,7 @@ import torch
 
 from quantkit.backends.environments import device
 from quantkit.backends.environments.device import amd_note, resolve_device, torch_build
-from quantkit.backends.environments.room import device_room
+from quantkit.backends.environments.room import absent_gpus, device_room
 from quantkit.runtime.linear.kernels.base import no_gpu
 
 VERSION = """from typing import Optional
@@ -87,9 +87,11 @@ def test_a_gpu_is_counted_among_the_visible_ones(
     assert device_room("cuda:1") == 2000 << 20
     assert device_room("cuda") == 1000 << 20
     assert device_room("npu:0") is None
+    assert absent_gpus(("cuda:0", "cuda:2", "cuda:3")) == ["cuda:3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
     assert device_room("cuda") == 3000 << 20
     assert device_room("cuda:2") is None
+    assert absent_gpus(("cuda:1", "cuda:2")) == ["cuda:2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f6b")
     assert device_room("cuda") is None
     monkeypatch.setenv("PATH", "")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from quantkit.backends.environments import room
-from quantkit.backends.environments.device import resolve_devices
+from quantkit.backends.environments.device import has_nvidia_gpu, resolve_devices
 from quantkit.backends.registry import backend_named, load_recipe
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.errors import InputError
@@ -199,6 +199,18 @@ def test_two_gpus_for_a_library_that_takes_one(small_model: Path, tmp_path: Path
     run = quantkit("quantize", small_model, "--method", "gptqmodel_w4a16", *G64,
                    "--device", "cuda:0,1", "--out", tmp_path / "out")  # fmt: skip
     refused(run, 1, "gptqmodel does not spread")
+
+
+@pytest.mark.skipif(has_nvidia_gpu(), reason="this machine has a GPU")
+@pytest.mark.parametrize("method", ["modelopt_fp8", "rtn_fp8_dynamic"])
+def test_a_gpu_that_is_not_here_is_refused_before_any_work(
+    method: str, small_model: Path, tmp_path: Path
+) -> None:
+    run = quantkit("quantize", small_model, "--method", method, "--device", "cuda:1",
+                   "--out", tmp_path / "out")  # fmt: skip
+    refused(run, 1, "cuda:1 of --device cuda:1 cannot be had", "--device cpu")
+    assert "scan" not in run.err
+    assert not list(tmp_path.iterdir())
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -113,7 +113,7 @@ def test_offline_checkpoints_get_no_quantization_flag(
         return
     assert command(made, "--engine", "sglang") == [*SGLANG, str(made)]
     parallel = command(made, "--engine", "sglang", "--tp", "3")
-    assert parallel == [*SGLANG, str(made), "--tp", "3"]
+    assert parallel == [*SGLANG, str(made), "--tp-size", "3"]
     refused(quantkit("launch", made, "--engine", "sglang", "--tp", "2"), 1, "will not load it")
     notes = quantkit("launch", made, "--engine", "sglang", "--json").document["notes"]
     own = {"fp8_dynamic": "w8a8_fp8", "w8a8_dynamic": "w8a8_int8"}.get(scheme)
@@ -206,6 +206,12 @@ def test_what_no_server_loads_is_refused(tmp_path: Path) -> None:
     refused(quantkit("launch", made, "--engine", "vllm", "--tp", "0"), 1, "--tp")
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_heads_that_do_not_divide_are_refused_in_16_bit_too(engine: str, small_model: Path) -> None:
+    made = quantkit("launch", small_model, "--engine", engine, "--tp", "2")
+    refused(made, 1, "cannot share 9 attention heads", "tensor-parallel size 1")
+
+
 def test_exec_runs_the_argument_list_without_a_shell(
     tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,9 +224,9 @@ def test_exec_runs_the_argument_list_without_a_shell(
     for name in ("python", "vllm"):
         (place / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
         (place / name).chmod(0o755)
-    run = quantkit("launch", model, "--engine", "vllm", "--tp", "2", "--exec")
+    run = quantkit("launch", model, "--engine", "vllm", "--tp", "3", "--exec")
     assert run.code == 0, run.err
-    assert run.out.splitlines() == ["serve", str(model), "--tensor-parallel-size", "2"]
+    assert run.out.splitlines() == ["serve", str(model), "--tensor-parallel-size", "3"]
 
 
 def test_exec_takes_an_engine_of_the_users_own(

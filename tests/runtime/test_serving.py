@@ -288,6 +288,40 @@ def test_the_sglang_driver_speaks_its_documented_interface(
     assert not process.log.exists()
 
 
+SPAWNING = """
+import multiprocessing
+import os
+from quantkit.runtime.serving.drivers import base
+
+class Engine:
+    def __init__(self, *, tp_size, **settings):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+        for rank in range(tp_size):
+            one = multiprocessing.get_context("spawn").Process(target=base.pin, args=("cpu",))
+            one.start()
+            one.join()
+            assert one.exitcode == 0, "a rank does not find quantkit"
+
+    def shutdown(self):
+        pass
+
+__version__ = "0.5.23"
+"""
+
+
+def test_an_engine_over_two_gpus_sees_them_and_its_ranks_find_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an environment without quantkit, as engines' are."""
+    (tmp_path / "sglang.py").write_text(SPAWNING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,5")
+    engine, flags = ENGINES["sglang"], {"--tp-size": 2}
+    order = EngineOrder(engine.driver, str(tmp_path), "cuda:0,2", (2,), 64, 1, flags)
+    bare = Path(sys.base_prefix, "bin", "python3")
+    EngineProcess(engine, bare, order).close()
+
+
 def test_a_daemon_that_outlives_its_engine_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

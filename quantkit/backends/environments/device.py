@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -47,6 +48,12 @@ def resolve_devices(asked: str) -> tuple[str, ...]:
             code="request.device",
         )
     return devices
+
+
+def devices_named(devices: Sequence[str]) -> str:
+    """What `--device` calls them: `cuda:0,1` for `cuda:0` and `cuda:1`, one by its own name."""
+    first, *others = devices
+    return ",".join([first, *(device.partition(":")[2] for device in others)])
 
 
 def _found() -> str:

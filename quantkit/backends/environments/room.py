@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+
+from quantkit.backends.environments.device import devices_named, has_amd_gpu, has_nvidia_gpu
+from quantkit.errors import InputError
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -52,6 +56,29 @@ def gpu_rooms() -> dict[int, int]:
         return {int(index): int(free) << 20 for index, free in rows}
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
+
+
+def refuse_absent_gpus(devices: Sequence[str]) -> None:
+    """InputError (`request.device`) for a `cuda:N` that this machine has not."""
+    absent = absent_gpus(devices)
+    if absent:
+        raise InputError(
+            f"{', '.join(absent)} of --device {devices_named(devices)} cannot be had: this machine "
+            "has no such GPU.",
+            hint="--device cpu or auto, or another number: nvidia-smi lists those that are here",
+            code="request.device",
+        )
+
+
+def absent_gpus(devices: Sequence[str]) -> list[str]:
+    """Those of `cuda:N` that this machine, or what CUDA_VISIBLE_DEVICES leaves of it, has not, as
+    NVIDIA's driver says; of AMD's nothing is known."""
+    wanted = [device for device in devices if device.partition(":")[0] == "cuda"]
+    rooms, visible = gpu_rooms(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not rooms:
+        return [] if has_nvidia_gpu() or has_amd_gpu() else wanted
+    count = len(rooms) if visible is None else len([name for name in visible.split(",") if name])
+    return [device for device in wanted if int(device.partition(":")[2] or 0) >= count]
 
 
 def _cgroup_room() -> int | None:

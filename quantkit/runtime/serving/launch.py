@@ -20,7 +20,8 @@ from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in
 from quantkit.checkpoint.network.modules import classify
 from quantkit.engines import NAMES, Gpu, Loadable, Verdict, engine_named, judge
-from quantkit.engines.gpus import platforms
+from quantkit.engines.check_shapes import check_heads
+from quantkit.engines.gpus import gpu_here, platforms
 from quantkit.engines.online import FLAG, Online, online_named
 from quantkit.errors import BackendError, InputError
 from quantkit.formats.base import Declaration
@@ -36,6 +37,8 @@ _MODELOPT_FLAGS = {
     "NVFP4_AWQ": "modelopt_fp4",
     "W4A16_NVFP4": "modelopt_fp4",
 }
+_PARALLEL = {"vllm": "--tensor-parallel-size", "sglang": "--tp-size"}
+"""Engine → flag for the number of GPUs, which its Python interface has as an argument too."""
 _OWN_KERNELS = {"fp8_dynamic": "w8a8_fp8", "w8a8_dynamic": "w8a8_int8"}
 """Scheme → SGLang's flag for its own per-channel kernels, which ignores the checkpoint's config."""
 
@@ -83,6 +86,7 @@ def launch(path: Path, engine: str, tp: int, gpu: Gpu | None = None, online: str
         return _gguf(file, engine, tp, gpu)
     checkpoint = open_checkpoint(path)
     if is_quantized(checkpoint) is None:
+        _refuse_heads(engine, checkpoint, tp)
         return _command(engine, path, tp, method.flags if method else {}, [])
     layout = detect(checkpoint)
     _refuse_online(method, layout.NAME, path)
@@ -113,15 +117,25 @@ def _refuse_online(method: Online | None, layout: str, path: Path) -> None:
         )
 
 
-def flags_of(checkpoint: Checkpoint, engine: str) -> dict[str, str]:
+def flags_of(checkpoint: Checkpoint, engine: str, tp: int = 1) -> dict[str, str | int]:
     """Flag → value that the server needs beyond what it reads from the checkpoint by itself.
 
-    Raises InputError for a declared KV cache that the engine has not (`launch.will_not_load`).
+    Raises InputError (`launch.will_not_load`) for a declared KV cache that the engine has not, and
+    for shapes that do not divide among `tp` GPUs.
     """
     if is_quantized(checkpoint) is None:
-        return {}
+        _refuse_heads(engine, checkpoint, tp)
+        return {**_parallel(engine, tp)}
     layout = detect(checkpoint)
-    return _flags(checkpoint, layout.NAME, examine(checkpoint, layout).declaration, engine)
+    subject = examine(checkpoint, layout)
+    if tp > 1:
+        _refuse(engine, candidate(subject), tp, checkpoint.path, gpu_here())
+    flags = _flags(checkpoint, layout.NAME, subject.declaration, engine)
+    return {**flags, **_parallel(engine, tp)}
+
+
+def _parallel(engine: str, tp: int) -> dict[str, int]:
+    return {_PARALLEL[engine]: tp} if tp > 1 else {}
 
 
 def _flags(
@@ -136,17 +150,12 @@ def _flags(
     return flags
 
 
-def _command(
-    engine: str, model: Path, tp: int, flags: Mapping[str, str], notes: list[str]
-) -> Launch:
+def _command(engine: str, model: Path, tp: int, flags: dict[str, str], notes: list[str]) -> Launch:
     if engine == "vllm":
         argv = ["vllm", "serve", str(model)]
-        parallel = "--tensor-parallel-size"
     else:
         argv = ["python3", "-m", "sglang.launch_server", "--model-path", str(model)]
-        parallel = "--tp"
-    argv += [part for flag in flags.items() for part in flag]
-    argv += [parallel, str(tp)] if tp > 1 else []
+    argv += [str(part) for flag in (flags | _parallel(engine, tp)).items() for part in flag]
     code = brought_code(model) if model.is_dir() else []
     if code:
         argv.append("--trust-remote-code")
@@ -169,6 +178,14 @@ def _gguf(file: Path, engine: str, tp: int, gpu: Gpu | None) -> Launch:
     _refuse(engine, Loadable({}, "gguf", {}, {}), tp, file, gpu)
     notes = ["the tokenizer is read from the file"] if engine == "sglang" else []
     return _command(engine, file, tp, {}, notes)
+
+
+def _refuse_heads(engine: str, checkpoint: Checkpoint, tp: int) -> None:
+    """Of a 16-bit model: whatever its family, an engine shares its heads out."""
+    for reason in check_heads(engine_named(engine), checkpoint.config, tp):
+        raise InputError(
+            f"{checkpoint.path}: {reason.text}.", hint=reason.fix, code="launch.will_not_load"
+        )
 
 
 def _refuse(engine: str, this: Loadable, tp: int, path: Path, gpu: Gpu | None) -> Verdict:

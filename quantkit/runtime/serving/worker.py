@@ -113,5 +113,8 @@ def _shared_worker() -> Any:
     return module
 
 
+if __name__ == "__mp_main__":  # a process that an engine spawned finds quantkit as this one does
+    _shared_worker().bind_package()
+
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.backends.environments.device import devices_named, resolve_devices
+from quantkit.backends.environments.room import refuse_absent_gpus
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.network.config import positions, stop_tokens
 from quantkit.checkpoint.network.language import text_config
@@ -162,6 +164,11 @@ def refuse_served(engine: EngineProcessSpec, path: Path, opening: Opening) -> No
             code="validate.online",
         )
     _refuse_garbage(checkpoint, engine)
+    devices = resolve_devices(opening.device)
+    if len(devices) > 1:
+        _refuse_devices(engine, devices)
+    if engine.name in SERVERS:
+        flags_of(checkpoint, engine.name, len(devices))
     find_interpreter(engine)
 
 
@@ -171,7 +178,9 @@ OPENERS: dict[str, Opener] = {name: served(engine) for name, engine in ENGINES.i
 def engine_order(path: Path, engine: EngineProcessSpec, opening: Opening) -> EngineOrder:
     """What an engine is told to start with for a checkpoint directory."""
     checkpoint = open_checkpoint(path)
-    flags = dict(flags_of(checkpoint, engine.name)) if engine.name in SERVERS else {}
+    flags: dict[str, Any] = {}
+    if engine.name in SERVERS:
+        flags |= flags_of(checkpoint, engine.name, len(resolve_devices(opening.device)))
     if opening.online is not None:
         flags |= opening.online.flags
     config = text_config(checkpoint.config)
@@ -200,6 +209,18 @@ def _quantizes_activations(checkpoint: Checkpoint) -> bool:
         return False
     layers = detect(checkpoint).declare(checkpoint).layers.values()
     return any(spec.scheme.input is not None for spec in layers)
+
+
+def _refuse_devices(engine: EngineProcessSpec, devices: Sequence[str]) -> None:
+    """InputError for several devices that are no GPUs of this machine."""
+    asked = devices_named(devices)
+    if not asked.startswith("cuda"):
+        raise InputError(
+            f"{engine.title} is divided over NVIDIA GPUs here, not over {asked}.",
+            hint="--device cuda:0,1, or one device",
+            code="validate.devices",
+        )
+    refuse_absent_gpus(devices)
 
 
 def _refuse_garbage(checkpoint: Checkpoint, engine: EngineProcessSpec) -> None:

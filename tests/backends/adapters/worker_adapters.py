@@ -170,3 +170,20 @@ def several(job: Job, report: Reporter, result: Result) -> None:
 def _write(job: Job, name: str, text: str) -> None:
     Path(job.out).mkdir(exist_ok=True)
     Path(job.out, name).write_text(text)
+
+
+def layered(job: Job, report: Reporter, result: Result) -> None:
+    """Three layers, each kept once it is finished; the last waits for the file in the options."""
+    assert job.resume_folder is not None
+    layers = Path(job.resume_folder)
+    done = len(list(layers.iterdir()))
+    report.stage("layers", 3)
+    report.note(f"from layer {done}")
+    report.advance(done)
+    for number in range(done, 3):
+        while number == 2 and not Path(job.options["go"]).exists():
+            time.sleep(0.05)
+        (layers / f"layer-{number}").write_text(str(os.getpid()))
+        report.advance(number + 1)
+    seen = {"threads": os.environ.get("OMP_NUM_THREADS"), "tokens": job.tokens}
+    _write(job, "seen.json", json.dumps(seen))

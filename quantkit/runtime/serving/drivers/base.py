@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Ids = Sequence[int]
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 Tell = Callable[[int, int], None]
 """(steps done, steps in all)."""
 
@@ -18,7 +19,8 @@ Tell = Callable[[int, int], None]
 class EngineOrder:
     """The engine to start and the model to load.
 
-    driver: `"module:attr"` of what makes a `Driver` of an order. stop: token ids that end an
+    driver: `"module:attr"` of what makes a `Driver` of an order. device: as `--device`, resolved;
+    of several ("cuda:0,1") a server's flag tells how many. stop: token ids that end an
     answer. length: the longest sequence that will be asked for. cache_bytes: what the KV cache of
     eight sequences of that length takes. flags: what a server would be given (`launch.flags_of`).
     packages: a folder of Python packages beside the engine's own.
@@ -47,9 +49,15 @@ class EngineOrder:
 
 
 def pin(device: str) -> None:
-    """Show an engine that takes the first GPU only the one of "cuda:N"; before its import."""
-    if device.startswith("cuda:"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+    """Show an engine that takes the first GPUs only those of "cuda:N" or "cuda:N,M", which count
+    what CUDA_VISIBLE_DEVICES leaves; before its import."""
+    if not device.startswith("cuda:"):
+        return
+    numbers, visible = device.removeprefix("cuda:").split(","), os.environ.get(VISIBLE)
+    named = visible.split(",") if visible else []
+    os.environ[VISIBLE] = ",".join(
+        named[int(number)] if int(number) < len(named) else number for number in numbers
+    )
 
 
 class Driver(Protocol):

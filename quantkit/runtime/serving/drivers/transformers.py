@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from quantkit.runtime.serving.drivers.base import EngineOrder, Ids, Tell
+from quantkit.runtime.serving.drivers.base import EngineOrder, Ids, Tell, pin
 
 BATCH_TOKENS = 2048
 """Tokens a forward pass: the logits of that many are the largest thing in memory."""
@@ -22,9 +22,11 @@ def _auto_class(transformers: Any, model: str) -> Any:
 
 
 class Transformers:
-    """A model as `from_pretrained` loads it, on one device."""
+    """A model as `from_pretrained` loads it: on one device, or its layers over several GPUs."""
 
     def __init__(self, order: EngineOrder) -> None:
+        if "," in order.device:
+            pin(order.device)
         import torch
         import transformers
 
@@ -34,6 +36,8 @@ class Transformers:
         device = order.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif "," in device:
+            device = "balanced"
         loaded: Any = _auto_class(transformers, order.model).from_pretrained(
             order.model, dtype="auto", device_map=device, trust_remote_code=False
         )
