@@ -14,6 +14,8 @@ from quantkit.checkpoint.hub import resolve_model
 from quantkit.errors import InputError
 from tests.support.hubserver import COMMIT, serve
 
+pytestmark = pytest.mark.broad
+
 NOWHERE = "http://127.0.0.1:9"
 ROWS = [{"text": f"Row {i} speaks of the number {i * i}. " * 12} for i in range(60)]
 MODEL_FILES = {

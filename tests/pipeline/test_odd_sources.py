@@ -19,6 +19,8 @@ from quantkit.pipeline.request import Request
 from quantkit.verification import verify
 from tests.support.helpers import edit_json, edit_tensors
 
+pytestmark = pytest.mark.broad
+
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 128,
     "num_attention_heads": 2, "num_key_value_heads": 2,

@@ -19,6 +19,8 @@ from tests.streaming.test_sources import fp8_block_copy
 from tests.support.cli import inside, said
 from tests.support.helpers import edit_json
 
+pytestmark = pytest.mark.broad
+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -22,6 +22,8 @@ from tests.support import written
 from tests.support.kernels import random_weight
 from tests.support.streaming import plain_layers, tensors_of, write_model
 
+pytestmark = pytest.mark.broad
+
 MEASURE = """
 import gc, sys
 from pathlib import Path

@@ -15,6 +15,8 @@ from quantkit.runtime.load import load
 from quantkit.runtime.loading.online import OnlineLayers
 from tests.support.rtn import rtn
 
+pytestmark = pytest.mark.broad
+
 LAYER = "model.layers.0.mlp.down_proj"
 
 

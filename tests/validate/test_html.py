@@ -20,6 +20,8 @@ from tests.support.rtn import rtn
 from tests.support.validating import measured
 from tests.test_house import FLAGS, ROOT
 
+pytestmark = pytest.mark.broad
+
 pytest.importorskip("matplotlib", reason="HTML reports are optional: quantkit[report]")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

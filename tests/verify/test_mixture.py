@@ -13,6 +13,8 @@ from tests.support.damage import dropping, patching, replacing, swapping
 from tests.support.helpers import copy_checkpoint, edit_json, edit_tensors
 from tests.support.mixtures import mixture
 
+pytestmark = pytest.mark.broad
+
 BLOCK = "model.layers.1.block_sparse_moe"
 
 

@@ -17,6 +17,8 @@ from tests.support.cli import quantkit
 from tests.support.damage import DOWN, patch
 from tests.support.rtn import rtn
 
+pytestmark = pytest.mark.broad
+
 PEAK = """
 import resource, sys
 from pathlib import Path

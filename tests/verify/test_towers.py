@@ -20,6 +20,8 @@ from tests.support.helpers import copy_checkpoint, edit_json, edit_tensors
 from tests.support.rtn import rtn
 from tests.support.tokenized_towers import FAMILIES, multimodal
 
+pytestmark = pytest.mark.broad
+
 CONNECTOR = "model.connector.modality_projection.proj.weight"
 TOWER = "model.vision_model.encoder.layers.1.mlp.fc1.weight"
 
