@@ -33,7 +33,7 @@ def test_identifiers_are_told_and_kept(
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
     kept: list[str] = []
 
-    def worker(_: Any, folder: Path, *__: Any) -> Result:
+    def worker(_: Any, folder: Path, *__: Any, **___: Any) -> Result:
         assert ("identifiers" in capsys.readouterr().err) == identifiers
         shutil.copytree(small_model, folder, dirs_exist_ok=True)
         return Result(calibration=dict(NO_DATA))

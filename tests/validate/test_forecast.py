@@ -21,6 +21,7 @@ def questions(**more: Any) -> Any:
         "exercises": [None] * 6,
         "exercise_prompts": [[1] * 30] * 6,
         "tokenizer": SimpleNamespace(encode=lambda text, _: list(text)),
+        "pictures": SimpleNamespace(prompts=[]),
         "throughput": True,
         "longest": None,
     }
@@ -55,6 +56,9 @@ def test_parts_follow_what_is_asked() -> None:
     assert parts["throughput"] == pytest.approx(4 * (0.01 * 256 * 9 + 2 * 0.1 * 32))
     assert parts["exercises"] == pytest.approx(0.01 * 180 + 0.1 * 48)
     assert "exercises" not in seconds(Pace(0.01, 0.1), questions(exercises=[]))
+    shown = SimpleNamespace(prompts=[SimpleNamespace(ids=[1] * 70)] * 3)
+    assert "pictures" not in parts
+    assert seconds(Pace(0.01, 0.1), questions(pictures=shown))["pictures"] == pytest.approx(2.1)
     more = seconds(Pace(0.01, 0.1), questions(throughput=False, facts=questions().facts * 2))
     assert "throughput" not in more
     assert more["facts"] == pytest.approx(2 * parts["facts"])
