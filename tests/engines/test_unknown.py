@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import transformers as hf
 
 from tests.formats.test_foreign import made
 from tests.support.cli import quantkit
 from tests.support.helpers import edit_json
+
+pytestmark = pytest.mark.broad
 
 
 def test_plan_and_quantize_warn_of_a_family_without_rules(tmp_path: Path) -> None:

@@ -12,7 +12,10 @@ from tests.support.cli import inside, quantkit, refused
 from tests.support.helpers import copy_checkpoint, edit_json
 from tests.support.hubserver import Written, serve
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the Hub's
+pytestmark = [
+    pytest.mark.broad,
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # the Hub's
+]
 
 REPO = "someone/small-w8a8"
 

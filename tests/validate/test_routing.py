@@ -24,6 +24,8 @@ from tests.support.mixtures import mixture
 from tests.support.rtn import rtn
 from tests.support.validating import damaged, measured, verdicts
 
+pytestmark = pytest.mark.broad
+
 IDS = np.random.default_rng(0).integers(3, 96, (2, 16))
 
 
