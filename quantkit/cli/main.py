@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -23,9 +24,12 @@ def main() -> None:
         signals.append(signal.SIGINT)
     for each in signals:
         signal.signal(each, _leave)
+    gc.disable()  # what is imported stays
     try:
         from quantkit.cli.app import run
 
+        gc.freeze()
+        gc.enable()
         for each in signals:
             signal.signal(each, signal.default_int_handler)
         run()
