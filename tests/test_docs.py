@@ -46,6 +46,14 @@ def test_pages_of_the_site_link_to_nothing_outside_of_it(page: Path) -> None:
     assert re.findall(r"\]\((\.\.[^)]*)\)", page.read_text(encoding="utf-8")) == []
 
 
+def test_the_table_of_places_names_files_that_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = text.partition("| what | `quantkit/` |")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([a-z_]+[./][a-z_/.0-9]*)`", rows))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / "quantkit" / name).exists()] == []
+
+
 def test_broken_links_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
