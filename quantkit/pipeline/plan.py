@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
-from quantkit.backends.registry import Backend, Method, backend_named, refusals
+from quantkit.backends.registry import Backend, Method, backend_named
+from quantkit.backends.registry.refusals import refusals
 from quantkit.checkpoint.consistency import refuse_contradictions
 from quantkit.checkpoint.directory import DTYPE_BITS, Checkpoint
 from quantkit.checkpoint.network.families import family

@@ -20,14 +20,13 @@ from quantkit.backends.registry.modelopt import MODELOPT
 from quantkit.backends.registry.msmodelslim import MSMODELSLIM
 from quantkit.backends.registry.rtn import RTN
 from quantkit.backends.registry.shipped import PREFIX, shipped_recipe
-from quantkit.checkpoint.schemes import Scheme
 from quantkit.errors import InputError
 from quantkit.recipe.load import as_recipe, explain_recipe, read_recipe
 from quantkit.recipe.model import Recipe
 
 __all__ = [
     "MODELOPT", "Backend", "Folding", "Method", "Options", "backend_named", "backends", "checked",
-    "load_recipe", "refusals",
+    "load_recipe",
 ]  # fmt: skip
 
 _BUILT_IN = (MODELOPT, LLMCOMPRESSOR, GPTQMODEL, AUTOROUND, MSMODELSLIM, RTN)
@@ -69,31 +68,6 @@ def backend_named(name: str) -> Backend:
             code="backend.unknown",
         )
     return known[name]
-
-
-def refusals(backend: Backend, recipe: Recipe, scheme: Scheme, device: str) -> list[str]:
-    """Every reason why the backend cannot do what the recipe asks, before anything is loaded."""
-    if scheme.name not in backend.methods:
-        known = ", ".join(sorted(backend.methods))
-        return [f"{backend.name} does not write the scheme {scheme.name} (it writes {known})"]
-    reasons = []
-    if recipe.kv_cache not in backend.kv_caches:
-        known = ", ".join(backend.kv_caches)
-        reasons.append(
-            f"{backend.name} cannot quantize the KV cache as {recipe.kv_cache} ({known})"
-        )
-    if recipe.overrides and not backend.overrides:
-        reasons.append(f"{backend.name} recipes have one scheme; overrides are not supported")
-    own = backend.unsupported(recipe) if backend.unsupported else None
-    if own:
-        return [*reasons, own]
-    method = backend.method(recipe)
-    if method.accelerator and device == "cpu":
-        reasons.append(
-            f"{backend.distribution} runs {method.algorithm} on an accelerator only, and the "
-            "device is cpu"
-        )
-    return reasons
 
 
 def load_recipe(name_or_path: str, sets: tuple[str, ...] = ()) -> Recipe:
