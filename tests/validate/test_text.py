@@ -17,8 +17,8 @@ from quantkit.validation.ask.choices import continuation_logprobs, facts, right
 from quantkit.validation.ask.data import eval_text
 from quantkit.validation.ask.text import (
     BaselineText,
-    _keep,
     divergence,
+    keep,
     measure_baseline,
     measure_quantized,
 )
@@ -102,7 +102,7 @@ def test_kl_of_single_tokens_is_estimated_without_bias_and_with_little_noise(
     exact = (base.exp() * (base - ours)).sum(-1)
     found = []
     for seed in range(8):
-        ids = _keep(base, torch.Generator().manual_seed(seed))
+        ids = keep(base, torch.Generator().manual_seed(seed))
         found.append(divergence(base.gather(-1, ids), ours.gather(-1, ids)))
     errors = torch.stack(found) - exact
     assert float(errors.std()) < spread
