@@ -1,6 +1,6 @@
 """The demo model and the same behind a vision tower through every method, side by side.
 
-    python benchmarks/wrapped_methods.py WORKDIR [--only NAME …] [--samples 4] [--layers N]
+    python benchmarks/wrapped_methods.py WORKDIR [--only NAME …] [--samples 2] [--layers N]
                                                  [--table docs/towers.md]
 
 Each method quantizes both with the same texts. What it makes is verified; the runtime measures both
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from agreement import G64, SMALL
+from agreement import G64
 from methods import quantize
 from numpy.typing import NDArray
 
@@ -44,6 +44,7 @@ from quantkit.validation.subjects.base import Opening, Subject
 from quantkit.validation.subjects.builtin import open_builtin, open_rounded
 from tests.support.helpers import cut_layers
 
+SMALL = ("calibration.samples=8", "calibration.sequence_length=256")
 METHODS: dict[str, tuple[str, ...]] = {
     "rtn_w8a16": (),
     "rtn_w8a8_dynamic": (),
@@ -171,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", nargs="*", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--table", type=Path)
     asked = parser.parse_args()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from quantkit.validation import forecast as module
+from quantkit.validation.ask.picture_prompts import NONE, PicturePrompt, PicturePrompts
 from quantkit.validation.forecast import Pace, forecast, pace, seconds
 
 
@@ -24,6 +25,7 @@ def questions(**more: Any) -> Any:
         "pictures": SimpleNamespace(prompts=[]),
         "throughput": True,
         "longest": None,
+        "pictures": NONE,
     }
     return SimpleNamespace(**{**fields, **more})
 
@@ -77,3 +79,10 @@ def test_the_longest_part_is_named() -> None:
     assert "facts 50 s" in again
     alone = forecast(parts, baseline=False, cached=True, tasks=False, rounded=False)
     assert "throughput 40 s" in alone
+
+
+def test_pictures_are_a_part_of_their_own() -> None:
+    shown = PicturePrompts((PicturePrompt("?", ".", [1] * 40, {}, 9),) * 3)
+    known = seconds(Pace(1.0, 0.0), questions(pictures=shown))
+    assert known["pictures"] == 3 * 40
+    assert "pictures" not in seconds(Pace(1.0, 0.0), questions())

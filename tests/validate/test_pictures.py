@@ -139,9 +139,9 @@ def test_gates_of_pictures_are_those_of_models_with_towers() -> None:
     for schemes, limit in ((set(), 0.01), ({"fp8_dynamic"}, 0.1), ({"fp8_dynamic", "w4a16"}, 0.5)):
         gates = {g.metric: g.limit for g in default_gates({"w4a16"}, tower_schemes=schemes)}
         assert gates["image_embedding_error"] == limit
-        assert gates["image_kl_mean"] == 0.5
+        assert gates["image_kl_mean"] == 0.8
     large = default_gates({"w4a16"}, parameters=8 * 134_515_008, tower_schemes=())
-    assert parse_gate("image_kl_mean<=0.25") in large
+    assert parse_gate("image_kl_mean<=0.4") in large
     left, notes = askable(large, "vllm")
     assert {g.metric for g in large} - {g.metric for g in left} > {"image_kl_mean"}
     assert any("vllm is shown no pictures" in note for note in notes)
@@ -275,9 +275,10 @@ def test_a_processor_that_fails_leaves_the_text_gates(
     pair = [copy_checkpoint(path, tmp_path / path.name) for path in (source, quantized["8"])]
     for path in pair:
         edit_json(path / "preprocessor_config.json", lambda config: config.update(image_mean="red"))
-    report = measured(pair[1], pair[0], samples=8)
-    assert not [name for name in verdicts(report) if name.startswith("image_")]
-    assert any("image_kl_mean and" in note and "are not gated" in note for note in report.notes)
+    report = measured(pair[1], pair[0], "image_top1_agreement>=0.5", samples=2)
+    image = {m: v for m, v in verdicts(report).items() if m.startswith("image_")}
+    assert image == {"image_top1_agreement": "undecided"}  # asked for, and not measured
+    assert not report.ok
+    (note,) = [note for note in report.notes if note.startswith("image_kl_mean and")]
+    assert "are not gated: the processor cannot prepare pictures" in note
     assert report.to_json()["images"] is None
-    refused = measured(pair[1], pair[0], "image_kl_mean<=1", samples=8)
-    assert not refused.ok

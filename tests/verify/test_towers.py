@@ -16,6 +16,7 @@ from quantkit.verification import verify
 from quantkit.verification.configuration.towers import check_towers
 from tests.support.cli import inside
 from tests.support.damage import Tensors, dropping, patching
+from tests.support.families import model
 from tests.support.helpers import copy_checkpoint, edit_json, edit_tensors
 from tests.support.rtn import rtn
 from tests.support.tokenized_towers import FAMILIES, multimodal
@@ -144,4 +145,10 @@ def test_norms_of_towers_have_sizes_of_their_own(family: str, tmp_path: Path) ->
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_towers_of_every_family_are_found_whole(family: str, tmp_path: Path) -> None:
     whole = open_checkpoint(multimodal(family, tmp_path / "source"))
-    assert list(check_towers(whole.modules, whole.config)) == []
+    assert list(check_towers(whole.modules, whole.shapes, whole.config)) == []
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "qwen3_vl"])
+def test_a_projector_of_another_width_than_the_tower_is_found(family: str, tmp_path: Path) -> None:
+    whole = open_checkpoint(model(family, tmp_path / "source"))
+    assert list(check_towers(whole.modules, whole.shapes, whole.config)) == []

@@ -86,7 +86,7 @@ def _check(subject: QuantizedCheckpoint) -> list[Finding]:
         *_check_ends(subject, text),
         *_check_tied_head(subject),
         *_check_mtp(subject, text),
-        *check_towers(subject.modules.values(), subject.checkpoint.config),
+        *_check_towers(subject),
         *_check_shapes(subject, text),
         *check_mixture(subject.modules.values(), subject.checkpoint.config),
     ]
@@ -235,6 +235,15 @@ def _check_mtp(subject: QuantizedCheckpoint, text: Mapping[str, Any]) -> Iterato
             "none, and speculative decoding with it fails",
             "copy them from the source in 16 bit, or set their number in config.json to 0",
         )
+
+
+def _check_towers(subject: QuantizedCheckpoint) -> Iterator[Finding]:
+    checkpoint = subject.checkpoint
+    towers = [name for name, module in subject.modules.items() if module.kind == "tower"]
+    if any(name in subject.declaration.layers for name in towers):
+        return  # of codes and scales the shapes tell nothing
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    yield from check_towers(subject.modules.values(), shapes, checkpoint.config)
 
 
 def _check_shapes(subject: QuantizedCheckpoint, text: Mapping[str, Any]) -> Iterator[Finding]:

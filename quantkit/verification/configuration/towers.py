@@ -9,6 +9,7 @@ from typing import Any
 
 from quantkit.checkpoint.network.config import text_size
 from quantkit.checkpoint.network.modules import Module
+from quantkit.checkpoint.network.multimodal import language_model
 from quantkit.verification.findings import Finding, error
 
 _TOWERS = ("vision_config", "audio_config")
@@ -17,12 +18,14 @@ _NUMBERED = re.compile(r"(.+?)\.(\d+)(?:\.|$)")
 _COPY = "copy towers and projectors from the source in 16 bit"
 
 
-def check_towers(modules: Iterable[Module], config: Mapping[str, Any]) -> Iterator[Finding]:
+def check_towers(
+    modules: Iterable[Module], shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> Iterator[Finding]:
     """Errors `complete.no_tower`, `complete.missing_tower_layer` and `complete.no_projector`, the
-    last two of vision towers.
+    last two of vision towers in 16 bit; `shapes` are those of all tensors.
 
-    What a picture becomes has the language model's width, which some weight beside the tower's
-    must have.
+    What a picture becomes has the language model's width, which some tensor outside of its blocks
+    must have, its tables of words aside.
     """
     promised = [key for key in _TOWERS if config.get(key)]
     outside = [module for module in modules if module.kind == "tower"]
@@ -45,8 +48,16 @@ def check_towers(modules: Iterable[Module], config: Mapping[str, Any]) -> Iterat
             f"config.json says {depth} layers of the vision tower; the checkpoint has {deepest}",
             _COPY,
         )
-    hidden = text_size(config, "hidden_size")
-    if hidden and not any(hidden in module.shape for module in outside):
+    language = language_model(shapes, config)
+    hidden, words = (text_size(config, key) for key in ("hidden_size", "vocab_size"))
+    if language is None or not hidden:
+        return
+    wide = (
+        name
+        for name, shape in shapes.items()
+        if hidden in shape and len(shape) > 1 and words not in shape
+    )
+    if all(name.startswith(language.blocks) for name in wide):
         yield error(
             "complete.no_projector",
             "no weight outside of the language model has its width, "
