@@ -177,7 +177,6 @@ def row(name: str, found: dict[str, Any], work: Path, baseline: float) -> list[s
         "–" if fewest is None else str(fewest),
         *(number(metrics[metric]) for metric in METRICS),
         ", ".join(metrics["fails"]) or "–",
-        of_validate(found.get("validated")),
         ", ".join(found["predicted"]),
         ratio,
     ]
@@ -228,18 +227,16 @@ def main() -> None:
     found = {name: json.loads(file.read_text()) for name, file in kept.items() if file.is_file()}
     found = {name: each for name, each in found.items() if "metrics" in each}
     kl = {name: each["metrics"]["kl_mean"] for name, each in found.items()}
-    columns = [
-        "method",
-        "MB",
-        "fewest tokens",
-        *METRICS,
-        "fails",
-        "validate",
-        "plan",
-        "vLLM ppl_ratio",
-    ]
+    columns = ["method", "MB", "fewest tokens", *METRICS, "fails", "plan", "vLLM ppl_ratio"]
+    if asked_for.validate:
+        columns.append("validate")
     ordered = sorted(found, key=kl.__getitem__)
     rows = [row(name, found[name], asked_for.work, baseline) for name in ordered]
+    if asked_for.validate:
+        rows = [
+            [*each, of_validate(found[name].get("validated"))]
+            for name, each in zip(ordered, rows, strict=True)
+        ]
     print("\n".join(table(columns, rows)))
     for name in ordered:
         if why := found[name].get("vllm", {}).get("refused"):

@@ -22,7 +22,6 @@ def questions(**more: Any) -> Any:
         "exercises": [None] * 6,
         "exercise_prompts": [[1] * 30] * 6,
         "tokenizer": SimpleNamespace(encode=lambda text, _: list(text)),
-        "pictures": SimpleNamespace(prompts=[]),
         "throughput": True,
         "longest": None,
         "pictures": NONE,
