@@ -1,6 +1,6 @@
 """Peak memory of calibrating methods by placement, beside the library's own layer-wise script.
 
-    python benchmarks/placement.py MODEL OUT [--random 1.1 [--layers N]] [--method NAME]
+    python benchmarks/placement.py MODEL OUT [--random 1.1 [--layers N] [--inner N]] [--method NAME]
         [--side SIDE] [--set KEY=VALUE]
 
 Runs each method as `quantkit quantize` with each placement, and the library alone (`own`) as its
@@ -161,13 +161,15 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, action="append")
     parser.add_argument("--random", choices=SIZES)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--inner", type=int, help="Width of the MLP.")
     parser.add_argument("--set", action="append", default=[])
     chosen = parser.parse_args()
     if chosen.out.exists():
         parser.error(f"{chosen.out} exists")
     if chosen.random:
-        layers = {"layers": chosen.layers} if chosen.layers else {}
-        write_random(chosen.model, chosen.random, **layers)
+        others = {"layers": chosen.layers, "inner": chosen.inner}
+        given = {name: value for name, value in others.items() if value}
+        write_random(chosen.model, chosen.random, **given)
     more = [word for text in chosen.set for word in ("--set", text)]
     for method in chosen.method or METHODS:
         for side in chosen.side or SIDES:

@@ -148,8 +148,10 @@ def test_log_progress_and_result_come_back(cluster: Any, tmp_path: Path) -> None
     again = job(tmp_path, "good")
     assert run(again, tmp_path, told).notes == ["one layer was skipped"]
     assert "a line for the log" in (tmp_path / "log.txt").read_text()
-    assert cluster_room()("host") is not None
-    assert cluster_room()("cuda:0") is None
+    room = cluster_room()
+    assert room is not None
+    assert room("host") == 2 * GB
+    assert room("cuda:0") is None
 
 
 @pytest.mark.engine

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,25 @@ from quantkit.backends.environments.device import has_nvidia_gpu
 from quantkit.backends.environments.managed import create, spec_named
 from quantkit.backends.process.float32_products import slow_bfloat16
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
+from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.errors import BackendError, InputError
 from quantkit.runtime.load import load
 from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.drivers.sglang import prompt_logprobs
-from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec
+from quantkit.runtime.serving.environments import (
+    ENGINES,
+    EngineProcessSpec,
+    find_interpreter,
+)
+from quantkit.runtime.serving.launch import flags_of
 from quantkit.runtime.serving.process import EngineProcess
 from quantkit.validation.ask.canary import canary_prompts
 from quantkit.validation.ask.data import eval_text
 from quantkit.validation.subjects.base import Opening, Subject
 from quantkit.validation.subjects.builtin import Builtin
 from quantkit.validation.subjects.engines import opener
+from quantkit.validation.subjects.served import engine_order
 from tests.runtime.test_launch import modelopt
 from tests.support.helpers import edit_json
 from tests.support.processes import DAEMON, is_alive, wait_until_gone
@@ -145,6 +153,31 @@ def test_vllm_loads_and_agrees_with_the_builtin_runtime(
     torch.cpu._is_amx_tile_supported(), reason="this CPU has AMX, which vLLM's kernel needs"
 )
 @pytest.mark.usefixtures("vllm_python")
+@pytest.mark.usefixtures("vllm_python")
+def test_two_ranks_of_vllm_answer_as_one(
+    blocks_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where ranks are processes as on GPUs: what the driver asks of the model reaches
+    each of them."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    made = rtn(blocks_model, tmp_path / "made", SCHEMES["w8a8_dynamic"])
+    engine, windows = ENGINES["vllm"], [list(range(5, 37)), list(range(105, 137))]
+    found: list[tuple[NDArray[np.float64], dict[str, int], int]] = []
+    for ranks in (1, 2):
+        flags = flags_of(open_checkpoint(made), "vllm", ranks)
+        order = replace(engine_order(made, engine, Opening("cpu")), flags=flags)
+        process = EngineProcess(engine, find_interpreter(engine), order)
+        try:
+            scores = np.array(process.logprobs(windows, None))
+            found.append((scores, process.kernels, process.memory_bytes))
+        finally:
+            process.close()
+    (one, kernels, held), (two, kernels_of_two, held_by_two) = found
+    assert abs(one - two).max() < 0.05
+    assert kernels == kernels_of_two != {}
+    assert held <= held_by_two < 1.2 * held
+
+
 def test_vllm_says_why_it_cannot_load_fp8_blocks(blocks_model: Path, tmp_path: Path) -> None:
     made = rtn(blocks_model, tmp_path / "made", SCHEMES["fp8_block"])
     with pytest.raises(BackendError, match="requires AMX tile support") as caught:

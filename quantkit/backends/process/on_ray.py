@@ -21,7 +21,7 @@ from typing import Any
 
 from quantkit.backends.process.job import Job, Reporter, Result, Unit
 from quantkit.backends.process.parent import run_worker
-from quantkit.backends.streaming.ray_executor import RETRIES, WAIT, cluster
+from quantkit.backends.streaming.ray_executor import RETRIES, WAIT, cluster, import_ray
 from quantkit.errors import BackendError, InputError
 
 _THREADS = "OMP_NUM_THREADS"
@@ -29,11 +29,15 @@ _CANCEL_SECONDS = 10
 _ERRORS = {"InputError": InputError, "BackendError": BackendError}
 
 
-def cluster_room() -> Callable[[str], int | None]:
-    """As `host_room` and `device_room` for the roomiest node of the cluster; nothing is known of
-    the memory of its accelerators. Raises InputError when ray is not installed."""
+def cluster_room() -> Callable[[str], int | None] | None:
+    """What tells the free bytes of the "host" that is the roomiest node of the cluster, nothing of
+    accelerators; None where the cluster will be this machine. Raises InputError when ray is not
+    installed."""
+    ray = import_ray()
+    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
+        return None
     with cluster() as (_, nodes):
-        most = max((node.get("memory", 0.0) for node in nodes), default=0.0)
+        most = max((node.get("memory", 0.0) for node in nodes if node.get("CPU")), default=0.0)
     return lambda where: int(most) if where == "host" else None
 
 

@@ -108,7 +108,7 @@ AUTOROUND = Backend(
     dense_only=True,
     placements={
         "resident": Footprint(1_100_000_000, 1.0, 6, 2, 0, 4),
-        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2, 0, 4),
+        "layerwise": Footprint(1_000_000_000, 1.0, 4.5, 2, 0, 4),
         "spread": Footprint(1_100_000_000, 1.0, 6, 2, 0, 4),
     },
     unsupported=_unsupported,

@@ -90,9 +90,9 @@ LLMCOMPRESSOR = Backend(
     dense_only=True,
     pictures=True,
     placements={
-        "resident": Footprint(660_000_000, 1.0, 6, 2),
-        "layerwise": Footprint(660_000_000, 1.0, 6, 2, 0.6),
-        "spread": Footprint(660_000_000, 1.0, 6, 2),
+        "resident": Footprint(710_000_000, 1.0, 2.7, 2),
+        "layerwise": Footprint(710_000_000, 0.5, 2.7, 2, 0.6),
+        "spread": Footprint(710_000_000, 1.0, 2.7, 2),
     },
     unsupported=_unsupported,
 )
