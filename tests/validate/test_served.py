@@ -55,9 +55,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "argument"), [("vllm", "tensor_parallel_size"), ("sglang", "tp_size")]
+    ("name", "argument", "made"),
+    [
+        ("vllm", "tensor_parallel_size", "llmcompressor/source"),
+        ("vllm", "tensor_parallel_size", "llmcompressor/w4a16"),
+        ("sglang", "tp_size", "llmcompressor/source"),  # the other's names are vLLM's alone
+    ],
 )
-@pytest.mark.parametrize("made", ["llmcompressor/source", "llmcompressor/w4a16"])
 def test_an_engine_is_told_over_how_many_gpus(
     name: str, argument: str, made: str, artifact: Callable[[str], Path]
 ) -> None:
