@@ -212,7 +212,7 @@ def test_a_sound_checkpoint_holds_the_gates_of_pictures(
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("bits", ["8", "4"])
+@pytest.mark.parametrize("bits", [pytest.param("8", marks=pytest.mark.slow), "4"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_tower_or_projector_fails(
     damage: str, bits: str, source: Path, quantized: dict[str, Path], tmp_path: Path
