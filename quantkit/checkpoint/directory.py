@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.config import read_model_config
 from quantkit.checkpoint.headers import DTYPE_BITS, TensorInfo, broken, read_header, read_json
+from quantkit.checkpoint.network.fp8_blocks import BLOCK_SIZE, two_sizes
 from quantkit.checkpoint.network.modules import Module, classify
 from quantkit.checkpoint.weight_files import (
     INDEX_SUFFIX,
@@ -208,14 +209,14 @@ def with_inverse_scales(
     """The tensors, those of FP8 blocks whose scales are named `.scale` (DeepSeek-V4) under the name
     that they have elsewhere, `.weight_scale_inv`; only where the scale's shape is the blocks'."""
     settings = config.get("quantization_config") or {}
-    block = settings.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) for n in block)):
+    block = two_sizes(settings.get(BLOCK_SIZE)) if isinstance(settings, Mapping) else None
+    if block is None:
         return tensors
     found = {}
     for name, info in tensors.items():
         weight = tensors.get(f"{name.removesuffix('.scale')}.weight")
         if name.endswith(".scale") and weight is not None and weight.dtype == "F8_E4M3":
-            grid = tuple(-(-n // max(b, 1)) for n, b in zip(weight.shape, block, strict=False))
+            grid = tuple(-(-n // b) for n, b in zip(weight.shape, block, strict=False))
             if grid == info.shape:
                 name = f"{weight.name}_scale_inv"
                 info = replace(info, name=name, stored=info.name)

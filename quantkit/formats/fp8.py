@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.network.families import family
+from quantkit.checkpoint.network.fp8_blocks import BLOCK_SIZE, two_sizes
 from quantkit.checkpoint.network.modules import Module
 from quantkit.checkpoint.schemes import NumberFormat, Scheme, scheme_for
 from quantkit.errors import InputError
@@ -131,25 +132,25 @@ def read(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> QuantWeight:
 def _scheme(settings: Mapping[str, Any]) -> Scheme:
     """The one scheme of the checkpoint; InputError (`format.unsupported`) for any other."""
     element, activations = settings.get("fmt") or "e4m3", settings.get("activation_scheme")
-    block = settings.get("weight_block_size")
+    stated = settings.get(BLOCK_SIZE)
     if element not in ("e4m3", "float8_e4m3fn"):
         raise _unsupported(f"fmt {element!r}", "fmt e4m3")
     if activations not in ("static", "dynamic"):
         raise _unsupported(f"activation_scheme {activations!r}", "static or dynamic")
-    if block is None:
+    if stated is None:
         given = (
             NumberFormat("fp8_e4m3", "tensor")
             if activations == "static"
             else NumberFormat("fp8_e4m3", "token", dynamic=True)
         )
         return scheme_for(NumberFormat("fp8_e4m3", "tensor"), given)
-    pair = isinstance(block, list) and len(block) == 2
-    if not pair or not all(isinstance(side, int) and side > 0 for side in block):
-        raise _unsupported(f"weight_block_size {block!r}", "two positive numbers, or null")
+    block = two_sizes(stated)
+    if block is None:
+        raise _unsupported(f"{BLOCK_SIZE} {stated!r}", "two positive numbers, or null")
     if activations == "static":
         raise _unsupported("static activations beside blocks", "activation_scheme dynamic")
     return scheme_for(
-        NumberFormat("fp8_e4m3", "block", block=(block[0], block[1])),
+        NumberFormat("fp8_e4m3", "block", block=block),
         NumberFormat("fp8_e4m3", "group", group_size=block[1], dynamic=True),
     )
 

@@ -20,6 +20,7 @@ from quantkit.checkpoint.directory import Checkpoint, TensorInfo, open_checkpoin
 from quantkit.checkpoint.headers import DTYPE_BITS, header_bytes
 from quantkit.checkpoint.hub import resolve_model
 from quantkit.checkpoint.network.families import family
+from quantkit.checkpoint.network.fp8_blocks import BLOCK_SIZE
 from quantkit.checkpoint.paths import cache_dir, keep_first
 from quantkit.checkpoint.provenance import PROVENANCE
 from quantkit.checkpoint.tensors import pieces, read_tensor
@@ -47,7 +48,7 @@ def as_subject(source: Checkpoint) -> QuantizedCheckpoint | None:
         return None
     readable = (
         (mxfp4.recognises(source))
-        or (fp8.recognises(source) and bool(settings.get("weight_block_size")))
+        or (fp8.recognises(source) and bool(settings.get(BLOCK_SIZE)))
         or (compressed_tensors.recognises(source) and settings.get("format") == "pack-quantized")
     )
     return examine(source, detect(source)) if readable else None

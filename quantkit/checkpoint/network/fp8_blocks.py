@@ -7,7 +7,7 @@ from typing import Any
 
 from quantkit.errors import InputError
 
-KEY = "weight_block_size"
+BLOCK_SIZE = "weight_block_size"
 INVERSE_SCALE = "_scale_inv"
 """What the name of a weight's scales has after that of the weight."""
 
@@ -21,14 +21,23 @@ def weight_block(config: Mapping[str, Any]) -> tuple[int, int]:
     stated = _stated(config)
     if stated is None:
         return (128, 128)
-    sides = stated if isinstance(stated, list | tuple) else ()
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+    sizes = two_sizes(stated)
+    if sizes is None:
         raise InputError(
-            f"config.json states quantization_config.{KEY}={stated!r}, not two sizes such as "
-            "[128, 128].",
+            f"config.json states quantization_config.{BLOCK_SIZE}={stated!r}, not two sizes such "
+            "as [128, 128].",
             hint="take the model's own config.json, as it was published",
             code="plan.bad_config",
         )
+    return sizes
+
+
+def two_sizes(stated: object) -> tuple[int, int] | None:
+    """What a config states as the (rows, columns) of a block; None where that is not two positive
+    integers."""
+    sides = stated if isinstance(stated, list | tuple) else ()
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        return None
     return (sides[0], sides[1])
 
 
@@ -42,4 +51,7 @@ def _stated(config: Mapping[str, Any]) -> object:
     nested = config.get("text_config")
     levels = (config, nested) if isinstance(nested, Mapping) else (config,)
     found = (level.get("quantization_config") for level in levels)
-    return next((s[KEY] for s in found if isinstance(s, Mapping) and s.get(KEY) is not None), None)
+    return next(
+        (s[BLOCK_SIZE] for s in found if isinstance(s, Mapping) and s.get(BLOCK_SIZE) is not None),
+        None,
+    )
