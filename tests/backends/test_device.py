@@ -99,6 +99,19 @@ def test_a_gpu_is_counted_among_the_visible_ones(
     assert device_room("cuda") is None
 
 
+def test_a_job_without_gpus_starts_no_program_of_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho > {tmp_path / 'started'}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert absent_gpus(("cpu",)) == []
+    assert not (tmp_path / "started").exists()
+    absent_gpus(("cuda:0",))
+    assert (tmp_path / "started").exists()
+
+
 def test_what_works_on_amd_is_said(machine: Machine) -> None:
     machine("hip", "amd")
     assert "plain PyTorch" in str(amd_note())

@@ -74,6 +74,8 @@ def absent_gpus(devices: Sequence[str]) -> list[str]:
     """Those of `cuda:N` that this machine, or what CUDA_VISIBLE_DEVICES leaves of it, has not, as
     NVIDIA's driver says; of AMD's nothing is known."""
     wanted = [device for device in devices if device.partition(":")[0] == "cuda"]
+    if not wanted:
+        return []
     rooms, visible = gpu_rooms(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if not rooms:
         return [] if has_nvidia_gpu() or has_amd_gpu() else wanted
