@@ -19,7 +19,13 @@ from quantkit.checkpoint.directory import DTYPE_BITS, Checkpoint
 from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, states_blocks
 from quantkit.checkpoint.network.fused_experts import fused_layer
-from quantkit.checkpoint.network.modules import Module, fused_groups, linear_modules, named_by
+from quantkit.checkpoint.network.modules import (
+    Module,
+    fused_groups,
+    linear_modules,
+    named_by,
+    names_embedding,
+)
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
 from quantkit.engines import Support, support
 from quantkit.errors import InputError
@@ -181,7 +187,7 @@ def _choose(module: Module, recipe: Recipe, scheme: Scheme) -> Scheme | str:
     entry = named_by(module, recipe.ignore)
     if not entry and module.kind == "tower" and len(module.shape) != 2:
         return "no linear layer"
-    if not entry and module.kind == "tower" and "embed" in module.name.lower():
+    if not entry and module.kind == "tower" and names_embedding(module.name):
         return "an embedding of a tower"
     if not entry and module.kind == "experts" and fused_layer(module.name) is None:
         return _OTHER_EXPERTS

@@ -193,7 +193,7 @@ def _kind(name: str, shape: tuple[int, ...], context: _Context) -> Kind:
         return "other"
     if leaf in _HEADS and (index is None):
         return "head"
-    if _embeds(name, leaf):
+    if names_embedding(name):
         return "embedding"
     if index is None and context.vocabulary and shape[0] == context.vocabulary:
         return "embedding"
@@ -212,11 +212,13 @@ def _outside(name: str, shape: tuple[int, ...], context: _Context) -> bool:
         return False
     if parts[-1] in _HEADS and layer_index(name) is None:
         return context.vocabulary not in (0, shape[0])
-    within = len(shape) == 1 or _embeds(name, parts[-1])
+    within = len(shape) == 1 or names_embedding(name)
     return not (within and language.beside(name))
 
 
-def _embeds(name: str, leaf: str) -> bool:
+def names_embedding(name: str) -> bool:
+    """Whether a module's name says that its rows are looked up, in a tower too."""
+    leaf = name.rpartition(".")[2]
     return "embed" in name.lower() or leaf in ("wte", "wpe", "tok_embeddings")
 
 
