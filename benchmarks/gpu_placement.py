@@ -52,7 +52,7 @@ class Quiet:
         print("note:", text, file=sys.stderr)
 
 
-def prepare(folder: Path, size: str) -> None:
+def prepare(folder: Path, size: str, samples: int = SAMPLES) -> None:
     """The model, a tokenizer of one word, and random calibration tokens."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -65,7 +65,7 @@ def prepare(folder: Path, size: str) -> None:
         fast = maker(tokenizer_object=words, unk_token="[UNK]", eos_token="[UNK]")
         fast.save_pretrained(model)
     drawn = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, SIZES[size]["vocab"], (SAMPLES, LENGTH), generator=drawn)
+    ids = torch.randint(1, SIZES[size]["vocab"], (samples, LENGTH), generator=drawn)
     tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     save_file(tokens, folder / "tokens.safetensors")
 
@@ -157,12 +157,17 @@ def both(method: str, folder: Path) -> dict[str, Any]:
             process.kill()
             found[placement] = {"failed": f"not finished after {RUN_SECONDS} s"}
         shutil.rmtree(folder / f"{method}-{placement}", ignore_errors=True)
-    files = [folder / f"{method}-{placement}.json" for placement in PLACEMENTS]
-    if all(file.is_file() for file in files):
-        differs = differing(*files)
-        found |= {"equal": not differs, "differing": len(differs), "first": differs[:10]}
-        found["tensors"] = len(json.loads(files[0].read_text()))
-    return found
+    return found | agreement(folder, method, PLACEMENTS)
+
+
+def agreement(folder: Path, method: str, placements: tuple[str, str]) -> dict[str, Any]:
+    """Whether all tensors are equal, where both were made."""
+    first, second = (folder / f"{method}-{placement}.json" for placement in placements)
+    if not (first.is_file() and second.is_file()):
+        return {}
+    differs, tensors = differing(first, second), len(json.loads(first.read_text()))
+    return {"equal": not differs, "differing": len(differs), "first": differs[:10],
+            "tensors": tensors}  # fmt: skip
 
 
 def main() -> None:

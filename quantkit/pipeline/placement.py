@@ -130,6 +130,8 @@ def _refusal(
         named = ", ".join(devices)
         if asked not in ("auto", "spread"):
             return f"placement={asked} works on one device, not on {named}"
+        if backend.ranks and 0 < (few := _calibration(recipe, backend)[0]) < len(devices):
+            return f"{few} calibration samples are fewer than the devices that share them ({named})"
         return None if "spread" in possible else f"{backend.name} does not spread a model here"
     if asked == "auto" or asked in possible:
         return None
@@ -174,14 +176,16 @@ def _need(
     foot = backend.placements[placement]
     blocks, outside = _sizes(source)
     block, model = max(blocks.values(), default=0), sum(blocks.values()) + outside
-    held = outside if placement == "layerwise" else model
+    ranks = backend.ranks and placement == "spread"
+    held = outside if placement == "layerwise" or ranks else model
     working = round(foot.block * block + foot.weights * held)
     cached = round(foot.activations * _activations(source, recipe, backend))
     if devices[0] == "cpu":
         return Need(0, foot.library + working + cached, recipe.scheme in foot.measured)
-    share = working // len(devices) if placement == "spread" else working
+    share = working // len(devices) if placement == "spread" and not ranks else working
     largest = max((info.bytes for info in source.tensors.values()), default=0)
-    host = foot.library + cached + max(block, largest)
+    processes = len(devices) if ranks else 1
+    host = processes * (foot.library + max(block, largest)) + cached
     return Need(DEVICE_BASE + share, host, measured=False)
 
 
@@ -212,13 +216,19 @@ def _sizes(source: Checkpoint) -> tuple[dict[int, int], int]:
 
 def _tokens(recipe: Recipe, backend: Backend) -> int:
     """Calibration tokens, padding included."""
+    samples, length = _calibration(recipe, backend)
+    return samples * length
+
+
+def _calibration(recipe: Recipe, backend: Backend) -> tuple[int, int]:
+    """Samples and their length in tokens, 0 for a method that needs none."""
     choice = recipe.calibration
     if choice is None or not backend.method(recipe).calibrated:
-        return 0
+        return 0, 0
     from quantkit.calibration import load_calibration
 
     config = load_calibration(choice.name, choice.overrides())
-    return config.samples * config.sequence_length
+    return config.samples, config.sequence_length
 
 
 def _short(need: Need, devices: tuple[str, ...], room: Callable[[str], int | None]) -> str:

@@ -250,6 +250,7 @@ def _job(
     note: dict[str, Any],
 ) -> Job:
     recipe, devices = plan.recipe, resolve_devices(request.device)
+    placement = plan.placed.placement if plan.placed else "resident"
     return Job(
         task="quantize",
         backend=plan.backend.name,
@@ -269,7 +270,8 @@ def _job(
         on_unseen=recipe.on_unseen,
         device=devices[0],
         devices=list(devices),
-        placement=plan.placed.placement if plan.placed else "resident",
+        placement=placement,
+        ranks=plan.backend.ranks and placement == "spread",
         seed=recipe.seed,
         shard_size=recipe.shard_bytes(),
         checkpoint_save=str(request.checkpoint_save.resolve()) if request.checkpoint_save else None,

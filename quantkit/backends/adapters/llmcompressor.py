@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from quantkit.backends.adapters.common import (
     usual_scheme,
     warnings_as_notes,
 )
+from quantkit.backends.adapters.data_parallel import joined, of_all_ranks, share
 from quantkit.backends.adapters.experts_seen import ExpertsSeen, settled
 from quantkit.backends.adapters.kept_lists import complete_lists
 from quantkit.backends.adapters.linear_experts import (
@@ -52,7 +54,7 @@ from quantkit.checkpoint.schemes import NumberFormat
 def run(job: Job, report: Reporter, result: Result) -> None:
     """Quantize `job.model` and save it, compressed, into `job.out`."""
     seed_everything(job)
-    with warnings_as_notes(report), _log_as_notes(report), offload_removed(job):
+    with warnings_as_notes(report), _log_as_notes(report), offload_removed(job), joined(job):
         report.stage("load")
         model = _load(job)
         with disable_onloading():  # names and shapes of all weights at once
@@ -80,7 +82,8 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         if job.placement == "layerwise":  # saving would bring all weights to the accelerator
             set_onload_device(model, torch.device("cpu"))
         model.save_pretrained(job.out, save_compressed=True, max_shard_size=job.shard_size)
-        complete_lists(Path(job.out), kept, checkpoint_names({**found, **kept}))
+        if not job.rank:
+            complete_lists(Path(job.out), kept, checkpoint_names({**found, **kept}))
 
 
 def _load(job: Job) -> Any:
@@ -99,7 +102,7 @@ def _calibrate(
     planned: Collection[str],
     blocks: Mapping[str, str],
 ) -> None:
-    tokens = Tokens(job)
+    tokens = share(Tokens(job), job)
     witness = SeenTokens(tokens, report)
     experts = ExpertsSeen(call["model"], blocks, tokens, job.batch_size)
     mixed = 0 < len(tokens.pictures) < len(tokens)
@@ -114,7 +117,7 @@ def _calibrate(
             num_calibration_samples=len(tokens),
             moe_calibrate_all_experts=job.experts == "all",
         )
-    result.calibration = witness.summary()
+    result.calibration = of_all_ranks(witness.summary(), witness.seen, job)
     result.experts = settled(job, experts.summary())
 
 
@@ -213,13 +216,14 @@ def _quantized(model: torch.nn.Module) -> set[str]:
 def _log_as_notes(report: Reporter) -> Iterator[None]:
     """Pass on what the library logs as a warning and that tells of something left out."""
 
-    def note(message: Any) -> None:
-        text = " ".join(str(message.record["message"]).split())
-        if telling(text):
+    def note(record: Any) -> None:
+        text = " ".join(str(record["message"]).split())
+        if record["level"].no >= WARNING and telling(text):
             report.note(text)
 
-    sink = logger.add(note, level="WARNING")
+    # a patcher, since the library replaces all handlers when it finds itself one of several ranks
+    logger.configure(patcher=note)
     try:
         yield
     finally:
-        logger.remove(sink)
+        logger.configure(patcher=lambda _: None)

@@ -22,6 +22,8 @@ from quantkit.backends.process.job import Job, JobInputError
 FREE_SHARE = 0.8
 """What `spread` takes of a device's free memory; activations and statistics get the rest."""
 _FOLDER = "offload"
+_HOST = torch.iinfo(torch.int64).max
+"""Bytes of host memory that accelerate may plan with: what is there was looked at before."""
 
 
 def load_placed(job: Job) -> Any:
@@ -93,7 +95,7 @@ def _asked(job: Job) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     shared = {"offload_folder": str(folder), "offload_buffers": True}
     if job.placement == "layerwise":
-        return {**shared, "device_map": _layerwise(job)}
+        return {**shared, "device_map": _layerwise(job), "max_memory": {"cpu": _HOST}}
     return {**shared, "device_map": "sequential", "max_memory": _rooms(job.devices)}
 
 
@@ -117,7 +119,7 @@ def _rooms(devices: list[str]) -> dict[int | str, int]:
         index: int(FREE_SHARE * torch.cuda.mem_get_info(index)[0]) if index in asked else 0
         for index in range(torch.cuda.device_count())
     }
-    return {**rooms, "cpu": torch.iinfo(torch.int64).max}
+    return {**rooms, "cpu": _HOST}
 
 
 def _folder(job: Job) -> Path:

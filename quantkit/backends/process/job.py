@@ -38,7 +38,9 @@ class Job:
     both by their names in the source checkpoint.
     `tokens` is a safetensors file with `input_ids` [samples, length] int64 and
     `attention_mask` of the same shape, or None for a method that needs no calibration.
-    `devices` are those that `spread` fills, in order; `device` is the first of them.
+    `devices` are those that `spread` fills, in order; `device` is the first of them. `ranks` says
+    that each is worked on by a process of its own with its share of the samples (`ranks.py`): it
+    has its number as `rank`, and meets the others at the file `meeting`.
     `resume_folder` is where a library that has checkpoints of finished layers keeps them: empty,
     or as a run of the same job left it that was stopped.
     """
@@ -62,6 +64,9 @@ class Job:
     device: str = "cpu"
     devices: list[str] = field(default_factory=list)
     placement: Placement = "resident"
+    ranks: bool = False
+    rank: int | None = None
+    meeting: str = ""
     seed: int = 0
     shard_size: int = 5_000_000_000
     checkpoint_save: str | None = None

@@ -234,10 +234,16 @@ def main(job_file: str, result_file: str, events: int) -> int:
     job: Job | None = None
     try:
         job = Job.read(Path(job_file))
-        run = load_adapter(job.adapter)
-        result.compute = compute_in_float32()
-        progress.finish()
-        run(job, progress, result)
+        if job.ranks and job.rank is None:
+            from quantkit.backends.process import ranks
+
+            progress.name = ""
+            result = ranks.run(job, events)
+        else:
+            run = load_adapter(job.adapter)
+            result.compute = compute_in_float32()
+            progress.finish()
+            run(job, progress, result)
     except BaseException as error:
         with suppress(OSError):
             traceback.print_exc()

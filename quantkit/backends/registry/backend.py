@@ -93,6 +93,8 @@ class Backend:
     pictures: whether it calibrates with pictures too.
     reads_fp8_blocks: whether a source in FP8 blocks (DeepSeek) is dequantized on the way.
     placements: where the library can keep the weights, the first choice first, and what it takes.
+    ranks: whether each device of `spread` has a process of its own with its share of the samples,
+        and one decoder block at a time, instead of its share of the weights.
     resumes: after what `--resume` goes on; a job that the library's layer checkpoints do not cover
         goes on after its stage.
     unsupported: a reason why this recipe cannot run in this backend, or None.
@@ -117,6 +119,7 @@ class Backend:
     placements: Mapping[Placement, Footprint] = field(
         default_factory=lambda: {"resident": Footprint(1_000_000_000, 1.33, 1, 1)}
     )
+    ranks: bool = False
     resumes: Resumes = "stage"
     unsupported: Callable[[Recipe], str | None] | None = None
 

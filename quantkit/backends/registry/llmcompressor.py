@@ -92,7 +92,8 @@ LLMCOMPRESSOR = Backend(
     placements={
         "resident": Footprint(710_000_000, 1.0, 2.7, 2),
         "layerwise": Footprint(710_000_000, 0.5, 2.7, 2, 0.6),
-        "spread": Footprint(710_000_000, 1.0, 2.7, 2),
+        "spread": Footprint(710_000_000, 0.5, 2.7, 2, 0.6),
     },
+    ranks=True,
     unsupported=_unsupported,
 )

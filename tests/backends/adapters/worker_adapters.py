@@ -103,6 +103,26 @@ def input_error(job: Job, report: Reporter, result: Result) -> None:
     raise JobInputError("Another model.", hint="name it", code="state.other_model")
 
 
+def fails_on_rank_1(job: Job, report: Reporter, result: Result) -> None:
+    """Rank 0 waits for one that will not come."""
+    _wait_as_rank_0(job)
+    raise JobInputError("rank 1 cannot.", hint="nothing", code="ranks.test")
+
+
+def killed_on_rank_1(job: Job, report: Reporter, result: Result) -> None:
+    _wait_as_rank_0(job)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _wait_as_rank_0(job: Job) -> None:
+    waiting = Path(job.out, "pid")
+    if job.rank == 0:
+        waiting.write_text(str(os.getpid()))
+        time.sleep(600)
+    while not waiting.exists():
+        time.sleep(0.01)
+
+
 def no_files(job: Job, report: Reporter, result: Result) -> None:
     Path(job.out).mkdir()
 
