@@ -67,9 +67,7 @@ def spread(method: str, folder: Path, devices: list[str]) -> dict[str, Any]:
         Path(job.out).mkdir()
         peaks, started = Peaks(used), time.monotonic()
         try:
-            result = run_worker(
-                job, python=Path(sys.executable), log=folder / "log", report=Quiet()
-            )
+            result = run_worker(job, python=python, log=folder / "log", report=Quiet())
         except QuantkitError as error:
             found[name] = {"failed": error.message}
             print((folder / "log").read_text()[-2000:], file=sys.stderr)

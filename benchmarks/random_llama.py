@@ -67,6 +67,18 @@ def write_shard(
                 left, place = left - len(piece), 0
 
 
+def config_of(size: dict[str, int]) -> dict[str, object]:
+    """The config.json of a model of these sizes."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
+        "hidden_size": size["hidden"], "intermediate_size": size["inner"],
+        "num_hidden_layers": size["layers"], "num_attention_heads": size["heads"],
+        "num_key_value_heads": size["kv"] * size["heads"] // size["hidden"],
+        "vocab_size": size["vocab"], "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+    }  # fmt: skip
+
+
 def make(path: Path, size: str = "1.1", shards: int = 5, **others: int) -> int:
     """Write the checkpoint, with `others` in place of what `SIZES` says; its bytes of weights."""
     chosen = SIZES[size] | others
@@ -88,15 +100,7 @@ def make(path: Path, size: str = "1.1", shards: int = 5, **others: int) -> int:
         weight_map.update(dict.fromkeys(part, file))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
-        "hidden_size": chosen["hidden"], "intermediate_size": chosen["inner"],
-        "num_hidden_layers": chosen["layers"], "num_attention_heads": chosen["heads"],
-        "num_key_value_heads": chosen["kv"] * chosen["heads"] // chosen["hidden"],
-        "vocab_size": chosen["vocab"], "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 2048,
-    }  # fmt: skip
-    (path / "config.json").write_text(json.dumps(config, indent=2))
+    (path / "config.json").write_text(json.dumps(config_of(chosen), indent=2))
     return total
 
 
