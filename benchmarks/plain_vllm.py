@@ -4,8 +4,8 @@ with seconds on stdout.
     VLLM_PYTHON benchmarks/plain_vllm.py CHECKPOINT [--sequences 8] [--length 1024] [--dummy]
 
 It is compiled and captured as a server's is. With --dummy CHECKPOINT is a config.json alone, whose
-weights the engine makes up. A line is "BATCH PROMPT NEW"; the answer the wall seconds of that greedy
-generation from random prompts, none of which is found in a cache.
+weights the engine makes up. A line is "BATCH PROMPT NEW"; the answer the wall seconds of that
+greedy generation from random prompts, none of which is found in a cache.
 """
 
 import argparse
