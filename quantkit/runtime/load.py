@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quantkit.backends.adapters.hf_config import stated_value
+from quantkit.backends.environments.device import resolve_devices
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.gguf import gguf_in
 from quantkit.checkpoint.lean_transformers import without_docstrings
@@ -21,14 +22,15 @@ from quantkit.runtime.loading.as_served import gpu_to_serve
 from quantkit.runtime.loading.build import build_decoder
 from quantkit.runtime.loading.fuse import Fuse
 from quantkit.runtime.loading.gguf import open_gguf_source
-from quantkit.runtime.loading.hosted import build_hosted
+from quantkit.runtime.loading.hosted import HostedNetwork, build_hosted
 from quantkit.runtime.loading.make_layers import LayerMaker, LayerRecord
 from quantkit.runtime.loading.memory import keep
 from quantkit.runtime.loading.online import OnlineLayers
 from quantkit.runtime.loading.rounded import kernels_of, open_rounded
 from quantkit.runtime.loading.source import CheckpointReader, open_source
 from quantkit.runtime.model import Runtime
-from quantkit.runtime.network.decoder import unsupported
+from quantkit.runtime.network.decoder import Decoder, unsupported
+from quantkit.runtime.network.devices import enter
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -49,6 +51,7 @@ def load(
 
     `kernel` is "auto" or the one kernel that every quantized layer must get; `fuse="none"` leaves
     the scales of fused groups as the file has them; `dtype` is that of the config unless named;
+    `device` may name several GPUs (cuda:0,1), each of which gets an equal part of the layers;
     `as_on` is the GPU (h100, b200, …) as whose engine activations are rounded, or left in 16 bit
     (default: this one; on a CPU as declared); `online` rounds the layers of a 16-bit checkpoint as
     they are read, as that method of an engine does; `progress` gets (decoder layers done, in all).
@@ -94,11 +97,14 @@ def _filled(
     progress: Progress | None,
 ) -> Runtime:
     config = read_config(source)
-    place = pick_device(device)
-    gpu = gpu_to_serve(as_on, place)
-    maker = LayerMaker(source, place, pick_dtype(config, dtype), kernels, fuse, gpu, online)
-    build = build_hosted if unsupported(config) else build_decoder
-    network = build(config, maker, progress)
+    places = pick_devices(device)
+    gpu = gpu_to_serve(as_on, places[0])
+    maker = LayerMaker(source, places[0], pick_dtype(config, dtype), kernels, fuse, gpu, online)
+    if other := unsupported(config):
+        check_one_device(places, other)
+        network: Decoder | HostedNetwork = build_hosted(config, maker, progress)
+    else:
+        network = build_decoder(config, maker, progress, places)
     _check_all_used(source)
     if maker.device.type == "cpu":
         keep()
@@ -189,19 +195,20 @@ def _unreadable(source: CheckpointReader, why: str) -> InputError:
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU where there is one; InputError for a device that is not there, and
-    for several.
+def pick_devices(name: str) -> list[torch.device]:
+    """The devices that `--device` names, `cuda:0,1` being two; the first is the current one.
+    Raises what `pick_device` raises."""
+    found = [pick_device(one) for one in resolve_devices(name)] if "," in name else []
+    for device in found[:1]:
+        enter(device)
+    return found or [pick_device(name)]
 
-    A GPU named by its number becomes the current one: Triton starts kernels there.
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the first GPU where there is one; InputError for a device that is not there.
+
+    A GPU named by its number becomes the current one.
     """
-    if "," in name:
-        raise InputError(
-            f"The built-in runtime computes on one device, and {name} names several.",
-            hint="one device, or validate with --engine vllm, sglang or transformers, which divide "
-            "a model over GPUs",
-            code="runtime.devices",
-        )
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -213,9 +220,21 @@ def pick_device(name: str) -> torch.device:
             hint="--device auto, cpu or cuda:N",
             code="runtime.device",
         ) from error
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
+    enter(device)
     return device
+
+
+def check_one_device(devices: Sequence[torch.device], why: str) -> None:
+    """InputError (`runtime.devices`) for several, where Transformers' modules compute because of
+    `why`."""
+    if len(devices) > 1:
+        named = ", ".join(str(device) for device in devices)
+        raise InputError(
+            f"The built-in runtime computes this network on one device, not on {named}: {why}.",
+            hint="one device, or validate with --engine vllm, sglang or transformers, which divide "
+            "a model over GPUs",
+            code="runtime.devices",
+        )
 
 
 def pick_dtype(config: Any, name: str) -> torch.dtype:

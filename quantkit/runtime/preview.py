@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ import torch
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.runtime.linear.description import LayerDescription
 from quantkit.runtime.linear.kernels.select import KERNELS, choose
-from quantkit.runtime.load import check_kernel, expanded_records, open_path, pick_dtype, read_config
+from quantkit.runtime.load import (
+    check_kernel,
+    check_one_device,
+    expanded_records,
+    open_path,
+    pick_dtype,
+    read_config,
+)
 from quantkit.runtime.loading.as_served import as_served, gpu_to_serve
 from quantkit.runtime.loading.cache_scales import cache_scales
 from quantkit.runtime.loading.hosted import empty_model
@@ -42,18 +50,21 @@ def preview(
     return records + expanded_records(source)
 
 
-def refuse(path: Path, device: torch.device, kernel: str = "auto", as_on: str = "") -> None:
+def refuse(
+    path: Path, devices: Sequence[torch.device], kernel: str = "auto", as_on: str = ""
+) -> None:
     """Raise what `load` would raise for the declaration, the config, the kernel or scales of the
     cache: no weight is read. A weight that is declared asymmetric may turn out to need no zero
     points."""
     source, config, dtype, allowed = _opened(path, kernel)
     cache_scales(source, config)
-    if unsupported(config):
+    if other := unsupported(config):
+        check_one_device(devices, other)
         empty_model(config, path, dtype)
-    gpu = gpu_to_serve(as_on, device)
+    gpu = gpu_to_serve(as_on, devices[0])
     for name, spec in source.layers.items():
         scheme = as_served(source.layout, spec, gpu, name, spec.shape)
-        choose(LayerDescription(name, scheme, spec.shape, dtype), device, allowed)
+        choose(LayerDescription(name, scheme, spec.shape, dtype), devices[0], allowed)
 
 
 def _opened(path: Path, kernel: str) -> tuple[CheckpointReader, Any, torch.dtype, list[str]]:

@@ -35,9 +35,9 @@ def test_a_preview_is_what_loading_does(artifact: Artifact, name: str) -> None:
 
 def test_what_loading_would_refuse_is_refused_from_headers(artifact: Artifact) -> None:
     for name in ("llmcompressor/w8a8", "gptqmodel/dynamic", "autoround/awq", "modelopt/mixed"):
-        refuse(artifact(name), CPU)
+        refuse(artifact(name), [CPU])
     with pytest.raises(InputError) as caught:
-        refuse(artifact("llmcompressor/w8a8"), CPU, "int4_cpu")
+        refuse(artifact("llmcompressor/w8a8"), [CPU], "int4_cpu")
     assert caught.value.code == "kernel.refused"
 
 

@@ -15,12 +15,15 @@ import pytest
 import torch
 
 from quantkit.checkpoint.schemes import SCHEMES, NumberFormat, Scheme
+from quantkit.errors import InputError
 from quantkit.formats.dequantize import dequantize
 from quantkit.runtime.linear.activations import quantize_codes, round_groups
 from quantkit.runtime.linear.description import LayerDescription, centred, describe
 from quantkit.runtime.linear.kernels.base import GPU_ONLY, Kernel
 from quantkit.runtime.linear.kernels.select import KERNELS, choose
+from quantkit.runtime.load import check_one_device
 from quantkit.runtime.network.decoder import Decoder
+from quantkit.runtime.network.devices import shares
 from quantkit.runtime.network.graph import DecodeGraph, unsupported
 from quantkit.runtime.network.mlp import Mlp
 from tests.support.kernels import CPU, random_weight
@@ -221,6 +224,41 @@ def test_the_captured_step_computes_what_the_decoder_does(width: int) -> None:
         ]
         error = (torch.cat(found, 1) - whole[:, 289:]).double().norm() / whole[:, 289:].norm()
         assert error < 2e-2, f"relative error {float(error):.4f}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@torch.inference_mode()
+def test_layers_on_two_gpus_compute_what_they_do_on_one() -> None:
+    network = random_decoder()
+    ids = torch.randint(3, 300, (3, 40), device=GPU)
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    wanted, masked = network(ids), network(ids, mask)
+    divided = random_decoder()
+    divided.blocks[1].to("cuda:1")
+    assert len(set(divided.devices)) == 2
+    assert unsupported(divided) == "its layers are on several devices"
+    torch.testing.assert_close(divided(ids), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(divided(ids, mask), masked, rtol=0, atol=0)
+    cache = divided.new_cache(3, 40)
+    found = [divided(ids[:, :30], None, cache)]
+    found += [divided(ids[:, at : at + 1], None, cache) for at in range(30, 40)]
+    torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=0.05, atol=0.05)
+    assert torch.cuda.current_device() == 0
+
+
+def test_layers_are_divided_evenly() -> None:
+    one, two, three = (torch.device("cuda", index) for index in range(3))
+    assert shares(4, [one, two]) == [one, one, two, two]
+    assert shares(5, [one, two, three]) == [one, one, two, two, three]
+    assert shares(2, [one]) == [one, one]
+
+
+def test_networks_that_transformers_computes_stay_on_one_device() -> None:
+    check_one_device([CPU], "its activation is gelu")
+    with pytest.raises(InputError, match=r"on one device, not on cuda:0, cuda:1: its activation"):
+        check_one_device([torch.device("cuda", n) for n in range(2)], "its activation is gelu")
 
 
 def test_a_step_is_not_captured_without_a_gpu() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,19 @@ from quantkit.runtime.loading.memory import release
 from quantkit.runtime.loading.mixture import Mixtures
 from quantkit.runtime.network.cache_rounding import CacheScales
 from quantkit.runtime.network.decoder import Block, Decoder, Shape
+from quantkit.runtime.network.devices import enter, shares
 from quantkit.runtime.network.mlp import Mlp
 
 
-def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = None) -> Decoder:
-    """The network of a config that `decoder.unsupported` accepts; raises InputError."""
+def build_decoder(
+    config: Any,
+    maker: LayerMaker,
+    progress: Progress | None = None,
+    devices: Sequence[torch.device] = (),
+) -> Decoder:
+    """The network of a config that `decoder.unsupported` accepts, its layers in equal parts on
+    `devices` (none: the maker's), embedding and head on the first; raises InputError."""
+    first = maker.device
     shape, eps = Shape.of(config), float(config.rms_norm_eps)
     count = int(config.num_hidden_layers)
     vocabulary, hidden = int(config.vocab_size), int(config.hidden_size)
@@ -29,7 +38,8 @@ def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = No
     mixtures = Mixtures(config, maker) if expert_count(config.to_dict()) else None
     blocks = []
     rules = cache_scales(maker.source, config)
-    for index in range(count):
+    for index, maker.device in enumerate(shares(count, devices or [first])):
+        enter(maker.device)
         name = f"model.layers.{index}"
         mixture = mixtures.block(f"{name}.mlp") if mixtures else None
         mlp = mixture or _mlp(config, maker, f"{name}.mlp")
@@ -37,6 +47,8 @@ def build_decoder(config: Any, maker: LayerMaker, progress: Progress | None = No
         release()
         if progress is not None:
             progress(index + 1, count)
+    maker.device = first
+    enter(first)
     norm = _plain(maker, "model.norm.weight", (hidden,))
     return Decoder(config, embed, blocks, norm, _head(maker, embed))
 

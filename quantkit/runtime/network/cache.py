@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 
 import torch
@@ -10,21 +11,18 @@ from quantkit.errors import InputError
 
 
 class KVCache:
-    """Keys and values of every layer, [batch, heads, capacity, head_dim]; `length` are filled.
+    """Keys and values of every layer, [batch, heads, capacity, head_dim], on the device of each;
+    `length` are filled.
 
     A subclass may keep `keys` in another order; `extend` gives them back in this one.
     Grows by doubling when a forward pass does not fit, so that a caller need not know the length.
     """
 
     def __init__(
-        self,
-        layers: int,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, devices: Sequence[torch.device], shape: tuple[int, int, int, int], dtype: torch.dtype
     ) -> None:
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for device in devices]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for device in devices]
         self.length = 0
 
     @property

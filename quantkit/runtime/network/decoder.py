@@ -8,7 +8,7 @@ are one product each, and attention is torch's own or, on a CPU, that of vLLM's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from quantkit.runtime.network.attention import attend
 from quantkit.runtime.network.attention_vllm import Operators, TurnedCache
 from quantkit.runtime.network.cache import KVCache
 from quantkit.runtime.network.cache_rounding import CacheRule
+from quantkit.runtime.network.devices import enter
 from quantkit.runtime.network.norm import add_rms_norm, rms_norm
 from quantkit.runtime.network.rotary import Rotary, head_dim, rotate
 
@@ -152,6 +153,11 @@ class Step:
     cache: KVCache | None
     operators: Operators | None = None
 
+    def on(self, device: torch.device) -> Step:
+        """The same for layers on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, cos=self.cos.to(device), sin=self.sin.to(device), mask=mask)
+
 
 class Decoder(nn.Module):
     """The whole network: embedding, blocks, norm and output head."""
@@ -176,6 +182,11 @@ class Decoder(nn.Module):
         self.head = head
         self.rotary = Rotary(config, embed.dtype, embed.device)
 
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """The device of each layer."""
+        return [block.input_norm.device for block in self.blocks]  # type: ignore[misc]
+
     @property
     def cache_rules(self) -> dict[int, CacheRule]:
         """Layer → what its keys and values go through; those of a cache in 16 bit are left out."""
@@ -192,7 +203,7 @@ class Decoder(nn.Module):
         shape = (batch, self.shape.kv_heads, capacity, self.shape.head_dim)
         if self._with_operators:
             return TurnedCache(len(self.blocks), shape)
-        return KVCache(len(self.blocks), shape, self.embed.dtype, self.embed.device)
+        return KVCache(self.devices, shape, self.embed.dtype)
 
     def forward(
         self,
@@ -234,10 +245,16 @@ class Decoder(nn.Module):
         x = embedding(ids, self.embed)
         normed = rms_norm(x, self.blocks[0].input_norm, self.eps)  # type: ignore[arg-type]
         last = len(self.blocks) - 1
-        for index, block in enumerate(self.blocks):
+        here = x.device
+        for index, (block, device) in enumerate(zip(self.blocks, self.devices, strict=True)):
+            if device != here:
+                enter(device)
+                x, normed, step, here = x.to(device), normed.to(device), step.on(device), device
             after = self.norm if index == last else self.blocks[index + 1].input_norm
-            normed = block(x, normed, step, index, after, keep if index == last else 0)
-        return normed
+            normed = block(x, normed, step, index, after.to(here), keep if index == last else 0)
+        if here != self.embed.device:
+            enter(self.embed.device)
+        return normed.to(self.embed.device)
 
     def _step(
         self, shape: torch.Size, attention_mask: torch.Tensor | None, cache: KVCache | None

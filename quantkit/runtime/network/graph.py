@@ -24,6 +24,8 @@ def unsupported(network: Decoder) -> str | None:
     reason = no_gpu(device) or no_triton()
     if reason is not None:
         return reason
+    if len(set(network.devices)) > 1:
+        return "its layers are on several devices"
     rules = network.cache_rules.values()
     if not all(isinstance(rule, CacheScales) and rule.element == "fp8" for rule in rules):
         return "its key-value cache is not in FP8"

@@ -172,12 +172,12 @@ def open_rounded(path: Path, like: Path, opening: Opening) -> Builtin:
 
 def refuse_builtin(path: Path, opening: Opening) -> None:
     """Raise what `open_builtin` would raise, as far as headers and config tell."""
-    from quantkit.runtime.load import open_path, pick_device, rounded_layers
+    from quantkit.runtime.load import open_path, pick_devices, rounded_layers
     from quantkit.runtime.preview import refuse
 
     if opening.online is not None:
         rounded_layers(open_path(path), opening.online)
-    refuse(path, pick_device(opening.device), opening.kernel, opening.as_on)
+    refuse(path, pick_devices(opening.device), opening.kernel, opening.as_on)
 
 
 def has_vllm_operators() -> bool:
