@@ -9,7 +9,8 @@ The folders hold the engine and what it needs beside this Python's own packages
 card. For each case of `engines_gpu_cases.py`: what `quantkit plan --engine …` predicts for this
 version, whether the engine loads it, the kernels it takes (SGLang does not tell), the perplexity of
 4,096 tokens of the held-out text in the engine and in our runtime on the same card, and one answer
-of a chat. An engine that takes longer than the limit (seconds) for a case is killed (SIGALRM).
+of a chat. An engine that takes longer than the limit (seconds) for a case is killed (SIGALRM);
+cases that FILE has already are not asked again.
 The predictions that did not hold and the ratios over 1 % come last; prints a table in Markdown.
 """
 
@@ -245,6 +246,13 @@ COLUMNS = ["checkpoint", "predicted", "held", "kernel in the engine", "perplexit
            "ratio", "kernel of the runtime"]  # fmt: skip
 
 
+def known_of(file: Path, engine: str) -> list[dict[str, Any]]:
+    """The cases of an earlier run of this engine in the file."""
+    held: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    known: list[dict[str, Any]] = held["cases"] if held.get("engine") == engine else []
+    return known
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine", choices=sorted(EAGER), default="vllm")
@@ -262,15 +270,19 @@ def main() -> None:
     chosen.work.mkdir(parents=True, exist_ok=True)
     chosen.work = chosen.work.resolve()
     bench = Bench(chosen)
-    cases = [c for c in cases_of(chosen.engine) if not chosen.only or c.name in chosen.only]
+    known = known_of(chosen.json, chosen.engine)
+    names = {entry["case"] for entry in known}
+    asked = [case for case in cases_of(chosen.engine) if case.name not in names]
+    cases = [case for case in asked if not chosen.only or case.name in chosen.only]
     version = chosen.engine_version or VERSIONS[chosen.engine]
     document: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if chosen.device == "cuda" else chosen.device,
         "torch": torch.__version__, "engine": chosen.engine,
         "date": time.strftime("%Y-%m-%d"), "question": bench.question[0],
     }  # fmt: skip
-    entries: list[dict[str, Any]] = []
-    for entries in run(bench, cases, version, chosen.at_once):
+    entries = known
+    for found in run(bench, cases, version, chosen.at_once):
+        entries = known + found
         chosen.json.write_text(json.dumps(document | {"cases": entries}, indent=1))
     print("\n".join(table(COLUMNS, rows(entries))))
     wrong = [entry["case"] for entry in entries if entry.get("right") is False]
