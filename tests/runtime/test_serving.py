@@ -291,7 +291,9 @@ class Engine:
             if return_logprob and logprob_start_len == 0:
                 scores = [None, *(-float(token) for token in ids[1:])]
                 meta["input_token_logprobs"] = [(s, t, None) for s, t in zip(scores, ids)]
-            answers.append({"output_ids": [ids[-1]] * new, "meta_info": meta})
+            stops = not sampling_params.get("ignore_eos")
+            stops = stops and ids[-1] in sampling_params.get("stop_token_ids", ())
+            answers.append({"output_ids": [ids[-1]] * (1 if stops else new), "meta_info": meta})
         return answers
 
     def shutdown(self):
@@ -316,6 +318,7 @@ def test_the_sglang_driver_speaks_its_documented_interface(
     assert process.version == "0.5.23"
     assert process.logprobs([[5, 6, 7]] * 9, None) == [[-6.0, -7.0]] * 9
     assert process.generate([[5, 6]], 3) == [[6, 6, 6]]
+    assert process.generate([[5, 2]], 3) == [[2]]
     assert process.seconds([[5, 6]], 3) > 0
     process.close()
     assert not process.log.exists()

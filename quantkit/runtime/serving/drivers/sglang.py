@@ -52,7 +52,7 @@ class Sglang:
         return [list(output["output_ids"]) for output in outputs]
 
     def run(self, prompts: Sequence[Ids], new_tokens: int) -> None:
-        self._ask(prompts, max_new_tokens=new_tokens)
+        self._ask(prompts, max_new_tokens=new_tokens, ignore_eos=True)
 
     def kernels(self) -> dict[str, int]:
         return {}
@@ -64,7 +64,8 @@ class Sglang:
         self._engine.shutdown()
 
     def _ask(self, prompts: Sequence[Ids], **sampling: Any) -> list[dict[str, Any]]:
-        settings = {"temperature": 0, "ignore_eos": True, **sampling}
+        """With `ignore_eos` it ignores `stop_token_ids` too (srt/managers/schedule_batch.py)."""
+        settings = {"temperature": 0, **sampling}
         asked = [list(ids) for ids in prompts]
         answers: list[dict[str, Any]] = self._engine.generate(
             input_ids=asked, sampling_params=settings
