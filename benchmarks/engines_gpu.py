@@ -40,6 +40,8 @@ from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.demo import demo_model
 from quantkit.checkpoint.upcycle import upcycle
 from quantkit.engines import engine_named
+from quantkit.engines.gpus import gpu_named
+from quantkit.engines.online import online_named, refuse_gpu
 from quantkit.errors import QuantkitError
 from quantkit.runtime.serving.environments import ENGINES
 from quantkit.runtime.serving.process import EngineProcess
@@ -84,6 +86,11 @@ class Bench:
 
     def predicted(self, case: Case, version: str) -> dict[str, Any]:
         """What the rules say of a version: whether it loads, or the reason."""
+        if case.online:
+            try:
+                refuse_gpu(online_named(case.online, self.engine), gpu_named(self.gpu))
+            except QuantkitError as error:
+                return {"loads": False, "why": [error.message]}
         if not case.method:
             return {"loads": True}
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+from quantkit.checkpoint.network.language import text_config
 from quantkit.engines.gpus import Gpu
 from quantkit.engines.loadable import LayerPart, Loadable
 from quantkit.engines.names import EngineLayer
@@ -73,7 +75,32 @@ def check_schemes(
         part = layer.parts[0]
         if part.scheme is not None:
             yield from _check_layer(engine, candidate.layout, rule, layer, part, gpu)
+            yield from _check_dtype(engine, candidate, rule, layer)
             yield from _check_misread(engine, family, candidate.layout, layer)
+
+
+def _check_dtype(
+    engine: EngineRules, candidate: Loadable, rule: FormatRule, layer: EngineLayer
+) -> Iterator[Reason]:
+    """SGLang holds the scales of GPTQ experts in float16, and its kernel wants the model's dtype
+    (gptq/schemes/gptq_moe.py:239, moe/fused_moe_triton/fused_marlin_moe.py:233 in 0.5.23)."""
+    name = layer.parts[0].rule_name(candidate.layout)
+    scheme, dtype = rule.schemes.get(name), _dtype(candidate.config)
+    if scheme is not None and layer.experts and scheme.moe_dtype not in ("", dtype):
+        yield Reason(
+            "engine.dtype",
+            f"{engine.name} computes experts in {name} of the layout {candidate.layout} in "
+            f"{scheme.moe_dtype} alone, and the model is in {dtype} ({layer.name})",
+            f"serve it with --dtype {scheme.moe_dtype}, or write compressed-tensors",
+            layer.name,
+        )
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that a config.json states, for the whole or for its language model."""
+    inner = text_config(config)
+    stated = (one.get(key) for one in (config, inner) for key in ("dtype", "torch_dtype"))
+    return next((name for name in stated if isinstance(name, str)), "float32")
 
 
 def _check_misread(
@@ -197,11 +224,16 @@ def check_scale_names(
             )
 
 
-def minimum_version(engine: EngineRules, candidate: Loadable, layers: Sequence[EngineLayer]) -> str:
-    """The oldest release of the engine that has kernels for every layer."""
+def minimum_version(
+    engine: EngineRules, candidate: Loadable, layers: Sequence[EngineLayer], gpu: Gpu | None
+) -> str:
+    """The oldest release of the engine that has kernels for every layer, on the GPU if one is
+    named."""
     oldest = engine.minimum_version
     for layer, rule, _ in _ruled(engine, candidate, layers):
         oldest = later(oldest, later(rule.since, rule.moe_since if layer.experts else ""))
+        if gpu is not None and gpu.vendor == "nvidia" and gpu.capability < rule.native:
+            oldest = later(oldest, rule.detour_since)
     return oldest
 
 
@@ -209,7 +241,7 @@ def serving_notes(
     engine: EngineRules, candidate: Loadable, layers: Sequence[EngineLayer], gpu: Gpu | None
 ) -> Iterator[str]:
     """What to know of the release that is needed, and of how a GPU's kernels compute."""
-    oldest = minimum_version(engine, candidate, layers)
+    oldest = minimum_version(engine, candidate, layers, gpu)
     if oldest != engine.minimum_version:
         yield f"{engine.name} loads it from version {oldest} on"
     if gpu is None or gpu.vendor != "nvidia":

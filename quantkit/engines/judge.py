@@ -182,7 +182,7 @@ def _judge(
         always += check_scale_names(engine, family, candidate, built)
     warned = list(cautions(engine, candidate, gpu))
     notes = tuple(serving_notes(engine, candidate, built, gpu))
-    oldest = minimum_version(engine, candidate, built)
+    oldest = minimum_version(engine, candidate, built, gpu)
     variables = environment(engine, candidate, built, gpu)
     verdicts = []
     for tp in sizes:

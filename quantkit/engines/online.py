@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
+from quantkit.engines.gpus import Gpu
 from quantkit.engines.judge import engine_named
 from quantkit.engines.rules import OnlineRule
 from quantkit.errors import InputError
@@ -21,13 +22,15 @@ DEFAULT = "vllm"
 class Online:
     """One method of one engine; `scheme` is that of its layers, in the engine's own kernels.
 
-    `experts_alone` says that dense layers stay in 16 bit.
+    `experts_alone` says that dense layers stay in 16 bit; `capability` is the least that it wants
+    of an NVIDIA GPU (compute capability × 10).
     """
 
     engine: str
     name: str
     scheme: Scheme
     experts_alone: bool
+    capability: int = 0
 
     @property
     def flags(self) -> dict[str, str]:
@@ -63,7 +66,21 @@ def online_named(asked: str, engine: str = "") -> Online:
             hint=f"--against-online {next(iter(rules.online))}",
             code="online.not_computed",
         )
-    return Online(rules.engine, name, _scheme(rule), rule.experts_alone)
+    return Online(rules.engine, name, _scheme(rule), rule.experts_alone, rule.sm)
+
+
+def refuse_gpu(online: Online, gpu: Gpu | None) -> None:
+    """InputError (`online.gpu`) for a GPU that the engine does not run the method on."""
+    if gpu is None or gpu.vendor != "nvidia" or gpu.capability >= online.capability:
+        return
+    rules = engine_named(online.engine)
+    able = [name for name, rule in rules.online.items() if rule.sm <= gpu.capability]
+    raise InputError(
+        f"{rules.name} quantizes by {online.name} from compute capability "
+        f"{online.capability / 10:g} on; {gpu.name} has {gpu.capability / 10:g}.",
+        hint=f"one of {', '.join(able)}",
+        code="online.gpu",
+    )
 
 
 def _scheme(rule: OnlineRule) -> Scheme:

@@ -90,7 +90,9 @@ class SchemeRule:
     the last, and an input that is cut; "input": the input also where it is not cut).
     tiles: whether a shard must fit Marlin's tiles as it is, 64 × 128 or 128 × 64 (output × input).
     multiple_of: what the input dimension of a shard must be divisible by. since, moe_since: the
-    version that brought it, and its experts, where that lies within the range of the file.
+    version that brought it, and its experts, where that lies within the range of the file;
+    detour_since: that which brought the detour of GPUs below `native`. moe_dtype: the only dtype of
+    a model whose experts its kernel takes.
     served: compute capability → what its kernels there do to layers that are no experts.
     """
 
@@ -106,6 +108,8 @@ class SchemeRule:
     npu: bool | None = None
     since: str = ""
     moe_since: str = ""
+    detour_since: str = ""
+    moe_dtype: str = ""
     served: Mapping[int, Served] = field(default_factory=dict)
 
 
@@ -115,10 +119,11 @@ class OnlineRule:
 
     scheme: that of the layers, "" where nothing here computes it, for the reason in `note`.
     granularity: of the weight's scales, where it is not the scheme's. experts_alone: whether dense
-    layers stay in 16 bit.
+    layers stay in 16 bit. sm: the least compute capability.
     """
 
     scheme: str = ""
+    sm: int = 0
     granularity: Granularity | None = None
     experts_alone: bool = False
     note: str = ""

@@ -13,7 +13,8 @@ from quantkit.backends.process.job import Reporter
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.checkpoint.network.config import stop_tokens
 from quantkit.checkpoint.scan import refuse_bad_weights
-from quantkit.engines.online import Online, online_named
+from quantkit.engines.gpus import gpu_here
+from quantkit.engines.online import Online, online_named, refuse_gpu
 from quantkit.recipe.gates import parse_gate
 from quantkit.validation.ask.cachefile import BaselineCache
 from quantkit.validation.ask.canary import canary_prompts
@@ -102,6 +103,8 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     tasks = choose_tasks(request.tasks, request.limit, chat=request.chat, fewshot=request.fewshot)
     served = "" if request.engine == "builtin" else request.engine
     online = online_named(request.against_online, served) if request.against_online else None
+    if online is not None and served:
+        refuse_gpu(online, gpu_here())
     here = None if request.baseline else source_here(request.path, ui)
     candidate = open_candidate(request.path, str(here[0]) if here else request.baseline)
     device = devices_named(resolve_devices(request.device))

@@ -50,6 +50,24 @@ def test_the_release_that_a_scheme_needs(
     assert any("from version" in note for note in verdict.notes) == bool(version)
 
 
+@pytest.mark.parametrize(("gpu", "version"), [("h200", "0.5.22"), ("b200", "")])
+def test_the_release_that_a_gpu_without_the_format_needs(gpu: str, version: str) -> None:
+    """SGLang 0.5.17 on an H200 would not load W4A4 NVFP4 in compressed-tensors."""
+    (verdict,) = judge(holding("nvfp4", experts=False), ("sglang",), (1,), gpu_named(gpu))
+    assert needs(verdict) == (version or engines()["sglang"].minimum_version)
+
+
+def test_experts_in_gptq_are_for_models_in_float16_in_sglang() -> None:
+    """SGLang 0.5.17 on an H200: "moe_wna16_marlin_gemm assumes hidden_states.dtype == …"."""
+    plan = replace(holding("w4a16"), layout="gptq")
+    parts = {name: replace(part, packing="gptq") for name, part in plan.parts.items()}
+    plan = replace(plan, parts=parts)
+    for dtype, wrong in (("bfloat16", True), ("float16", False)):
+        verdict = told(replace(plan, config={**plan.config, "dtype": dtype}), "sglang")
+        assert ("engine.dtype" in codes(verdict)) == wrong
+        assert "engine.dtype" not in codes(told(plan, "vllm"))
+
+
 def test_versions_are_compared_as_numbers() -> None:
     assert later("0.5.9", "0.5.22") == "0.5.22"
     assert later("", "0.30") == "0.30"

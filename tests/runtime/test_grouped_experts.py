@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,14 +11,18 @@ from torch import nn
 
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.runtime.linear.description import centred, describe
-from quantkit.runtime.linear.grouped import plain_grouped_mm
+from quantkit.runtime.linear.grouped import marlin_moe_vllm, plain_grouped_mm
 from quantkit.runtime.linear.grouped.base import GroupedKernel, sort_by_expert
-from quantkit.runtime.linear.grouped.select import KERNELS, group
+from quantkit.runtime.linear.grouped.select import KERNELS, group, kernels_of_experts
 from quantkit.runtime.linear.kernels.base import GPU_ONLY
-from quantkit.runtime.linear.kernels.select import choose
+from quantkit.runtime.linear.kernels.select import choose, names
 from quantkit.runtime.linear.modules import PlainLinear, QuantLinear
+from quantkit.runtime.load import load
+from quantkit.runtime.network.decoder import Decoder
 from quantkit.runtime.network.experts import GroupedExperts
+from quantkit.runtime.network.graph import one_by_one
 from quantkit.runtime.network.mlp import silu_mul
+from tests.support.families import model
 from tests.support.kernels import CPU, random_weight
 
 GPU = torch.device("cuda")
@@ -149,3 +154,22 @@ def test_unlike_experts_are_refused(change: object, why: str) -> None:
     assert reason is not None
     assert why in reason
     assert group(made, made, CPU) is None
+
+
+def test_marlin_comes_first_for_experts_that_it_computes_as_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On an H200 Machete came first, and no layer of experts was one product."""
+    assert kernels_of_experts(SCHEMES["w4a16"], CPU) == []
+    monkeypatch.setattr(marlin_moe_vllm, "unavailable", lambda _: None)
+    assert kernels_of_experts(SCHEMES["w4a16"], GPU)[0] == "marlin_vllm"
+    assert sorted(kernels_of_experts(SCHEMES["w4a16"], GPU)) == sorted(names())
+    assert kernels_of_experts(SCHEMES["w8a16"], GPU) == []
+
+
+def test_steps_whose_experts_the_cpu_picks_are_not_captured(tmp_path: Path) -> None:
+    """Such a capture ended in "Cannot copy between CPU and CUDA tensors"."""
+    for family, alone in (("mixtral", True), ("llama", False)):
+        network = load(model(family, tmp_path / family), device="cpu").network
+        assert isinstance(network, Decoder)
+        assert one_by_one(network) == alone

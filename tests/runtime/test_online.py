@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from quantkit.checkpoint.schemes import SCHEMES
-from quantkit.engines.online import online_named
+from quantkit.engines.gpus import gpu_named
+from quantkit.engines.online import online_named, refuse_gpu
 from quantkit.errors import InputError
 from quantkit.formats.dequantize import dequantize
 from quantkit.runtime.load import load
@@ -63,6 +64,12 @@ def test_what_cannot_be_rounded_is_refused_by_name(small_model: Path, tmp_path: 
         with pytest.raises(InputError) as caught:
             load(path, device="cpu", online=online_named(name))
         assert caught.value.code == code
+    sglang, hopper = online_named("sglang:mxfp8"), gpu_named("h200")
+    with pytest.raises(InputError, match="from compute capability 10 on; H200 has 9") as caught:
+        refuse_gpu(sglang, hopper)
+    assert "fp8" in caught.value.hint
+    for method, gpu in ((online_named("mxfp8"), hopper), (sglang, gpu_named("b200"))):
+        refuse_gpu(method, gpu)
     for name, code in (
         ("sglang:int4wo-128", "online.gone"),
         ("sglang:quark_int4fp8_moe", "online.not_computed"),

@@ -102,7 +102,8 @@ def _kind(module: nn.Module) -> Callable[[_Place], nn.Module] | None:
 
 
 def _grouped(place: _Place) -> nn.Module:
-    maker, before = place.maker, len(place.maker.records)
+    maker, before = replace(place.maker, experts=True), len(place.maker.records)
+    place = replace(place, maker=maker)
     ups, downs = _layers(place, transposed=bool(getattr(place.module, "is_transposed", False)))
     routed = place.module.num_experts if hasattr(place.module, "num_experts") else len(downs)
     grouped = group(ups, downs, maker.device) if routed == len(downs) else None

@@ -13,6 +13,7 @@ from quantkit.checkpoint.schemes import Scheme
 from quantkit.engines import Gpu
 from quantkit.formats.base import LayerSpec, QuantWeight
 from quantkit.runtime.linear.description import centred, contiguous_groups, describe
+from quantkit.runtime.linear.grouped.select import kernels_of_experts
 from quantkit.runtime.linear.kernels.select import Choice, choose
 from quantkit.runtime.linear.modules import JoinedLinear, PlainLinear, QuantLinear
 from quantkit.runtime.loading.as_served import as_served, rounded_scales
@@ -78,7 +79,8 @@ class LayerMaker:
 
     `kernels` are the names that may be chosen, in order (empty: all). `gpu` is the one whose engine
     decides which activations are rounded (None: as declared). `online` are layers of a 16-bit
-    checkpoint that are rounded as they are read.
+    checkpoint that are rounded as they are read. `experts` says that they are those of a layer
+    which may be computed as one product.
     """
 
     source: CheckpointReader
@@ -88,6 +90,7 @@ class LayerMaker:
     fuse: Fuse
     gpu: Gpu | None = None
     online: OnlineLayers | None = None
+    experts: bool = False
     records: list[LayerRecord] = field(default_factory=list)
 
     def linear(self, name: str, shape: tuple[int, int], bias: bool = False) -> nn.Module:
@@ -207,7 +210,8 @@ class LayerMaker:
             weight = rounded_scales(weight)
         weight, order = contiguous_groups(names[0], weight)
         layer = describe(names[0], scheme, weight, self.dtype)
-        choice = choose(layer, self.device, self.kernels)
+        usual = kernels_of_experts(scheme, self.device) if self.experts else []
+        choice = choose(layer, self.device, self.kernels or usual)
         self.records += [LayerRecord.of(name, spec.scheme, scheme, choice) for name in names]
         made = QuantLinear(layer, choice, weight, order)
         release()

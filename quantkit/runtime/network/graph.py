@@ -12,6 +12,7 @@ from torch.nn.functional import embedding
 from quantkit.runtime.linear.kernels.base import no_gpu, no_triton
 from quantkit.runtime.network.cache_rounding import CacheScales
 from quantkit.runtime.network.decoder import Block, Decoder
+from quantkit.runtime.network.experts import Experts, SortedExperts
 from quantkit.runtime.network.norm import rms_norm
 
 CAPACITY_STEP = 256
@@ -26,6 +27,8 @@ def unsupported(network: Decoder) -> str | None:
         return reason
     if len(set(network.devices)) > 1:
         return "its layers are on several devices"
+    if one_by_one(network):
+        return "its experts are computed one by one"
     rules = network.cache_rules.values()
     if not all(isinstance(rule, CacheScales) and rule.element == "fp8" for rule in rules):
         return "its key-value cache is not in FP8"
@@ -40,6 +43,15 @@ def unsupported(network: Decoder) -> str | None:
     if network.embed.shape[1] > _WIDEST:
         return f"needs a hidden size of at most {_WIDEST}, not {network.embed.shape[1]}"
     return None
+
+
+def one_by_one(network: Decoder) -> bool:
+    """Whether experts are computed that the router names: the CPU waits for it, which no graph can
+    hold."""
+    return any(
+        isinstance(module, Experts | SortedExperts) and getattr(module, "grouped", None) is None
+        for module in network.modules()
+    )
 
 
 class DecodeGraph:

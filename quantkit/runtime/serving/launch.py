@@ -22,7 +22,7 @@ from quantkit.checkpoint.network.modules import classify
 from quantkit.engines import NAMES, Gpu, Loadable, Verdict, engine_named, judge
 from quantkit.engines.check_shapes import check_heads
 from quantkit.engines.gpus import gpu_here, platforms
-from quantkit.engines.online import FLAG, Online, online_named
+from quantkit.engines.online import FLAG, Online, online_named, refuse_gpu
 from quantkit.errors import BackendError, InputError
 from quantkit.formats.base import Declaration
 from quantkit.formats.loadable import candidate
@@ -80,6 +80,8 @@ def launch(path: Path, engine: str, tp: int, gpu: Gpu | None = None, online: str
     if tp < 1:
         raise InputError(f"--tp {tp} is no number of devices.", hint="--tp 1", code="launch.tp")
     method = online_named(online, engine) if online else None
+    if method is not None:
+        refuse_gpu(method, gpu)
     file = gguf_in(path) if path.is_dir() else None
     if file is not None:
         _refuse_online(method, "gguf", path)

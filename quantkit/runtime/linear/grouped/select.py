@@ -8,15 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.checkpoint.schemes import Scheme
 from quantkit.runtime.linear.grouped import (
     fp8_scaled_grouped_mm,
     marlin_moe_vllm,
     plain_grouped_mm,
 )
 from quantkit.runtime.linear.grouped.base import Activation, GroupedKernel
-from quantkit.runtime.linear.kernels.select import packed_tensors
+from quantkit.runtime.linear.kernels import marlin_vllm
+from quantkit.runtime.linear.kernels.select import names, packed_tensors
 
 KERNELS: tuple[GroupedKernel, ...] = (marlin_moe_vllm, fp8_scaled_grouped_mm, plain_grouped_mm)
+
+
+def kernels_of_experts(scheme: Scheme, device: torch.device) -> list[str]:
+    """The kernels that an expert of such weights may get, by name and in order; empty: the usual
+    ones. In 4 bits Marlin comes first where it computes all experts of a layer as one."""
+    if scheme.weight.element == "int8" or marlin_moe_vllm.unavailable(device):
+        return []
+    return sorted(names(), key=lambda name: name != marlin_vllm.NAME)
 
 
 class Grouped(nn.Module):
