@@ -178,10 +178,11 @@ def _need(
     block, model = max(blocks.values(), default=0), sum(blocks.values()) + outside
     ranks = backend.ranks and placement == "spread"
     held = outside if placement == "layerwise" or ranks else model
-    working = round(foot.block * block + foot.weights * held)
     cached = round(foot.activations * _activations(source, recipe, backend))
     if devices[0] == "cpu":
+        working = round(foot.block * block + foot.weights * held)
         return Need(0, foot.library + working + cached, recipe.scheme in foot.measured)
+    working = round((foot.accelerator_block or foot.block) * block + held)
     share = working // len(devices) if placement == "spread" and not ranks else working
     largest = max((info.bytes for info in source.tensors.values()), default=0)
     processes = len(devices) if ranks else 1

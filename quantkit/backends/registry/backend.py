@@ -59,6 +59,8 @@ class Footprint:
     weights: how often what stays in memory is held (all weights, or those outside of the decoder
         blocks), as a multiple of its bytes in 16 bit.
     block: what work on a decoder block takes, as a multiple of the largest one's bytes in 16 bit.
+    accelerator_block: `block` in the memory of an accelerator, where the model is held once (0: the
+        same), as one run of 8 B parameters had it (`benchmarks/gpu_placement.py`).
     activations: copies of a hidden state a calibration token, in 16 bit.
     blocks_on_disk: offloaded or finished blocks that are written, as a multiple of the bytes of all
         blocks in 16 bit.
@@ -74,6 +76,7 @@ class Footprint:
     blocks_on_disk: float = 0
     activations_on_disk: float = 0
     measured: tuple[str, ...] = ()
+    accelerator_block: float = 0
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,9 @@ LLMCOMPRESSOR = Backend(
     dense_only=True,
     pictures=True,
     placements={
-        "resident": Footprint(710_000_000, 1.0, 2.7, 2),
-        "layerwise": Footprint(710_000_000, 0.5, 2.7, 2, 0.6),
-        "spread": Footprint(710_000_000, 0.5, 2.7, 2, 0.6),
+        "resident": Footprint(710_000_000, 1.0, 2.7, 2, accelerator_block=12.6),
+        "layerwise": Footprint(710_000_000, 0.5, 2.7, 2, 0.6, accelerator_block=12.6),
+        "spread": Footprint(710_000_000, 0.5, 2.7, 2, 0.6, accelerator_block=12.6),
     },
     ranks=True,
     unsupported=_unsupported,

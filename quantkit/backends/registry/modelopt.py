@@ -63,9 +63,11 @@ MODELOPT = Backend(
     saves_state=True,
     resumes="layer",
     placements={
-        "resident": Footprint(1_400_000_000, 1.0, 6, 2, measured=("fp8",)),
-        "layerwise": Footprint(1_400_000_000, 1.0, 6, 2, 1, 4, measured=("fp8",)),
-        "spread": Footprint(1_400_000_000, 1.0, 6, 2),
+        "resident": Footprint(1_400_000_000, 1.0, 6, 2, measured=("fp8",), accelerator_block=2),
+        "layerwise": Footprint(
+            1_400_000_000, 1.0, 6, 2, 1, 4, measured=("fp8",), accelerator_block=2
+        ),
+        "spread": Footprint(1_400_000_000, 1.0, 6, 2, accelerator_block=2),
     },
     unsupported=_unsupported,
 )
