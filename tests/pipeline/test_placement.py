@@ -122,7 +122,8 @@ def headers_of_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.truncate(8 + len(header) + at)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16",
               "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": vocabulary}  # fmt: skip
+              "num_attention_heads": 32, "num_key_value_heads": 8,
+              "vocab_size": vocabulary}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -163,10 +164,10 @@ def test_the_estimate_of_8b_on_a_gpu_is_near_the_measured_peak(
         ("gptqmodel_w4a16", [], ("cuda:0", "cuda:1"), False, "does not spread"),
         (
             "llmcompressor_w4a16",
-            ["calibration.samples=1"],
-            ("cuda:0", "cuda:1"),
+            ["calibration.samples=3"],
+            ("cuda:0", "cuda:1", "cuda:2", "cuda:3"),
             False,
-            "1 calibration samples are fewer than the devices",
+            "3 calibration samples are fewer than the devices",
         ),
     ],
 )
