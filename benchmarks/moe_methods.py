@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 
 import quantkit
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.network.parameters import active_parameters
 from quantkit.checkpoint.upcycle import ACTIVE
 from quantkit.errors import QuantkitError
 from quantkit.validation.ask.data import eval_text
@@ -117,7 +119,7 @@ def held_against(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[
         **text_metrics(PerWindow.of(baseline, ours), ours.kl),
         **weight_metrics(integrity),
     }  # fmt: skip
-    gates = default_gates({layer.scheme for layer in integrity.layers}, ACTIVE)
+    gates = default_gates({layer.scheme for layer in integrity.layers}, ACTIVE, computing(model))
     results = [
         hold(gate, metrics[gate.metric], weights_only=weights_only)
         for gate in gates
@@ -129,6 +131,12 @@ def held_against(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[
         "undecided": [result.metric for result in results if result.verdict == "undecided"],
         "kernels": kernels,
     }
+
+
+def computing(model: Path) -> int:
+    """Parameters that compute a token, by which the gates of `validate` shrink."""
+    source = open_checkpoint(model)
+    return active_parameters(source.shapes, source.config)
 
 
 def validated(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
