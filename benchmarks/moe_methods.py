@@ -140,7 +140,8 @@ def computing(model: Path) -> int:
 
 
 def validated(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
-    """Which gates `quantkit validate` fails or does not decide, chat and facts among them.
+    """Every metric of `quantkit validate`, and which gates it fails or does not decide, chat and
+    facts among them.
 
     A cut copy answers nothing, and is measured nevertheless.
     """
@@ -149,10 +150,11 @@ def validated(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str
         broken_baseline=asked_for.layers is not None,
     )  # fmt: skip
     found = validate(request, Quiet())
-    return {
+    gates = {
         verdict: [gate.metric for gate in found.gates if gate.verdict == verdict]
         for verdict in ("pass", "fail", "undecided")
     }
+    return {**gates, "metrics": {name: metric.value for name, metric in found.metrics.items()}}
 
 
 def windows_of(model: Path, samples: int) -> NDArray[np.int64]:
@@ -190,11 +192,12 @@ def row(name: str, found: dict[str, Any], work: Path, baseline: float) -> list[s
     ]
 
 
-def of_validate(found: dict[str, list[str]] | None) -> str:
-    """What the whole command says: the gates that fail, or how many hold."""
+def of_validate(found: dict[str, Any] | None) -> str:
+    """What the whole command says: gates that fail, or how many hold and which are undecided."""
     if found is None:
         return "–"
-    return ", ".join(found["fail"]) or f"{len(found['pass'])} hold"
+    undecided = f", undecided: {', '.join(found['undecided'])}" if found["undecided"] else ""
+    return ", ".join(found["fail"]) or f"{len(found['pass'])} hold{undecided}"
 
 
 def note_of(out: Path) -> dict[str, Any]:
