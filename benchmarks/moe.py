@@ -89,9 +89,10 @@ def mixture(work: Path, layers: int | None) -> Path:
 
 
 def digests(path: Path) -> dict[str, str]:
-    """Digest of every tensor by the name that engines read."""
+    """Digest of every tensor by the name that engines read; AutoRound writes a folder below."""
     found = {}
-    for name, digest in open_checkpoint(path).digests().items():
+    written = next(path.rglob("config.json")).parent
+    for name, digest in open_checkpoint(written).digests().items():
         for theirs, ours in MIXTRAL.items():
             name = name.replace(theirs, ours)
         found[name] = digest

@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 
 import quantkit
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
+from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.network.parameters import active_parameters
 from quantkit.checkpoint.upcycle import ACTIVE
 from quantkit.errors import QuantkitError
 from quantkit.validation.ask.data import eval_text
@@ -117,7 +119,7 @@ def held_against(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[
         **text_metrics(PerWindow.of(baseline, ours), ours.kl),
         **weight_metrics(integrity),
     }  # fmt: skip
-    gates = default_gates({layer.scheme for layer in integrity.layers}, ACTIVE)
+    gates = default_gates({layer.scheme for layer in integrity.layers}, ACTIVE, computing(model))
     results = [
         hold(gate, metrics[gate.metric], weights_only=weights_only)
         for gate in gates
@@ -131,8 +133,15 @@ def held_against(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[
     }
 
 
+def computing(model: Path) -> int:
+    """Parameters that compute a token, by which the gates of `validate` shrink."""
+    source = open_checkpoint(model)
+    return active_parameters(source.shapes, source.config)
+
+
 def validated(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str, Any]:
-    """Which gates `quantkit validate` fails or does not decide, chat and facts among them.
+    """Every metric of `quantkit validate`, and which gates it fails or does not decide, chat and
+    facts among them.
 
     A cut copy answers nothing, and is measured nevertheless.
     """
@@ -141,10 +150,11 @@ def validated(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str
         broken_baseline=asked_for.layers is not None,
     )  # fmt: skip
     found = validate(request, Quiet())
-    return {
+    gates = {
         verdict: [gate.metric for gate in found.gates if gate.verdict == verdict]
         for verdict in ("pass", "fail", "undecided")
     }
+    return {**gates, "metrics": {name: metric.value for name, metric in found.metrics.items()}}
 
 
 def windows_of(model: Path, samples: int) -> NDArray[np.int64]:
@@ -182,11 +192,12 @@ def row(name: str, found: dict[str, Any], work: Path, baseline: float) -> list[s
     ]
 
 
-def of_validate(found: dict[str, list[str]] | None) -> str:
-    """What the whole command says: the gates that fail, or how many hold."""
+def of_validate(found: dict[str, Any] | None) -> str:
+    """What the whole command says: gates that fail, or how many hold and which are undecided."""
     if found is None:
         return "–"
-    return ", ".join(found["fail"]) or f"{len(found['pass'])} hold"
+    undecided = f", undecided: {', '.join(found['undecided'])}" if found["undecided"] else ""
+    return ", ".join(found["fail"]) or f"{len(found['pass'])} hold{undecided}"
 
 
 def note_of(out: Path) -> dict[str, Any]:

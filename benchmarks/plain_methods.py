@@ -48,6 +48,7 @@ def llmcompressor(modifier: Modifier, calibrated: bool = True) -> Script:
     def run(job: Job) -> None:
         source, tokens, out, settings = job
         model = load(source)
+        model.config.attn_implementation = "eager"  # or a Mixtral is calibrated without its mask
         data: dict[str, Any] = {}
         if calibrated:
             given: Any = batches(tokens, settings["batch_size"])

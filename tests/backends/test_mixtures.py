@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,30 @@ def test_a_mixture_keeps_its_names_and_calibrates_every_expert(
     for shared in ("input_scale", "weight_scale_2", "weight_global_scale", "input_global_scale"):
         if f"{FIRST}.w1.{shared}" in tensors:
             assert tensors[f"{FIRST}.w1.{shared}"].equal(tensors[f"{FIRST}.w3.{shared}"])
+
+
+@pytest.mark.library
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "phimoe", "qwen3_moe"])
+@pytest.mark.usefixtures("quick")
+def test_no_token_sees_those_after_it_while_llmcompressor_calibrates(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modeling = import_module(f"transformers.models.{family}.modeling_{family}")
+    attend, masks = modeling.eager_attention_forward, []
+
+    def watched(module: Any, q: Any, k: Any, v: Any, mask: torch.Tensor, **more: Any) -> Any:
+        masks.append(mask)
+        return attend(module, q, k, v, mask, **more)
+
+    source = mixture(family, tmp_path / "source")
+    monkeypatch.setattr(modeling, "eager_attention_forward", watched)
+    outcome = made(source, tmp_path / "out", "llmcompressor_nvfp4")
+    assert masks
+    after = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    for mask in masks:
+        assert mask[:, :, after].max() < -1e30
+        assert not mask[..., 0].any()
+    assert "attn_implementation" not in json.loads((outcome.out / "config.json").read_text())
 
 
 @pytest.mark.library

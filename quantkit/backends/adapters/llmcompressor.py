@@ -110,7 +110,11 @@ def _calibrate(
         call = {**call, "pipeline": _for_mixed_samples(call["recipe"], report)}
     # A loader of our own keeps order, length and padding; a data set would be shuffled and cut.
     loader: DataLoader[Any] = DataLoader(tokens.batches(job.batch_size), batch_size=None)  # type: ignore[arg-type]
-    with witness.watch(call["model"], "calibrate", planned), experts.watch(feed=False):
+    with (
+        witness.watch(call["model"], "calibrate", planned),
+        experts.watch(feed=False),
+        _masked(call["model"]),
+    ):
         oneshot(
             **call,
             dataset=loader,
@@ -119,6 +123,25 @@ def _calibrate(
         )
     result.calibration = of_all_ranks(witness.summary(), witness.seen, job)
     result.experts = settled(job, experts.summary())
+
+
+@contextmanager
+def _masked(model: torch.nn.Module) -> Iterator[None]:
+    """Let no token see those after it.
+
+    The library traces the model with eager attention. Where a mask comes from another function than
+    `create_causal_mask` by that name (Mixtral, Mistral, Qwen3-MoE, Phi), it gives that function a
+    copy of the config, made of what `to_dict` has: without the implementation of attention, whose
+    default then leaves the mask to SDPA, and eager attention has none.
+    """
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    for config in configs.values():
+        config.attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            del config.attn_implementation
 
 
 def _for_mixed_samples(modifiers: list[Any], report: Reporter) -> str:
