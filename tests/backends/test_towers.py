@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from quantkit.backends.registry import load_recipe
+from quantkit.backends.registry import backend_named, load_recipe
 from quantkit.backends.registry.towers import towers
+from quantkit.calibration.pictures import draw
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.wrap_vision import wrap_vision
 from quantkit.errors import InputError
@@ -108,6 +111,15 @@ sources:
 """
 """Half of the samples are conversations about drawn pictures."""
 
+ROWS = """\
+short: pad
+sources:
+  - type: file
+    path: rows.jsonl
+    turn_fields: [q, a]
+    image_field: image
+"""
+
 
 @pytest.mark.library
 @pytest.mark.parametrize(
@@ -126,17 +138,6 @@ def test_pictures_and_texts_calibrate_together(method: str, wrapped: Path, tmp_p
     assert not [note for note in outcome.provenance.notes if note.startswith(TEXT)]
 
 
-@pytest.mark.library
-@pytest.mark.usefixtures("quick")
-def test_what_smooths_cannot_mix_pictures_and_texts(wrapped: Path, tmp_path: Path) -> None:
-    (tmp_path / "mixed.yaml").write_text(MIXED)
-    sets = ("calibration.name=mixed.yaml", "calibration.sequence_length=128")
-    with pytest.raises(InputError, match="only some have pictures") as caught:
-        made(wrapped, tmp_path / "out", "llmcompressor_w8a8", *sets)
-    assert caught.value.code == "llmcompressor.mixed_samples"
-    assert not (tmp_path / "out").exists()
-
-
 def both(source: Path, out: Path, *asked: str) -> tuple[int, str, str]:
     """What `plan` says, which is what `quantize` says."""
     told = inside("plan", source, *asked)
@@ -144,6 +145,43 @@ def both(source: Path, out: Path, *asked: str) -> tuple[int, str, str]:
         assert inside("quantize", source, *asked, "--out", out) == told
         assert not out.exists()
     return told
+
+
+def test_what_smooths_cannot_mix_pictures_and_texts(wrapped: Path, tmp_path: Path) -> None:
+    mixed, alike = tmp_path / "mixed.yaml", tmp_path / "alike.yaml"
+    mixed.write_text(MIXED)
+    alike.write_text("sources:\n  - type: pictures\n")
+
+    def told(method: str, calibration: Path, *sets: str) -> tuple[int, str, str]:
+        every = (f"calibration.name={calibration}", *FEW[1:3], "group_size=64", *sets)
+        asked = [word for one in every for word in ("--set", one)]
+        return both(wrapped, tmp_path / "out", "--method", method, *asked)
+
+    refused = told("llmcompressor_w4a16", mixed, "options.smoothing_strength=0.8")
+    assert refused[:2] == (1, "llmcompressor.mixed_samples")
+    assert "only some have pictures" in refused[2]
+    assert told("llmcompressor_w4a16", mixed)[0] == 0
+    assert told("llmcompressor_w4a16", alike, "options.smoothing_strength=0.8")[0] == 0
+
+
+@pytest.mark.library
+@pytest.mark.usefixtures("quick")
+def test_a_file_with_pictures_in_some_rows_is_refused_in_the_same_words(
+    wrapped: Path, tmp_path: Path
+) -> None:
+    """The plan does not read the rows of a file."""
+    Image.fromarray(draw(7, 0).pixels).save(tmp_path / "0.png")
+    rows = [{"q": "What is shown?", "a": "A drawing. " * 9, "image": "0.png"},
+            {"q": "Who wrote this?", "a": "A test did, and nobody else. " * 9}]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    (tmp_path / "rows.yaml").write_text(ROWS)
+    sets = ("calibration.name=rows.yaml", "calibration.sequence_length=128")
+    with pytest.raises(InputError) as caught:
+        made(wrapped, tmp_path / "out", "llmcompressor_w8a8", *sets)
+    assert caught.value.code == "llmcompressor.mixed_samples"
+    assert not (tmp_path / "out").exists()
+    recipe = load_recipe("llmcompressor_w8a8")
+    assert backend_named("llmcompressor").mixed_pictures(recipe) == caught.value.message  # type: ignore[misc]
 
 
 def test_what_cannot_be_done_is_refused_in_the_plan(wrapped: Path, tmp_path: Path) -> None:
