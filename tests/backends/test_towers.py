@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,15 @@ FEW = (
 METHODS = {
     "modelopt": ("modelopt_fp8", "modelopt_nvfp4"),
     "llmcompressor": ("llmcompressor_fp8_dynamic", "llmcompressor_w4a16", "llmcompressor_nvfp4"),
+    "gptqmodel": ("gptqmodel_w4a16",),
+    "autoround": ("autoround_w4a16",),
 }
+QUICK = {"autoround": ("options.iters=1",)}
+WAYS = (
+    (), ("experts=routed", "on_unseen=rtn"), ("ignore+=@experts",),
+    (r"ignore+=re:.*layers\.1\.cross_attn.*", r"ignore+=re:.*layers\.1\.mlp.*"),
+)  # fmt: skip
+"""What to ask for, where the plan refuses all experts, or layers that texts do not reach."""
 TOWERS = ("--set", "targets+=@towers", "--set", 'ignore=["@head", "@embeddings"]')
 TEXT = "calibrated with text only"
 
@@ -44,6 +53,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     with without_workers():
         yield
+    gc.collect()  # GPTQModel's temporary folders, while their warnings are ignored
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +62,38 @@ def wrapped(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return wrap_vision(small_model, tmp_path_factory.mktemp("towers") / "wrapped")
 
 
-def made(source: Path, out: Path, method: str, *sets: str) -> Outcome:
+def asked(source: Path, out: Path, method: str, *sets: str) -> Request:
     chosen = load_recipe(method)
     calibration = FEW if chosen.calibration else FEW[3:]
-    recipe = load_recipe(method, (*calibration, *sets))
-    return pipeline.quantize(Request(str(source), recipe, out, device="cpu"), Quiet())
+    quick = QUICK.get(chosen.backend, ())
+    recipe = load_recipe(method, (*calibration, *quick, *sets))
+    return Request(str(source), recipe, out, device="cpu")
+
+
+def made(source: Path, out: Path, method: str, *sets: str) -> Outcome:
+    return pipeline.quantize(asked(source, out, method, *sets), Quiet())
+
+
+def way(source: Path, out: Path, method: str) -> tuple[str, ...]:
+    """The first of `WAYS` that the plan does not refuse; its last refusal where it refuses all."""
+    for sets in WAYS:
+        try:
+            pipeline.plan_only(asked(source, out, method, *sets))
+        except InputError as error:
+            refused = error
+        else:
+            return sets
+    raise refused
 
 
 def check_rest(source: Path, out: Path) -> None:
     """What is no linear layer of the decoder is there bit by bit, under the same name; so are the
-    files of tokenizer and processor."""
+    files of tokenizer and processor. GPTQ's layout has the biases of its layers in float16."""
     before, after = open_checkpoint(source), open_checkpoint(out)
     kept = {m.tensor for m in before.modules if m.kind not in ("linear", "experts")}
     kept |= before.tensors.keys() - {m.tensor for m in before.modules}
+    packed = {name.removesuffix("qweight") for name in after.tensors if name.endswith(".qweight")}
+    kept -= {f"{module}bias" for module in packed}
     assert kept <= after.tensors.keys()
     assert not [name for name in kept if before.digest(name) != after.digest(name)]
     for path in before.sidecars():
@@ -91,7 +120,7 @@ def test_of_an_opened_tower_the_linear_layers_are_quantized(wrapped: Path, tmp_p
 @pytest.mark.parametrize("method", [m for methods in METHODS.values() for m in methods])
 @pytest.mark.usefixtures("quick")
 def test_only_the_language_model_is_quantized(method: str, wrapped: Path, tmp_path: Path) -> None:
-    sets = ("group_size=64",) if method == "llmcompressor_w4a16" else ()
+    sets = ("group_size=64",) if "w4a16" in method else ()
     outcome = made(wrapped, tmp_path / "out", method, *sets)
     assert all(name.startswith("model.text_model.layers.") for name in outcome.plan.layers)
     assert len(outcome.plan.layers) == 21
@@ -101,6 +130,33 @@ def test_only_the_language_model_is_quantized(method: str, wrapped: Path, tmp_pa
     assert (TEXT in (outcome.out / "README.md").read_text()) == bool(told)
     assert verify(outcome.out, wrapped).ok
     assert verify(outcome.out).ok
+
+
+@pytest.mark.library
+@pytest.mark.parametrize("family", ["gemma3", "llava"])
+@pytest.mark.usefixtures("quick")
+def test_autoround_names_layers_and_blocks_as_the_checkpoint_does(
+    family: str, tmp_path: Path
+) -> None:
+    """In memory gemma3's are model.language_model.layers, and llava's head lm_head."""
+    source = multimodal(family, tmp_path / "source")
+    outcome = made(source, tmp_path / "out", "autoround_w4a16")
+    settings = json.loads((outcome.out / "config.json").read_text())["quantization_config"]
+    assert settings["block_name_to_quantize"] == "language_model.model.layers"
+    assert not list(outcome.out.glob("*extra*"))
+    check_rest(source, outcome.out)
+
+
+@pytest.mark.library
+@pytest.mark.parametrize("family", ["mistral3", "qwen2_5_vl", "smolvlm"])
+@pytest.mark.usefixtures("quick")
+def test_gptqmodel_needs_no_processor_for_texts(family: str, tmp_path: Path) -> None:
+    """The library's definitions load one, which needs torchvision or num2words; Mistral 3 runs only
+    with its weights in memory."""
+    source = multimodal(family, tmp_path / "source")
+    outcome = made(source, tmp_path / "out", "gptqmodel_w4a16")
+    assert len(outcome.plan.layers) == 14
+    check_rest(source, outcome.out)
 
 
 MIXED = """\
@@ -233,5 +289,5 @@ def test_the_table_says_what_the_library_does(backend: str, family: str, tmp_pat
                 made(source, out, method)
             assert refusal.value.code == "plan.architecture"
             continue
-        made(source, out, method)
+        made(source, out, method, *way(source, out, method))
         check_rest(source, out)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ _BLOCK = re.compile(r"^.*?\.\d+\.")
 
 
 def name_settings(out: Path, layers: SeparateLayers) -> None:
-    """Rewrite the settings of the mixture in `out`; those of a dense model stay as they are."""
-    if not layers.mixture:
+    """Rewrite the settings of the mixture in `out`, or of a model that has other names in memory;
+    those of others stay as they are."""
+    if not layers.mixture and not layers.renamed:
         return
     kept = [n for n in (layers.names[name] for name in layers.kept) if layer_index(n) is not None]
     for file in (out / name for name in _FILES):
@@ -32,6 +33,8 @@ def name_settings(out: Path, layers: SeparateLayers) -> None:
             document = json.loads(file.read_text(encoding="utf-8"))
             settings = document.get("quantization_config", document)
             _rewrite(settings, layers.names, kept)
+            if "block_name_to_quantize" in settings:
+                settings["block_name_to_quantize"] = _blocks(layers.written)
             file.write_text(json.dumps(document, indent=2), encoding="utf-8")
     complete_lists(out, kept, layers.names)
 
@@ -55,6 +58,12 @@ def _rewrite(settings: dict[str, Any], names: Mapping[str, str], kept: list[str]
         settings["modules_in_block_to_quantize"] = [
             sorted(inside.get(name, name) for name in group) for group in listed
         ]
+
+
+def _blocks(written: Iterable[str]) -> str:
+    """What the names of these layers begin with, before the number of the block."""
+    found = (_BLOCK.match(name) for name in written)
+    return ",".join(sorted({one.group().rsplit(".", 2)[0] for one in found if one}))
 
 
 def _table(settings: dict[str, Any], key: str) -> list[tuple[str, Any]]:
