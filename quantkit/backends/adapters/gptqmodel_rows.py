@@ -18,9 +18,10 @@ from quantkit.backends.process.job import Job
 _KIN = {"idefics3": "smolvlm"}
 """Families that the library does not know → known ones, whose modules have the same names."""
 
-_IN_MEMORY = frozenset({"mistral3"})
-"""Families that the library cannot run without weights in memory, as it does to see the inputs of
-the first block: what their mask is depends on the values of the attention mask."""
+_IN_MEMORY = frozenset({"llama4", "mistral3"})
+"""Families that the library takes with all weights in memory alone. It reads Llama 4's experts from
+the disk without turning them around, and asks Mistral 3's mask, which has no values then, for some.
+"""
 
 
 def offloads(job: Job, config: Any) -> bool:
