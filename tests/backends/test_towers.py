@@ -147,6 +147,12 @@ def test_autoround_names_layers_and_blocks_as_the_checkpoint_does(
     assert settings["block_name_to_quantize"] == "language_model.model.layers"
     assert not list(outcome.out.glob("*extra*"))
     check_rest(source, outcome.out)
+    outcome = made(source, tmp_path / "awq", "autoround_w4a16", "options.format=auto_awq")
+    settings = json.loads((outcome.out / "config.json").read_text())["quantization_config"]
+    listed = settings["modules_to_not_convert"]
+    assert any(name.startswith("vision_tower.") for name in listed)
+    assert not [name for name in listed if name.endswith(".layers")]
+    assert settings["to_quant_block_names"] == "language_model.model.layers"
 
 
 @pytest.mark.library

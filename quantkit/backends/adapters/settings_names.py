@@ -19,6 +19,7 @@ from quantkit.checkpoint.network.modules import layer_index
 
 _FILES = ("config.json", "quantization_config.json", "quantize_config.json")
 _KEPT = {"bits": 16, "data_type": "float"}
+_BLOCKS = {"block_name_to_quantize", "to_quant_block_names"}
 _BLOCK = re.compile(r"^.*?\.\d+\.")
 
 
@@ -33,8 +34,8 @@ def name_settings(out: Path, layers: SeparateLayers) -> None:
             document = json.loads(file.read_text(encoding="utf-8"))
             settings = document.get("quantization_config", document)
             _rewrite(settings, layers.names, kept)
-            if "block_name_to_quantize" in settings:
-                settings["block_name_to_quantize"] = _blocks(layers.written)
+            for key in _BLOCKS & settings.keys():
+                settings[key] = _blocks(layers.written)
             file.write_text(json.dumps(document, indent=2), encoding="utf-8")
     complete_lists(out, kept, layers.names)
 
@@ -52,12 +53,19 @@ def _rewrite(settings: dict[str, Any], names: Mapping[str, str], kept: list[str]
         settings["dynamic"] = rules | {f"-:^{re.escape(name)}$": {} for name in kept}
     if method == "awq":
         listed = settings.get("modules_to_not_convert") or []
-        settings["modules_to_not_convert"] = sorted({*(_named(n, names) for n in listed), *kept})
+        single = {_named(name, names) for name in listed if not _is_block(name, names)}
+        settings["modules_to_not_convert"] = sorted(single | set(kept))
     if listed := settings.get("modules_in_block_to_quantize"):
         inside = {_BLOCK.sub("", name): _BLOCK.sub("", own) for name, own in names.items()}
         settings["modules_in_block_to_quantize"] = [
             sorted(inside.get(name, name) for name in group) for group in listed
         ]
+
+
+def _is_block(entry: str, names: Mapping[str, str]) -> bool:
+    """Whether an entry is what layers lie in: AutoRound takes the language model's blocks, where
+    their name in memory is not the one that it wrote, for others than those that it quantized."""
+    return any(name.startswith(f"{entry}.") for name in names)
 
 
 def _blocks(written: Iterable[str]) -> str:
