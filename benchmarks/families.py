@@ -69,19 +69,24 @@ KL_LIMIT = 0.5
 """Above it a multi-modal model of random weights does not compute what it did."""
 MARK = "<!-- families.py -->\n"
 
-Outcome = Literal["yes", "routed", "16 bit", "refused", "failed"]
+_TOWER = re.compile(r"^The model has a vision or audio tower \(\S+\); ")
+"""All of them have, and its name would tell the same reason of two families apart."""
+
+Outcome = Literal["yes", "routed", "16 bit", "in part", "refused", "failed"]
 WAYS_OUT: dict[Outcome, tuple[str, ...]] = {
     "routed": ("--set", "experts=routed", "--set", "on_unseen=rtn"),
     "16 bit": ("--set", "ignore+=@experts"),
+    "in part": ("--set", r"ignore+=re:.*layers\.(1)\..*"),
 }
-"""What is asked for where the plan refuses to calibrate all experts."""
+"""What is asked for where the plan refuses to calibrate all experts, or layers that texts do not
+reach (layer 1 of Mllama, as the refusal's hint says)."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """What became of one family with one method.
 
-    outcome: "routed" where it needed `experts=routed`; "16 bit" where all went well and no expert
+    outcome: "routed" and "in part" as in `WAYS_OUT`; "16 bit" where all went well and no expert
     was quantized, asked for or not. step, words: where it failed, and what was said there or by the
     first plan. kl: in nats a token, of the quantized logits against the baseline's. seconds: of all
     steps.
@@ -216,11 +221,12 @@ def as_markdown(cells: dict[str, dict[str, Cell]]) -> str:
                 said.append("")
                 continue
             why = f"{cell.step}: {cell.words}" if cell.outcome == "failed" else cell.words
+            why = _TOWER.sub("", why).replace(f"{method} would", "The method would")
             number = f" {reasons.setdefault(why, len(reasons) + 1)}" if why else ""
             said.append(cell.outcome + number)
         rows.append((f"`{family}`", *said))
     counts = [
-        sum(row[m].outcome in ("yes", "routed") for row in cells.values() if m in row)
+        sum(row[m].outcome in ("yes", "routed", "in part") for row in cells.values() if m in row)
         for m in methods
     ]
     rows.append(("quantized", *map(str, counts)))

@@ -196,6 +196,10 @@ SOURCE_TYPES: dict[str, type[BaseModel]] = {
 }
 
 
+def _shows(source: Any) -> bool:
+    return source.type == "pictures" or bool(getattr(source, "image_field", None))
+
+
 class CalibrationConfig(_Strict):
     """A mixture of sources and the shape of its samples.
 
@@ -224,10 +228,12 @@ class CalibrationConfig(_Strict):
 
     @property
     def has_pictures(self) -> bool:
-        return any(
-            source.type == "pictures" or getattr(source, "image_field", None)
-            for source in self.sources
-        )
+        return any(map(_shows, self.sources))
+
+    @property
+    def mixes_pictures(self) -> bool:
+        """Whether some sources have pictures and others only texts."""
+        return self.has_pictures and not all(map(_shows, self.sources))
 
     def stored(self) -> dict[str, Any]:
         """The resolved mixture without directories of this machine."""

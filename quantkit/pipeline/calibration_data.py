@@ -31,7 +31,8 @@ def mixture_asked(plan: Plan) -> CalibrationConfig | None:
 
 def refuse_pictures(config: CalibrationConfig, source: Checkpoint, plan: Plan) -> None:
     """InputError (`calibration.pictures`) for a mixture with pictures where the model takes none,
-    or the library only texts."""
+    or the library only texts, and (`BACKEND.mixed_samples`) for one with texts too where the
+    library takes either."""
     if not config.has_pictures:
         return
     takes = "" if is_multimodal(source.config) else f"{source.path} takes text alone"
@@ -42,6 +43,15 @@ def refuse_pictures(config: CalibrationConfig, source: Checkpoint, plan: Plan) -
             f"The calibration {config.name} has pictures; {takes}.",
             hint="choose another: quantkit calibration list",
             code="calibration.pictures",
+        )
+    mixed = plan.backend.mixed_pictures
+    reason = mixed(plan.recipe) if mixed and config.mixes_pictures else None
+    if reason:
+        raise InputError(
+            reason,
+            hint="a calibration with pictures in every sample, or in none: quantkit calibration "
+            "list",
+            code=f"{plan.backend.name}.mixed_samples",
         )
 
 

@@ -6,19 +6,28 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from quantkit.recipe.load import recipe_files
 from tests.support.mixtures import MIXTURES
+from tests.support.tokenized_towers import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "families.py"
 MARK = "<!-- families.py -->\n"
-_, _, TABLE = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").partition(MARK)
-HEAD, *ROWS = [line for line in TABLE.splitlines() if line.startswith("|")]
-METHODS = HEAD.split("`")[1::2]
+PAGES: dict[str, Iterable[str]] = {"families.md": MIXTURES, "towers.md": FAMILIES}
+
+
+def rows_of(page: str) -> list[str]:
+    """The lines of a page's table."""
+    _, _, table = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(MARK)
+    return [line for line in table.splitlines() if line.startswith("|")]
+
+
+METHODS = rows_of("families.md")[0].split("`")[1::2]
 
 
 def script(*args: str | Path) -> None:
@@ -29,11 +38,14 @@ def script(*args: str | Path) -> None:
     )  # fmt: skip
 
 
-def test_the_docs_have_every_family() -> None:
-    assert len(METHODS) > 1
-    assert set(METHODS) <= set(recipe_files())
-    assert {row.split("`")[1] for row in ROWS if "`" in row} == set(MIXTURES)
-    assert not any("failed" in row for row in ROWS)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_docs_have_every_family(page: str) -> None:
+    head, *rows = rows_of(page)
+    methods = head.split("`")[1::2]
+    assert len(methods) > 1
+    assert set(methods) <= set(recipe_files())
+    assert {row.split("`")[1] for row in rows if "`" in row} == set(PAGES[page])
+    assert not any("failed" in row or "|  |" in row for row in rows)
 
 
 @pytest.mark.library

@@ -159,8 +159,8 @@ def test_an_engine_that_refuses_is_told_in_the_same_words(
 @pytest.mark.parametrize(
     ("family", "method"),
     [
-        ("qwen2_5_vl", "autoround_w4a16"),
-        ("gemma3", "autoround_w4a16"),
+        ("qwen2_5_vl", "msmodelslim_w8a16"),
+        ("gemma3", "msmodelslim_w8a16"),
         ("mixtral", "autoround_nvfp4"),
     ],
 )

@@ -10,17 +10,25 @@ import pytest
 import torch
 from transformers import AutoModelForMultimodalLM
 
+from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.errors import InputError
 from quantkit.runtime.load import load
 from quantkit.validation.subjects.embeddings import COLUMNS, watch_embeddings
 from tests.support.families import model
+from tests.support.rtn import rtn
 from tests.support.tokenized_towers import END, FAMILIES, IMAGE, START, multimodal
 from tests.support.tokenizer import VOCABULARY
 
 NO_STOP: list[int] = []
-QUICK = {"gemma3", "idefics3", "llava", "qwen2_5_vl"}
-CONVERTED = {"ernie4_5_vl_moe", "kimi_k25"}
-"""Families of which Transformers joins or splits tensors outside of the language model."""
+QUICK = {"ernie4_5_vl_moe", "gemma3", "idefics3", "kimi_k25", "llava", "qwen2_5_vl"}
+SHOWN = QUICK - {"ernie4_5_vl_moe", "kimi_k25"}
+"""Families that are shown a picture here; the others' tensors are joined or split by Transformers
+outside of the language model."""
+COARSE = {
+    "fp8_dynamic": (SCHEMES["fp8_dynamic"], 0.2),
+    "w4a16": (SCHEMES["w4a16"].with_weight(granularity="group", group_size=32), 0.6),
+}
+"""Scheme → how far logits may be off, of their norm."""
 
 
 @torch.inference_mode()
@@ -28,7 +36,7 @@ CONVERTED = {"ernie4_5_vl_moe", "kimi_k25"}
     "family",
     [
         pytest.param(family, marks=() if family in QUICK else pytest.mark.slow)
-        for family in sorted(FAMILIES.keys() - CONVERTED)
+        for family in sorted(FAMILIES)
     ],
 )
 def test_logits_and_text_are_those_of_transformers(family: str, tmp_path: Path) -> None:
@@ -63,7 +71,7 @@ def seen(family: str) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("family", sorted(QUICK))
+@pytest.mark.parametrize("family", sorted(SHOWN))
 def test_logits_after_a_picture_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     path = multimodal(family, tmp_path / family)
     theirs: Any = AutoModelForMultimodalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -86,6 +94,25 @@ def test_logits_after_a_picture_are_those_of_transformers(family: str, tmp_path:
     assert two is not None
     differ = (one - two).abs().amax(-1) > 1e-4
     assert differ.nonzero().flatten().tolist() == [5, 6, 7, 8]  # the picture's, and no other
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("scheme", sorted(COARSE))
+def test_words_and_pictures_have_experts_of_their_own(scheme: str, tmp_path: Path) -> None:
+    """ERNIE VL's file counts the experts of pictures on from those of words."""
+    path = multimodal("ernie4_5_vl_moe", tmp_path / "source")
+    theirs: Any = AutoModelForMultimodalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ours = load(path, dtype="float32")
+    rounded = load(rtn(path, tmp_path / "out", COARSE[scheme][0]), dtype="float32")
+    ids = torch.arange(11, 41)[None]
+    kinds = torch.zeros_like(ids)
+    kinds[0, 5:25] = 1
+    seen = {"moe_mm_token_type_ids": kinds}
+    wanted = theirs(ids, **seen).logits
+    assert torch.allclose(ours(ids, pictures=seen).logits, wanted, atol=1e-5)
+    assert not torch.allclose(ours(ids).logits, wanted, atol=1e-2)
+    found = (rounded(ids, pictures=seen).logits - wanted).norm() / wanted.norm()
+    assert 1e-3 < found < COARSE[scheme][1]
 
 
 def test_a_model_without_a_tower_is_shown_nothing(tmp_path: Path) -> None:

@@ -114,7 +114,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vision_config": {**_LARGE, "image_size": [56, 56], "patch_size": [14, 14]},
         "image_token_id": IMAGE, "image_seq_length": 4,
     },
-    "kimi_k25": {"text_config": _text("deepseek_v3", **_DEEPSEEK)},
+    "kimi_k25": {
+        "text_config": _text("deepseek_v3", **_DEEPSEEK),
+        "vision_config": {**_SIGHT, "pos_emb_height": 4, "pos_emb_width": 4},
+        "projection_hidden_size": 64, "image_token_id": IMAGE, "video_token_id": VIDEO,
+        "vision_start_token_id": START, "vision_end_token_id": END,
+    },
     "lfm2_vl": {
         "text_config": _text("lfm2", layer_types=["conv", "full_attention"]),
         "vision_config": {**_SIGHT, "model_type": "siglip2_vision_model"}, "image_token_id": IMAGE,

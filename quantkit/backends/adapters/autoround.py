@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from auto_round import AutoRound
 from auto_round.compressors import base, shard_writer
+from auto_round.export import utils
 from auto_round.special_model_handler import update_module
+from auto_round.utils import is_mllm_model
 from auto_round.utils.device_manager import get_ar_device
+from auto_round.utils.missing_tensors import copy_missing_tensors_from_source
 from transformers import AutoTokenizer
 
 from quantkit.backends.adapters.autoround_gguf import keep_byte_level
@@ -56,7 +59,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         tokens = Tokens(job) if job.tokens else None
         witness = SeenTokens(tokens, report)
         arguments = _arguments(job, layers, model, tokens)
-        if model.config.get_text_config() is not model.config:
+        if model.config.get_text_config() is not model.config or is_mllm_model(job.model):
             # Asked for with such models, and used by data sets of the library's own alone.
             arguments["processor"] = tokenizer
         if layerwise:  # the library then builds the model itself, and reads a block at a time
@@ -79,6 +82,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     quantized = set(layers.written)
     if layout != "gguf":  # whose types follow the layer's role, not the plan
         layers.rename(Path(job.out))
+        copy_missing_tensors_from_source(job.model, job.out)
         name_settings(Path(job.out), layers)
         quantized = packed_modules(job.out, *_CODES)
         check_followed(job, quantized, layers.written)
@@ -114,8 +118,11 @@ def _keep_names() -> None:
 
     The library looks for what it has written by these, wherever it wrote others, and writes the
     experts of a family that Transformers renames (Mixtral) a second time, into another shard.
+    What of the source is in no file (layers that Transformers does not build) is looked for by
+    these names too, so only after that.
     """
     shard_writer.revert_checkpoint_conversion_mapping = lambda name, _: name
+    utils.copy_missing_tensors_from_source = lambda **_: None
 
 
 def _format(job: Job) -> str:

@@ -33,6 +33,7 @@ from quantkit.backends.adapters.common import (
 )
 from quantkit.backends.adapters.experts_seen import ExpertsSeen, settled
 from quantkit.backends.adapters.gptqmodel_experts import calibrated_experts
+from quantkit.backends.adapters.gptqmodel_rows import offloads, taking_rows
 from quantkit.backends.adapters.hf_config import auto_class
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.adapters.separate_layers import SeparateLayers
@@ -46,10 +47,11 @@ _IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.")
 def run(job: Job, report: Reporter, result: Result) -> None:
     """Quantize `job.model` and save it into `job.out`."""
     seed_everything(job)
-    with warnings_as_notes(report):
+    hf_config = _hf_config(job)
+    with warnings_as_notes(report), taking_rows(job, hf_config):
         report.stage("load")
-        layers = SeparateLayers(_skeleton(job), job)
-        config = _config(job, layers)
+        layers = SeparateLayers(_skeleton(job, hf_config), job)
+        config = _config(job, layers, offload=offloads(job, hf_config))
         model = GPTQModel.load(job.model, config, trust_remote_code=job.trust_remote_code)
         layers.check_linear(model.model, job)
         tokens = Tokens(job)
@@ -83,11 +85,14 @@ def run(job: Job, report: Reporter, result: Result) -> None:
     result.experts = settled(job, experts.summary())
 
 
-def _skeleton(job: Job) -> Any:
-    """The model as Transformers builds it, without weights: the library's has other experts."""
-    config = AutoConfig.from_pretrained(
+def _hf_config(job: Job) -> Any:
+    return AutoConfig.from_pretrained(
         job.model, local_files_only=True, trust_remote_code=job.trust_remote_code
     )
+
+
+def _skeleton(job: Job, config: Any) -> Any:
+    """The model as Transformers builds it, without weights: the library's has other experts."""
     with torch.device("meta"):
         return auto_class(config).from_config(config, trust_remote_code=job.trust_remote_code)
 
@@ -115,12 +120,12 @@ def _damage_told() -> Iterator[None]:
         ) from error
 
 
-def _config(job: Job, layers: SeparateLayers) -> Any:
+def _config(job: Job, layers: SeparateLayers, *, offload: bool) -> Any:
     common = {
         **bits_and_group(usual_scheme(job).weight),
         "device": job.device,
         "dynamic": _dynamic(job, layers),
-        "offload_to_disk": job.placement == "layerwise",
+        "offload_to_disk": offload,
     }
     if layers.blocks and job.experts == "all":
         common["moe"] = MoEConfig(routing=ExpertsRoutingBypass())

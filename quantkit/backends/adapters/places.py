@@ -147,11 +147,12 @@ def expert_blocks(found: Mapping[str, Place]) -> dict[str, str]:
 
 def kept_layers(model: Any, job: Job) -> dict[str, Place]:
     """The places of the linear layers that stay in 16 bit; embeddings, which engines never
-    quantize, are none."""
+    quantize, and the positions of a tower are none."""
     return {
         name: place
         for name, place in places(model, job.keep).items()
         if not isinstance(model.get_submodule(place.module), torch.nn.Embedding)
+        and not (place.parameter and place.expert is None and fused_layer(name) is None)
     }
 
 

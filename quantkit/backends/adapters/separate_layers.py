@@ -55,6 +55,11 @@ class SeparateLayers:
         """The planned layers by their names in the checkpoint that is written."""
         return {self.names[name] for name in self.planned}
 
+    @property
+    def renamed(self) -> bool:
+        """Whether layers have other names in memory than in the checkpoint."""
+        return any(name != stored for name, stored in self.names.items())
+
     def check_linear(self, model: torch.nn.Module, job: Job) -> None:
         """Raise JobInputError for experts that the library did not take apart."""
         modules = dict(model.named_modules())

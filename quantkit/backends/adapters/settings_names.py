@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from quantkit.checkpoint.network.modules import layer_index
 
 _FILES = ("config.json", "quantization_config.json", "quantize_config.json")
 _KEPT = {"bits": 16, "data_type": "float"}
+_BLOCKS = {"block_name_to_quantize", "to_quant_block_names"}
 _BLOCK = re.compile(r"^.*?\.\d+\.")
 
 
 def name_settings(out: Path, layers: SeparateLayers) -> None:
-    """Rewrite the settings of the mixture in `out`; those of a dense model stay as they are."""
-    if not layers.mixture:
+    """Rewrite the settings of the mixture in `out`, or of a model that has other names in memory;
+    those of others stay as they are."""
+    if not layers.mixture and not layers.renamed:
         return
     kept = [n for n in (layers.names[name] for name in layers.kept) if layer_index(n) is not None]
     for file in (out / name for name in _FILES):
@@ -32,6 +34,8 @@ def name_settings(out: Path, layers: SeparateLayers) -> None:
             document = json.loads(file.read_text(encoding="utf-8"))
             settings = document.get("quantization_config", document)
             _rewrite(settings, layers.names, kept)
+            for key in _BLOCKS & settings.keys():
+                settings[key] = _blocks(layers.written)
             file.write_text(json.dumps(document, indent=2), encoding="utf-8")
     complete_lists(out, kept, layers.names)
 
@@ -49,12 +53,25 @@ def _rewrite(settings: dict[str, Any], names: Mapping[str, str], kept: list[str]
         settings["dynamic"] = rules | {f"-:^{re.escape(name)}$": {} for name in kept}
     if method == "awq":
         listed = settings.get("modules_to_not_convert") or []
-        settings["modules_to_not_convert"] = sorted({*(_named(n, names) for n in listed), *kept})
+        single = {_named(name, names) for name in listed if not _is_block(name, names)}
+        settings["modules_to_not_convert"] = sorted(single | set(kept))
     if listed := settings.get("modules_in_block_to_quantize"):
         inside = {_BLOCK.sub("", name): _BLOCK.sub("", own) for name, own in names.items()}
         settings["modules_in_block_to_quantize"] = [
             sorted(inside.get(name, name) for name in group) for group in listed
         ]
+
+
+def _is_block(entry: str, names: Mapping[str, str]) -> bool:
+    """Whether an entry is what layers lie in: AutoRound takes the language model's blocks, where
+    their name in memory is not the one that it wrote, for others than those that it quantized."""
+    return any(name.startswith(f"{entry}.") for name in names)
+
+
+def _blocks(written: Iterable[str]) -> str:
+    """What the names of these layers begin with, before the number of the block."""
+    found = (_BLOCK.match(name) for name in written)
+    return ",".join(sorted({one.group().rsplit(".", 2)[0] for one in found if one}))
 
 
 def _table(settings: dict[str, Any], key: str) -> list[tuple[str, Any]]:

@@ -94,6 +94,8 @@ class Backend:
     dense_only: whether models with experts and with towers are beyond it, but for those families
         that `mixtures.yaml` and `towers.yaml` name.
     pictures: whether it calibrates with pictures too.
+    mixed_pictures: why this recipe cannot be calibrated with samples of which only some have
+        pictures, or None.
     reads_fp8_blocks: whether a source in FP8 blocks (DeepSeek) is dequantized on the way.
     placements: where the library can keep the weights, the first choice first, and what it takes.
     ranks: whether each device of `spread` has a process of its own with its share of the samples,
@@ -117,6 +119,7 @@ class Backend:
     overrides: bool = True
     dense_only: bool = False
     pictures: bool = False
+    mixed_pictures: Callable[[Recipe], str | None] | None = None
     reads_fp8_blocks: bool = False
     saves_state: bool = False
     placements: Mapping[Placement, Footprint] = field(

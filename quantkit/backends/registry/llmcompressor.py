@@ -60,6 +60,14 @@ def _unsupported(recipe: Recipe) -> str | None:
     return None
 
 
+def _mixed_pictures(recipe: Recipe) -> str | None:
+    """Its pipeline for such samples takes one modifier (`_for_mixed_samples` in the adapter)."""
+    smooth = recipe.options.get("smoothing_strength") is not None
+    if not smooth and recipe.options.get("algorithm") != "awq":
+        return None
+    return "LLM Compressor cannot smooth and round with samples of which only some have pictures."
+
+
 def _data_free(algorithm: str) -> Method:
     return Method(algorithm, LAYOUT, calibrated=False)
 
@@ -89,6 +97,7 @@ LLMCOMPRESSOR = Backend(
     kv_caches=("none", "fp8"),
     dense_only=True,
     pictures=True,
+    mixed_pictures=_mixed_pictures,
     placements={
         "resident": Footprint(710_000_000, 1.0, 2.7, 2, accelerator_block=12.6),
         "layerwise": Footprint(710_000_000, 0.5, 2.7, 2, 0.6, accelerator_block=12.6),

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mixtures:
-    """The families of mixtures, by the `model_type` of config.json, that a library was tried with.
+    """The families of mixtures, by the `model_type` of config.json, that a library was tried with:
+    that of the whole model where it is listed, of its language model elsewhere.
 
     calibrates: those whose every expert it can be made to see.
     routed: why it reaches only the experts that tokens are routed to, by family.
@@ -36,6 +37,13 @@ class Mixtures:
     whole: Mapping[str, str] = field(default_factory=dict)
     schemes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     algorithms: Mapping[str, str] = field(default_factory=dict)
+
+    def family(self, config: Mapping[str, Any]) -> str:
+        """What these tables call the model."""
+        whole = str(config.get("model_type"))
+        tables = (self.calibrates, self.routed, self.cannot, self.whole, self.schemes)
+        listed = any(whole in table for table in tables)
+        return whole if listed else str(text_config(config).get("model_type"))
 
 
 @cache
@@ -58,7 +66,7 @@ def mixtures() -> dict[str, Mixtures]:
 def family_refusal(backend: Backend, recipe: Recipe, config: Mapping[str, Any]) -> str | None:
     """Why the library writes no sound checkpoint of this family, a dense one too, or None."""
     known = mixtures().get(backend.name, Mixtures())
-    family, library = str(text_config(config).get("model_type")), backend.distribution
+    family, library = known.family(config), backend.distribution
     if reason := known.whole.get(family):
         return f"{library} does not write {family}: {reason}"
     if reason := known.schemes.get(family, {}).get(recipe.scheme):
@@ -78,7 +86,7 @@ def mixture_refusal(
         return f"{backend.name} quantizes dense language models here"
     if reason := family_refusal(backend, recipe, config):
         return reason
-    family, library = str(text_config(config).get("model_type")), backend.distribution
+    family, library = known.family(config), backend.distribution
     algorithm = backend.method(recipe).algorithm
     if reason := known.algorithms.get(algorithm):
         return f"{library} quantizes no mixture by {algorithm} here: {reason}"

@@ -237,8 +237,7 @@ def fill_parameters(model: Any, maker: LayerMaker, names: FileNames, part: str =
         if not wanted or name.rpartition(".")[0] == head_name:
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
-        stored = names.tensor(name)
-        tensor = source.plain(stored, tuple(value.shape), value.dtype).to(maker.device)
+        tensor = names.read(name, tuple(value.shape), value.dtype).to(maker.device)
         if isinstance(value, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(owner, name.rpartition(".")[2], tensor)
