@@ -4,8 +4,9 @@
     python benchmarks/sweep.py WORKDIR --ray [--layers 3] [--samples 2]
 
 Eight cells on the demo model cut to so many layers, one thread a cell. Each way begins with the
-baseline unmeasured. Prints seconds, the speed of two workers over one (asked: at least 1.7) and the
-overhead of the sweep over `quantize` and `validate` of every cell (asked: at most 5 %).
+baseline unmeasured. Prints seconds by the clock and of processors, the speed of two workers over
+one (asked: at least 1.7) and the overhead of the sweep over `quantize` and `validate` of every cell
+(asked: at most 5 %).
 
 With --ray: six recipes on that model and on a mixture made of it, on a Ray cluster of two nodes
 that is started here; the leaderboard is in WORKDIR/ray.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -55,15 +57,16 @@ def main() -> None:
         return
     settings = [{"set": one} for one in SETS]
     write(file, [model], list(METHODS), asked.samples, settings=settings)
-    seconds: dict[str, list[float]] = {"commands": [], "one": [], "two": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"commands": [], "one": [], "two": []}
     for _ in range(asked.rounds):
         seconds["commands"].append(timed(asked.work, commands(asked.work, model, asked.samples)))
         for name, jobs in (("one", 1), ("two", 2)):
             words = ["sweep", str(file), "--out", str(asked.work / "out"), "--jobs", str(jobs)]
             seconds[name].append(timed(asked.work, [words]))
-    found = {name: statistics.median(values) for name, values in seconds.items()}
+    found = {name: statistics.median(clock for clock, _ in both) for name, both in seconds.items()}
     for name, value in found.items():
-        print(f"{name}: {value:.1f} s ({', '.join(f'{one:.1f}' for one in seconds[name])})")
+        each = ", ".join(f"{clock:.1f}, processors {busy:.1f}" for clock, busy in seconds[name])
+        print(f"{name}: {value:.1f} s ({each})")
     print(f"two workers over one: {found['one'] / found['two']:.2f} ×")
     print(f"overhead over single commands: {found['one'] / found['commands'] - 1:+.1%}")
 
@@ -114,8 +117,9 @@ def commands(work: Path, model: Path, samples: int) -> list[list[str]]:
     return found
 
 
-def timed(work: Path, runs: list[list[str]]) -> float:
-    """Seconds of these commands one after the other, with no baseline measured before."""
+def timed(work: Path, runs: list[list[str]]) -> tuple[float, float]:
+    """Seconds of these commands one after the other, with no baseline measured before: by the
+    clock, and of all processors."""
     cache = work / "cache"
     for folder in (cache, work / "out"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -124,7 +128,7 @@ def timed(work: Path, runs: list[list[str]]) -> float:
         if held.name != "validate":
             (cache / held.name).symlink_to(held)
     environment = os.environ | {"QUANTKIT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    start = time.perf_counter()
+    start, before = time.perf_counter(), used()
     for words in runs:
         done = subprocess.run(
             [sys.executable, "-m", "quantkit", *words], env=environment, capture_output=True,
@@ -132,7 +136,13 @@ def timed(work: Path, runs: list[list[str]]) -> float:
         )  # fmt: skip
         if done.returncode not in (0, EXIT_CHECK):
             sys.exit(done.stderr)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, used() - before
+
+
+def used() -> float:
+    """Processor seconds of the processes that this one waited for, and of theirs."""
+    held = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return held.ru_utime + held.ru_stime
 
 
 if __name__ == "__main__":
