@@ -71,9 +71,16 @@ def main() -> None:
     print(f"overhead over single commands: {found['one'] / found['commands'] - 1:+.1%}")
 
 
-def write(file: Path, models: list[Path], recipes: list[Any], samples: int, **more: Any) -> None:
+def write(
+    file: Path,
+    models: list[Path],
+    recipes: list[Any],
+    samples: int,
+    throughput: bool = False,
+    **more: Any,
+) -> None:
     """The file of a sweep."""
-    validate = {"samples": samples, "throughput": False, "broken_baseline": True}
+    validate = {"samples": samples, "throughput": throughput, "broken_baseline": True}
     told = {"models": [str(one) for one in models], "recipes": recipes, "validate": validate}
     file.write_text(yaml.safe_dump(told | more))
 
@@ -89,16 +96,18 @@ def on_ray(work: Path, file: Path, model: Path, samples: int) -> None:
     recipes = [*({"method": method, "set": SETS[0]} for method in METHODS),
                {"method": "rtn_w4a16", "set": {"group_size": 32}},
                {"method": "auto", "set": budget}]  # fmt: skip
-    write(file, [model, mixture], recipes, samples)
+    write(file, [model, mixture], recipes, samples, throughput=True)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
     environment = os.environ | {"RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
     try:
-        subprocess.run([sys.executable, "-m", "quantkit", "sweep", str(file), "--out",
-                        str(work / "ray"), "--resume"], env=environment, check=True)  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", "quantkit", "sweep", str(file), "--out",
+                               str(work / "ray"), "--resume"], env=environment)  # fmt: skip
     finally:
         cluster.shutdown()  # type: ignore[no-untyped-call]
+    if done.returncode not in (0, EXIT_CHECK):
+        sys.exit(f"the sweep ended with {done.returncode}")
     print(f"{time.perf_counter() - start:.0f} s; {work / 'ray' / 'leaderboard.html'}")
 
 
