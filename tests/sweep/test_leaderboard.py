@@ -82,8 +82,8 @@ def test_the_front_holds_what_nothing_beats() -> None:
 
 
 @pytest.mark.parametrize(("low", "high", "written"), [
-    (0.26, 0.57, "0.3 0.4 0.5"), (27.0, 56.0, "30 35 40 45 50 55"),
-    (0.998, 1.002, "0.998 0.999 1.000 1.001 1.002"), (7900.0, 24100.0, "10000 15000 20000"),
+    (0.26, 0.67, "0.3 0.4 0.5 0.6"), (27.0, 56.0, "30 35 40 45 50 55"),
+    (0.998, 1.002, "0.998 0.999 1.000 1.001 1.002"), (7900.0, 28100.0, "10000 15000 20000 25000"),
 ])  # fmt: skip
 def test_sizes_and_speeds_are_marked_at_round_numbers(
     low: float, high: float, written: str
