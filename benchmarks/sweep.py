@@ -4,8 +4,9 @@
     python benchmarks/sweep.py WORKDIR --ray [--layers 3] [--samples 2]
 
 Eight cells on the demo model cut to so many layers, one thread a cell. Each way begins with the
-baseline unmeasured. Prints seconds, the speed of two workers over one (asked: at least 1.7) and the
-overhead of the sweep over `quantize` and `validate` of every cell (asked: at most 5 %).
+baseline unmeasured. Prints seconds by the clock and of processors, the speed of two workers over
+one (asked: at least 1.7) and the overhead of the sweep over `quantize` and `validate` of every cell
+(asked: at most 5 %).
 
 With --ray: six recipes on that model and on a mixture made of it, on a Ray cluster of two nodes
 that is started here; the leaderboard is in WORKDIR/ray.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -55,22 +57,30 @@ def main() -> None:
         return
     settings = [{"set": one} for one in SETS]
     write(file, [model], list(METHODS), asked.samples, settings=settings)
-    seconds: dict[str, list[float]] = {"commands": [], "one": [], "two": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"commands": [], "one": [], "two": []}
     for _ in range(asked.rounds):
         seconds["commands"].append(timed(asked.work, commands(asked.work, model, asked.samples)))
         for name, jobs in (("one", 1), ("two", 2)):
             words = ["sweep", str(file), "--out", str(asked.work / "out"), "--jobs", str(jobs)]
             seconds[name].append(timed(asked.work, [words]))
-    found = {name: statistics.median(values) for name, values in seconds.items()}
+    found = {name: statistics.median(clock for clock, _ in both) for name, both in seconds.items()}
     for name, value in found.items():
-        print(f"{name}: {value:.1f} s ({', '.join(f'{one:.1f}' for one in seconds[name])})")
+        each = ", ".join(f"{clock:.1f}, processors {busy:.1f}" for clock, busy in seconds[name])
+        print(f"{name}: {value:.1f} s ({each})")
     print(f"two workers over one: {found['one'] / found['two']:.2f} ×")
     print(f"overhead over single commands: {found['one'] / found['commands'] - 1:+.1%}")
 
 
-def write(file: Path, models: list[Path], recipes: list[Any], samples: int, **more: Any) -> None:
+def write(
+    file: Path,
+    models: list[Path],
+    recipes: list[Any],
+    samples: int,
+    throughput: bool = False,
+    **more: Any,
+) -> None:
     """The file of a sweep."""
-    validate = {"samples": samples, "throughput": False, "broken_baseline": True}
+    validate = {"samples": samples, "throughput": throughput, "broken_baseline": True}
     told = {"models": [str(one) for one in models], "recipes": recipes, "validate": validate}
     file.write_text(yaml.safe_dump(told | more))
 
@@ -86,16 +96,18 @@ def on_ray(work: Path, file: Path, model: Path, samples: int) -> None:
     recipes = [*({"method": method, "set": SETS[0]} for method in METHODS),
                {"method": "rtn_w4a16", "set": {"group_size": 32}},
                {"method": "auto", "set": budget}]  # fmt: skip
-    write(file, [model, mixture], recipes, samples)
+    write(file, [model, mixture], recipes, samples, throughput=True)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
     environment = os.environ | {"RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
     try:
-        subprocess.run([sys.executable, "-m", "quantkit", "sweep", str(file), "--out",
-                        str(work / "ray"), "--resume"], env=environment, check=True)  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", "quantkit", "sweep", str(file), "--out",
+                               str(work / "ray"), "--resume"], env=environment)  # fmt: skip
     finally:
         cluster.shutdown()  # type: ignore[no-untyped-call]
+    if done.returncode not in (0, EXIT_CHECK):
+        sys.exit(f"the sweep ended with {done.returncode}")
     print(f"{time.perf_counter() - start:.0f} s; {work / 'ray' / 'leaderboard.html'}")
 
 
@@ -114,8 +126,9 @@ def commands(work: Path, model: Path, samples: int) -> list[list[str]]:
     return found
 
 
-def timed(work: Path, runs: list[list[str]]) -> float:
-    """Seconds of these commands one after the other, with no baseline measured before."""
+def timed(work: Path, runs: list[list[str]]) -> tuple[float, float]:
+    """Seconds of these commands one after the other, with no baseline measured before: by the
+    clock, and of all processors."""
     cache = work / "cache"
     for folder in (cache, work / "out"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -124,7 +137,7 @@ def timed(work: Path, runs: list[list[str]]) -> float:
         if held.name != "validate":
             (cache / held.name).symlink_to(held)
     environment = os.environ | {"QUANTKIT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    start = time.perf_counter()
+    start, before = time.perf_counter(), used()
     for words in runs:
         done = subprocess.run(
             [sys.executable, "-m", "quantkit", *words], env=environment, capture_output=True,
@@ -132,7 +145,13 @@ def timed(work: Path, runs: list[list[str]]) -> float:
         )  # fmt: skip
         if done.returncode not in (0, EXIT_CHECK):
             sys.exit(done.stderr)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, used() - before
+
+
+def used() -> float:
+    """Processor seconds of the processes that this one waited for, and of theirs."""
+    held = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return held.ru_utime + held.ru_stime
 
 
 if __name__ == "__main__":

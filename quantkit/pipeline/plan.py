@@ -6,7 +6,7 @@ Reads config and headers only, no weights; imports neither torch nor transformer
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
@@ -21,6 +21,7 @@ from quantkit.checkpoint.network.fp8_blocks import INVERSE_SCALE, states_blocks
 from quantkit.checkpoint.network.fused_experts import fused_layer
 from quantkit.checkpoint.network.modules import (
     Module,
+    expert_groups,
     fused_groups,
     linear_modules,
     named_by,
@@ -121,23 +122,30 @@ def make_plan(
 def _assign(checkpoint: Checkpoint, recipe: Recipe, scheme: Scheme, modules: list[Module]) -> Plan:
     layers: dict[str, Scheme] = {}
     kept = _unlisted(checkpoint, modules)
+    asked: dict[str, Scheme] = {}
     misfits: dict[str, str] = {}
-    notes: list[str] = []
     for module in modules:
         chosen = _choose(module, recipe, scheme)
         if isinstance(chosen, str):
             kept[module.name] = chosen
             continue
+        asked[module.name] = chosen
         misfit = _misfit(module, chosen)
-        if misfit is None:
-            layers[module.name] = chosen
-        elif recipe.on_misfit == "keep16":
-            kept[module.name] = misfit
-        elif recipe.on_misfit == "fit" and (size := _fitting(module, chosen)):
-            layers[module.name] = chosen.with_weight(group_size=size)
-            notes.append(f"{module.name}: group size {size} instead of {chosen.weight.group_size}")
+        fit = fitted(module, chosen) if recipe.on_misfit == "fit" else None
+        if misfit is None or fit:
+            layers[module.name] = fit or chosen
         else:
             misfits[module.name] = misfit
+    if recipe.on_misfit == "keep16":
+        kept |= _kept_misfits(misfits, asked)
+        layers = {name: chosen for name, chosen in layers.items() if name not in kept}
+        misfits = {}
+    _fit_experts_alike(layers, asked)
+    notes = [
+        f"{name}: group size {found.weight.group_size} instead of {asked[name].weight.group_size}"
+        for name, found in layers.items()
+        if found != asked[name]
+    ]
     if misfits:
         wanted = [m for m in modules if m.name in misfits or m.name in layers]
         size = _common_size(wanted, [_choose(module, recipe, scheme) for module in wanted])
@@ -240,6 +248,24 @@ def _fitting(module: Module, scheme: Scheme) -> int | None:
     fixed = scheme.weight.scale != "float"
     sizes = (s for s in GROUP_SIZES if s < group and module.shape[-1] % s == 0)
     return None if fixed else next(sizes, None)
+
+
+def _kept_misfits(misfits: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
+    """What stays in 16 bit and why: misfits, and the other experts of their layer."""
+    found = dict(misfits)
+    for members in expert_groups(names):
+        if why := next((misfits[name] for name in members if name in misfits), None):
+            found |= {name: misfits.get(name, why) for name in members}
+    return found
+
+
+def _fit_experts_alike(layers: dict[str, Scheme], asked: Mapping[str, Scheme]) -> None:
+    """Give all experts of a layer that were asked to be alike the smallest group size that any of
+    them needs."""
+    for members in expert_groups(layers):
+        if len({asked[name] for name in members}) == 1:
+            least = min((layers[name] for name in members), key=lambda s: s.weight.group_size or 0)
+            layers |= dict.fromkeys(members, least)
 
 
 def _common_size(modules: list[Module], schemes: list[Scheme | str]) -> int | None:

@@ -85,6 +85,22 @@ def test_group_sizes_that_do_not_divide(small_model: Path) -> None:
     assert sum("group size" in note for note in fitted.notes) == 18
 
 
+def test_experts_of_a_layer_are_alike_though_their_columns_differ(tmp_path: Path) -> None:
+    config = hf.MixtralConfig(**SMALL | {"hidden_size": 96}, num_local_experts=4)
+    model, half = save(config, tmp_path / "model"), "group_size=64"
+    expert = "model.layers.1.block_sparse_moe.experts.3."
+    fitted = plan_for(model, "rtn_w4a16", half, "on_misfit=fit")
+    sizes = {s.weight.group_size for name, s in fitted.layers.items() if ".experts." in name}
+    assert sizes == {32}
+    assert f"{expert}w2: group size 32 instead of 64" in fitted.notes
+    kept = plan_for(
+        model, "rtn_w4a16", half, "on_misfit=keep16",
+        "overrides=[{match: '*.self_attn.*', scheme: w8a16, group_size: 32}]",
+    )  # fmt: skip
+    assert not [name for name in kept.layers if ".experts." in name]
+    assert "does not divide 96" in kept.kept[f"{expert}w2"]
+
+
 def test_overrides_and_targets(small_model: Path) -> None:
     plan = plan_for(
         small_model, "rtn_fp8_dynamic", "overrides=[{match: '*.down_proj', scheme: w8a16}]",

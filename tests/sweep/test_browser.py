@@ -20,9 +20,10 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"
 )
 LONG = "a_very_long_recipe_name_without_any_space_" * 4
+OTHER = "another_model_with_a_longer_name"
 ROWS: tuple[Row, ...] = (
     row("eight", 0.01, 0.55), row("four", 0.1, 0.3), row(LONG, 0.03, 0.4), FAILED,
-    row("eight", 0.02, 0.5, "two"), row("four", 0.3, 0.28, "two"),
+    row("eight", 0.02, 0.5, OTHER), row("four", 0.3, 0.28, OTHER),
 )  # fmt: skip
 PROBE = """
 <script>
@@ -35,29 +36,37 @@ PROBE = """
   const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest("svg") &&
     !e.closest(".wide") && e.getBoundingClientRect().right > root.clientWidth + 1);
   const paint = e => getComputedStyle(e);
-  document.title = JSON.stringify({
+  const board = document.querySelector(".wide");
+  parent.postMessage(JSON.stringify({
     up, down, sort: head.getAttribute("aria-sort"), width: root.clientWidth,
+    kl: head.getBoundingClientRect().right, hidden: board.scrollWidth - board.clientWidth,
     overflow: root.scrollWidth - root.clientWidth, wide: wide.map(e => e.tagName),
     pictures: [...document.querySelectorAll("svg")].map(s => s.clientHeight),
     page: paint(document.body).backgroundColor, ink: paint(document.body).color,
     text: paint(document.querySelector("svg text")).fill,
-  });
+  }), "*");
 </script>
 """
+FRAME = """<!doctype html><meta name="color-scheme" content="light dark">
+<script>onmessage = told => { document.title = told.data; }</script>
+<iframe src="leaderboard.html" style="border: 0; height: 3000px; width: %dpx"></iframe>
+"""
+"""A window is never narrower than 500 pixels; a frame in it is."""
 
 
 def looked_at(tmp_path: Path, width: int, *, dark: bool) -> dict[str, Any]:
-    """What the page measures of itself in a window of that width."""
-    file = tmp_path / "leaderboard.html"
+    """What the page measures of itself in a frame of that width."""
     page = as_html(document(ROWS, (), [LONG]))
-    file.write_text(page.replace("</body>", PROBE + "</body>"))
+    (tmp_path / "leaderboard.html").write_text(page.replace("</body>", PROBE + "</body>"))
+    file = tmp_path / "frame.html"
+    file.write_text(FRAME % width)
     assert CHROMIUM is not None
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
          "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
          f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-         f"--window-size={width},1500", "--dump-dom", file.as_uri()],
+         "--window-size=1200,1600", "--dump-dom", file.as_uri()],
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     title = re.search(r"<title>(.*?)</title>", done.stdout)
@@ -75,9 +84,11 @@ def lightness(color: str) -> float:
 @pytest.mark.parametrize("width", [1100, 390])
 def test_the_page_looks_right(width: int, dark: bool, tmp_path: Path) -> None:
     seen = looked_at(tmp_path, width, dark=dark)
-    assert seen["width"] <= max(width, 500)  # as narrow as a headless window becomes
+    assert seen["width"] == width
     assert seen["overflow"] <= 0
     assert seen["wide"] == []
+    assert seen["kl"] < width
+    assert seen["hidden"] == 0 or width < 1000
     assert len(seen["pictures"]) == 2
     assert all(height > 100 for height in seen["pictures"])
     page, ink, text = (lightness(seen[name]) for name in ("page", "ink", "text"))

@@ -14,7 +14,7 @@ import pytest
 from quantkit.errors import InputError
 from quantkit.validation.sweep.against import compared, read_earlier
 from quantkit.validation.sweep.leaderboard import Row, document, write_all
-from quantkit.validation.sweep.page import Point, pareto, scatter
+from quantkit.validation.sweep.page import Point, pareto, round_ticks, scatter
 
 WINDOWS = 12
 
@@ -79,6 +79,19 @@ def test_the_front_holds_what_nothing_beats() -> None:
     assert [one.title for one in pareto(points, least=False)] == ["d"]
     assert scatter([], "x", least=True) == ""
     assert scatter(points[:1], "x", least=True).count("<circle") == 1
+
+
+@pytest.mark.parametrize(("low", "high", "written"), [
+    (0.26, 0.67, "0.3 0.4 0.5 0.6"), (27.0, 56.0, "30 35 40 45 50 55"),
+    (0.998, 1.002, "0.998 0.999 1.000 1.001 1.002"), (7900.0, 28100.0, "10000 15000 20000 25000"),
+])  # fmt: skip
+def test_sizes_and_speeds_are_marked_at_round_numbers(
+    low: float, high: float, written: str
+) -> None:
+    ticks = round_ticks(low, high)
+    assert [text for _, text in ticks] == written.split()
+    assert [value for value, _ in ticks] == pytest.approx([float(text) for _, text in ticks])
+    assert low <= ticks[0][0] < ticks[-1][0] <= high
 
 
 def earlier(tmp_path: Path, rows: tuple[Row, ...]) -> dict[str, Any]:

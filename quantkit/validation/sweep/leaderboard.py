@@ -100,8 +100,8 @@ def document(rows: Sequence[Row], worse: Iterable[Any], notes: Iterable[str]) ->
 
 
 COLUMNS = (
-    ("model", "model"), ("recipe", "recipe"), ("status", "status"), ("share", "size"),
-    ("bits_per_weight", "bits a weight"), ("kl", "KL"), ("perplexity_ratio", "perplexity ×"),
+    ("model", "model"), ("recipe", "recipe"), ("status", "status"), ("kl", "KL"),
+    ("share", "size"), ("bits_per_weight", "bits a weight"), ("perplexity_ratio", "perplexity ×"),
     ("top1_agreement", "same token"), ("facts_lost", "facts lost"),
     ("decode_speedup", "decode ×"), ("decode_tokens_s", "tokens/s"),
 )  # fmt: skip

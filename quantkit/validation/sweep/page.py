@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
-from math import log10
+from math import ceil, floor, log10
 from typing import Any
 
 from quantkit.validation.reports.markdown import number
@@ -103,11 +103,10 @@ def scatter(points: Sequence[Point], label: str, *, least: bool) -> str:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - MARGIN}" y1="{y:.1f}" '
                      f'y2="{y:.1f}"/><text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" '
                      f'text-anchor="end">{10**tick:.2g}</text>')  # fmt: skip
-    for step in range(5):
-        value = low + (high - low) * (step + 0.5) / 5
+    for value, written in round_ticks(low, high):
         x, _ = place(Point(value, 10**bottom, "", 0))
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" '
-                     f'text-anchor="middle">{value:.3g}</text>')  # fmt: skip
+                     f'text-anchor="middle">{written}</text>')  # fmt: skip
     parts.append(f'<text class="label" x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 6}" '
                  f'text-anchor="middle">{escape(label)}</text>'
                  f'<text class="label" x="14" y="{HEIGHT / 2:.0f}" text-anchor="middle" '
@@ -122,6 +121,15 @@ def scatter(points: Sequence[Point], label: str, *, least: bool) -> str:
                      f"<title>{escape(point.title)}: {point.x:.4g}, KL {point.y:.4g}</title>"
                      "</circle>")  # fmt: skip
     return "".join([*parts, "</svg>"])
+
+
+def round_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Four to ten multiples of 1, 2 or 5 times a power of ten within a range, each with what is
+    written there."""
+    power = floor(log10((high - low) / 4))
+    step = next(f * 10**power for f in (5, 2, 1) if (high - low) / (f * 10**power) >= 4)
+    numbers = range(ceil(low / step), floor(high / step) + 1)
+    return [(number * step, f"{number * step:.{max(-power, 0)}f}") for number in numbers]
 
 
 def _ticks(bottom: float, top: float) -> list[float]:
