@@ -259,6 +259,10 @@ def multimodal(family: str, out: Path) -> Path:
     for name, weight in network.named_parameters():
         if weight.dim() > 1 and "conv" not in name:
             weight.data.normal_(std=(2 if weight is head else 0.5) / weight.shape[-1] ** 0.5)
+    for module in network.modules():
+        bias = getattr(module, "e_score_correction_bias", None)
+        if bias is not None:
+            bias.data = bias.data.float()  # as published
     network.save_pretrained(out)
     byte_tokenizer().save_pretrained(out)
     for name in ("processor_config.json", "preprocessor_config.json"):
