@@ -163,10 +163,12 @@ def test_the_hint_of_a_shape_that_does_not_fit(
         assert follow(refusal(*way), *way)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_5_vl"])
-def test_the_hint_of_a_network_beyond_a_library(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "method"), [("mixtral", "autoround_nvfp4"), ("qwen2_5_vl", "msmodelslim_w8a8")]
+)
+def test_the_hint_of_a_network_beyond_a_library(family: str, method: str, tmp_path: Path) -> None:
     path = model(family, tmp_path / "its name")
-    asked = ("plan", path, "--method", "autoround_nvfp4")
+    asked = ("plan", path, "--method", method)
     error = refusal(*asked)
     assert error.code == "plan.architecture"
     assert follow(error, *asked)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import yaml
 from gptqmodel.models.auto import (
     MODEL_MAP,
     SUPPORTED_MODELS,
@@ -15,18 +17,14 @@ from gptqmodel.models.base import BaseQModel
 
 from quantkit.backends.process.job import Job
 
-_KIN = {"idefics3": "smolvlm"}
-"""Families that the library does not know → known ones, whose modules have the same names."""
-
-_IN_MEMORY = frozenset({"llama4", "mistral3"})
-"""Families that the library takes with all weights in memory alone. It reads Llama 4's experts from
-the disk without turning them around, and asks Mistral 3's mask, which has no values then, for some.
-"""
+_FAMILIES: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("gptqmodel_families.yaml").read_text(encoding="utf-8")
+)
 
 
 def offloads(job: Job, config: Any) -> bool:
     """Whether decoder blocks that are not worked on lie on the disk."""
-    return job.placement == "layerwise" and config.model_type not in _IN_MEMORY
+    return job.placement == "layerwise" and config.model_type not in _FAMILIES["in_memory"]
 
 
 @contextmanager
@@ -36,9 +34,9 @@ def taking_rows(job: Job, config: Any) -> Iterator[None]:
     For these the library loads a processor (which may need torchvision, or other packages) and asks
     for conversations that this one prepares; rows have no use for it.
     """
-    family = config.model_type
-    if family in _KIN and family not in SUPPORTED_MODELS:
-        MODEL_MAP[family] = MODEL_MAP[_KIN[family]]
+    family, kin = config.model_type, _FAMILIES["kin"]
+    if family in kin and family not in SUPPORTED_MODELS:
+        MODEL_MAP[family] = MODEL_MAP[kin[family]]
         SUPPORTED_MODELS.append(family)
     definition: Any = check_and_get_model_definition(job.model, job.trust_remote_code)
     changed: dict[str, Any] = {}
