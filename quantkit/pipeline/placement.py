@@ -130,6 +130,8 @@ def _refusal(
         named = ", ".join(devices)
         if asked not in ("auto", "spread"):
             return f"placement={asked} works on one device, not on {named}"
+        if backend.ranks and not devices[0].startswith("cuda"):
+            return f"{backend.name} shares samples among CUDA devices, not among {named}"
         if backend.ranks and 0 < (few := _calibration(recipe, backend)[0]) < len(devices):
             return f"{few} calibration samples are fewer than the devices that share them ({named})"
         return None if "spread" in possible else f"{backend.name} does not spread a model here"

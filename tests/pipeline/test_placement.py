@@ -162,6 +162,7 @@ def test_the_estimate_of_8b_on_a_gpu_is_near_the_measured_peak(
         ("modelopt_fp8", ["placement=layerwise"], ("cpu",), True, "--checkpoint-save"),
         ("modelopt_fp8", ["placement=layerwise"], ("cuda:0", "cuda:1"), False, "on one device"),
         ("gptqmodel_w4a16", [], ("cuda:0", "cuda:1"), False, "does not spread"),
+        ("llmcompressor_w4a16", [], ("xpu:0", "xpu:1"), False, "shares samples among CUDA devices"),
         (
             "llmcompressor_w4a16",
             ["calibration.samples=3"],
