@@ -58,7 +58,12 @@ METHODS: dict[str, tuple[str, ...]] = {
     "msmodelslim_w8a8_dynamic": (),
     "llmcompressor_w4a16": (*SMALL, G64),
     "gptqmodel_w4a16": (*SMALL, G64),
-    "autoround_w4a16": (*SMALL, G64, "options.iters=5"),
+    "autoround_w4a16": (
+        "calibration.samples=16",
+        "calibration.sequence_length=64",
+        G64,
+        "options.iters=30",
+    ),
     "rtn_w4a16": (G64,),
     "rtn_nvfp4a16": (),
     "llmcompressor_nvfp4": SMALL,
