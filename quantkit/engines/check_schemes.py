@@ -97,10 +97,12 @@ def _check_dtype(
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
-    """The dtype that a config.json states, for the whole or for its language model."""
+    """The dtype that engines serve a config.json in: as stated, for the whole or for its language
+    model; float16 for float32, which is also what none means."""
     inner = text_config(config)
     stated = (one.get(key) for one in (config, inner) for key in ("dtype", "torch_dtype"))
-    return next((name for name in stated if isinstance(name, str)), "float32")
+    found = next((name for name in stated if isinstance(name, str)), "float32")
+    return "float16" if found == "float32" else found
 
 
 def _check_misread(

@@ -49,6 +49,7 @@ _GLM4: Json = {
 }  # fmt: skip
 _PHI3: Json = {"model_type": "phi3", "head_dim": None, "num_key_value_heads": 32}
 _GPTQ = ("--set", "options.layout=gptq")
+_HALF = {"dtype": "float16", "torch_dtype": "float16"}  # SGLang: experts in GPTQ are for these
 _KV_B = ("--set", "ignore+=re:.*kv_b_proj")
 _A_PROJ = ("--set", "ignore+=re:.*q_a_proj", "--set", "ignore+=re:.*kv_a_proj_with_mqa")
 _DESC_ACT = ("--set", "options.act_group_aware=false", "--set", "options.desc_act=true")
@@ -130,17 +131,20 @@ PLANS: tuple[Asked, ...] = (
           twin_flags=(*SGLANG, *_KV_B), thread="SGLang deepseek_weight_loader.py"),
     Asked("NVFP4 kv_b_proj", _MLA, "rtn_nvfp4a16", SGLANG, "engine.packing",
           twin_flags=(*SGLANG, *_KV_B), thread="SGLang deepseek_weight_loader.py"),
-    Asked("kv_b_proj in GPTQ's packing", {**_MLA, "q_lora_rank": None}, "rtn_w4a16",
+    Asked("kv_b_proj in GPTQ's packing", {**_MLA, **_HALF, "q_lora_rank": None}, "rtn_w4a16",
           (*SGLANG, *_GPTQ), "engine.packing", twin_flags=(*SGLANG, *_GPTQ, *_KV_B),
           thread="SGLang deepseek_weight_loader.py"),
     Asked("packed kv_b_proj in 8 bit", _MLA | {"model_type": "deepseek_v2"}, "rtn_w8a16", SGLANG,
           "engine.packing", twin_method="rtn_fp8_dynamic",
           thread="SGLang deepseek_weight_loader.py"),
-    Asked("latent projections in GPTQ's packing", _MLA, "rtn_w4a16",
+    Asked("latent projections in GPTQ's packing", {**_MLA, **_HALF}, "rtn_w4a16",
           (*SGLANG, *_GPTQ, *_KV_B), "engine.packing",
           twin_flags=(*SGLANG, *_GPTQ, *_KV_B, *_A_PROJ),
           thread="SGLang deepseek_weight_loader.py cat_dim"),
     # columns out of order
+    Asked("experts in GPTQ of a bfloat16 model", {**_MLA, "dtype": "bfloat16"}, "rtn_w4a16",
+          (*SGLANG, *_GPTQ, *_KV_B, *_A_PROJ), "engine.dtype", twin=_HALF,
+          thread="SGLang gptq/schemes/gptq_moe.py:239"),
     Asked("actorder group", DENSE, "llmcompressor_w4a16",
           (*VLLM, "--set", "options.actorder=group"), "engine.act_order",
           twin_flags=(*VLLM, "--set", "options.actorder=static"),
