@@ -198,10 +198,9 @@ def _unreadable(source: CheckpointReader, why: str) -> InputError:
 def pick_devices(name: str) -> list[torch.device]:
     """The devices that `--device` names, `cuda:0,1` being two; the first is the current one.
     Raises what `pick_device` raises."""
-    found = [pick_device(one) for one in resolve_devices(name)] if "," in name else []
-    for device in found[:1]:
-        enter(device)
-    return found or [pick_device(name)]
+    found = [pick_device(one) for one in (resolve_devices(name) if "," in name else (name,))]
+    enter(found[0])
+    return found
 
 
 def pick_device(name: str) -> torch.device:

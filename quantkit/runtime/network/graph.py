@@ -13,6 +13,7 @@ from quantkit.runtime.linear.kernels.base import no_gpu, no_triton
 from quantkit.runtime.network.cache_rounding import CacheScales
 from quantkit.runtime.network.decoder import Block, Decoder
 from quantkit.runtime.network.experts import Experts, SortedExperts
+from quantkit.runtime.network.mlp import Mlp
 from quantkit.runtime.network.norm import rms_norm
 
 CAPACITY_STEP = 256
@@ -50,7 +51,9 @@ def one_by_one(network: Decoder) -> bool:
     hold."""
     return any(
         isinstance(module, Experts | SortedExperts) and getattr(module, "grouped", None) is None
-        for module in network.modules()
+        for block in network.blocks
+        if not isinstance(block.mlp, Mlp)
+        for module in block.mlp.modules()  # type: ignore[union-attr]
     )
 
 

@@ -127,7 +127,8 @@ def round_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """Four to ten multiples of 1, 2 or 5 times a power of ten within a range, each with what is
     written there."""
     power = floor(log10((high - low) / 4))
-    step = next(f * 10**power for f in (5, 2, 1) if (high - low) / (f * 10**power) >= 4)
+    fitting = (f * 10**power for f in (5, 2) if (high - low) / (f * 10**power) >= 4)
+    step = next(fitting, 10**power)
     numbers = range(ceil(low / step), floor(high / step) + 1)
     return [(number * step, f"{number * step:.{max(-power, 0)}f}") for number in numbers]
 
