@@ -31,6 +31,7 @@ MODEL_FILES = {
 
 def run(home: Path, endpoint: str, *code: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HOME": str(home / "hf"), "HF_ENDPOINT": endpoint, **more}
+    environment.pop("HF_HUB_CACHE", None)  # it would be stronger than HF_HOME
     environment["QUANTKIT_CACHE"] = str(home / "cache")
     return subprocess.run(
         [sys.executable, *code], capture_output=True, text=True, check=False, env=environment

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from transformers import AutoConfig, conversion_mapping, modeling_utils
@@ -47,10 +49,11 @@ def in_this_process(job: Job, *, log: Path, work: Path | None = None, **_: Any) 
 
 @contextmanager
 def as_it_was(model: str) -> Iterator[None]:
-    """GPTQModel puts classes of its own into Transformers: the others find what was there."""
+    """GPTQModel puts classes of its own into Transformers, and its tokenizers the hub's cache into
+    the environment: the others find what was there."""
     family = type(AutoConfig.from_pretrained(model)).__module__
     modeling = import_module(family.replace("configuration_", "modeling_"))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         for module in (modeling, conversion_mapping, modeling_utils):
             for name, value in list(vars(module).items()):
                 if isinstance(value, type) or name == "get_checkpoint_conversion_mapping":

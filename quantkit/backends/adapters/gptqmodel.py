@@ -127,6 +127,8 @@ def _config(job: Job, layers: SeparateLayers, *, offload: bool) -> Any:
         "dynamic": _dynamic(job, layers),
         "offload_to_disk": offload,
     }
+    if offload:  # its default, a folder in the system's /tmp, outlives a killed worker
+        common["offload_to_disk_path"] = str(Path("offload").absolute())
     if layers.blocks and job.experts == "all":
         common["moe"] = MoEConfig(routing=ExpertsRoutingBypass())
     if job.options.get("method") == "awq":
