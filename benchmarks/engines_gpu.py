@@ -39,6 +39,7 @@ import quantkit
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.demo import demo_model
 from quantkit.checkpoint.upcycle import upcycle
+from quantkit.checkpoint.wrap_vision import demo_with_vision
 from quantkit.engines import engine_named
 from quantkit.engines.gpus import gpu_named
 from quantkit.engines.online import online_named, refuse_gpu
@@ -66,7 +67,10 @@ class Bench:
         self.work: Path = chosen.work
         work: Path = self.work
         demo = demo_model()
-        self.models = {"demo": demo, "wide": work / "wide", "mixture": work / "mixture"}
+        self.models = {
+            "demo": demo, "wide": work / "wide", "mixture": work / "mixture",
+            "wrapped": demo_with_vision(),
+        }  # fmt: skip
         if not self.models["mixture"].is_dir():
             wide = widen(demo, self.models["wide"])
             upcycle(wide, self.models["mixture"], 4)

@@ -35,7 +35,7 @@ SCALES_KEPT = (("VLLM_USE_DEEP_GEMM_E8M0", "0"),)
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint: made of a model (demo, wide or mixture; no method: itself) by a method.
+    """A checkpoint: made of a model (demo, wide, mixture, wrapped; no method: itself) by a method.
 
     environment: variables of the engine. online: the method by which it quantizes while it loads.
     engines: those that are asked.
@@ -72,8 +72,24 @@ _CALIBRATED_MIXTURES: dict[str, tuple[str, ...]] = {
     "gptqmodel_w4a16": SMALL,
     "autoround_w4a16": (*SMALL, "options.iters=10"),
 }
+_WRAPPED: dict[str, tuple[str, ...]] = {
+    "rtn_fp8_dynamic": (),
+    "rtn_w8a8_dynamic": (),
+    "rtn_w4a16": (G64,),
+    "rtn_nvfp4a16": (),
+    "modelopt_fp8": SMALL,
+    "modelopt_nvfp4": SMALL,
+    "llmcompressor_w4a16": (*SMALL, G64),
+    "gptqmodel_w4a16": (*SMALL, G64),
+    "autoround_w4a16": (*SMALL, G64, "options.iters=10"),
+}
 CASES = (
     *(Case(f"{model} BF16", model) for model in ("demo", "wide", "mixture")),
+    Case("wrapped BF16", "wrapped", engines=("vllm",)),  # SGLang has no Idefics3
+    *(
+        Case(f"wrapped {method}", "wrapped", method, settings, engines=("vllm",))
+        for method, settings in _WRAPPED.items()
+    ),
     *(
         Case(f"wide {method}", "wide", method)
         for method in ("rtn_fp8_dynamic", "rtn_fp8_block", "rtn_w8a8_dynamic", "rtn_w4a16",

@@ -2,12 +2,12 @@
 
     python benchmarks/gpu_placement.py DIR [--size 8] [--cap 10] [--device cuda:0] [--json FILE]
 
-Needs nvidia-modelopt, llmcompressor and compressed-tensors beside torch and transformers, and this
-repository on PYTHONPATH. Each run is the adapter in a process of its own: `resident` without a cap,
-`layerwise` in `--cap` GB (`torch.cuda.set_per_process_memory_fraction`); the two of a method run at
-the same time on the one GPU, so their seconds are those of a shared machine. Writes one JSON
-document after each method: per run its seconds, the peak of the GPU and of host memory, per method
-whether all tensors are equal. DIR holds the model and one method's outputs (at most 52 GB for 8 B).
+Needs the libraries of the methods beside torch and transformers, and this repository on PYTHONPATH.
+Each run is the adapter in a process of its own: `resident` without a cap, `layerwise` in `--cap` GB
+(`torch.cuda.set_per_process_memory_fraction`); the two of a method run at the same time on the one
+GPU, so their seconds are those of a shared machine. Writes one JSON document after each method: per
+run its seconds, the peak of the GPU and of host memory, per method whether all tensors are equal.
+DIR holds the model and one method's outputs (at most 52 GB for 8 B).
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ from safetensors.torch import save_file
 from quantkit.backends.process.job import Job, Result
 from quantkit.checkpoint.schemes import SCHEMES
 
-METHODS = {
-    "modelopt_fp8": ("modelopt", "fp8"),
-    "llmcompressor_w4a16": ("llmcompressor", "w4a16"),
+METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "modelopt_fp8": ("modelopt", "fp8", {}),
+    "llmcompressor_w4a16": ("llmcompressor", "w4a16", {}),
+    "autoround_w4a16": ("autoround", "w4a16", {"iters": 10}),
+    "gptqmodel_w4a16": ("gptqmodel", "w4a16", {}),
 }
+"""Name → backend, scheme and options."""
 PLACEMENTS = ("resident", "layerwise")
 SAMPLES, LENGTH, BATCH = 16, 512, 4
 RUN_SECONDS = 330
@@ -71,7 +75,7 @@ def prepare(folder: Path, size: str, samples: int = SAMPLES) -> None:
 
 
 def job_of(folder: Path, method: str, placement: Any, device: str) -> Job:
-    backend, scheme = METHODS[method]
+    backend, scheme, options = METHODS[method]
     names = json.loads((folder / "model/model.safetensors.index.json").read_text())["weight_map"]
     layers = [name.removesuffix(".weight") for name in names if "_proj." in name]
     return Job(
@@ -84,6 +88,7 @@ def job_of(folder: Path, method: str, placement: Any, device: str) -> Job:
         scheme=SCHEMES[scheme],
         layers=dict.fromkeys(layers, SCHEMES[scheme]),
         keep=["lm_head"],
+        options=options,
         tokens=str(folder / "tokens.safetensors"),
         batch_size=BATCH,
         device=device,
@@ -98,13 +103,10 @@ def one(job: Job, cap: float) -> dict[str, Any]:
     if cuda and cap:
         total = torch.cuda.get_device_properties(job.device).total_memory
         torch.cuda.set_per_process_memory_fraction(cap * 1e9 / total, job.device)
-    if job.backend == "modelopt":
-        from quantkit.backends.adapters.modelopt import run
-    else:
-        from quantkit.backends.adapters.llmcompressor import run
+    adapter = import_module(f"quantkit.backends.adapters.{job.backend}")
     Path(job.out).mkdir()
     started, result = time.monotonic(), Result()
-    run(job, Quiet(), result)
+    adapter.run(job, Quiet(), result)
     seconds = round(time.monotonic() - started, 1)
     Path(f"{job.out}.json").write_text(json.dumps(dict(digests(job.out))))
     shutil.rmtree(job.out)

@@ -17,6 +17,7 @@ from quantkit.backends.environments.room import refuse_absent_gpus
 from quantkit.checkpoint.directory import Checkpoint, open_checkpoint
 from quantkit.checkpoint.network.config import positions, stop_tokens
 from quantkit.checkpoint.network.language import text_config
+from quantkit.checkpoint.network.multimodal import is_multimodal
 from quantkit.checkpoint.progress import Progress
 from quantkit.engines import SILENT_GARBAGE
 from quantkit.errors import InputError
@@ -197,6 +198,7 @@ def engine_order(path: Path, engine: EngineProcessSpec, opening: Opening) -> Eng
         length=length,
         cache_bytes=2 * length * per_token,
         flags=flags,
+        towers=is_multimodal(checkpoint.config),
     )
 
 

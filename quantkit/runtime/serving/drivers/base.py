@@ -23,7 +23,8 @@ class EngineOrder:
     of several ("cuda:0,1") a server's flag tells how many. stop: token ids that end an
     answer. length: the longest sequence that will be asked for. cache_bytes: what the KV cache of
     eight sequences of that length takes. flags: what a server would be given (`launch.flags_of`).
-    packages: a folder of Python packages beside the engine's own.
+    packages: a folder of Python packages beside the engine's own. towers: whether the model takes
+    more than text, for whose placeholders the engine wants a tokenizer.
     """
 
     driver: str
@@ -34,6 +35,7 @@ class EngineOrder:
     cache_bytes: int
     flags: dict[str, Any] = field(default_factory=dict)
     packages: str = ""
+    towers: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:

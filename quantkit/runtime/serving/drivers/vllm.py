@@ -38,7 +38,7 @@ class Vllm:
         settings = {"enforce_eager": current_platform.is_cpu(), **order.arguments}
         self._engine = vllm.LLM(
             model=order.model,
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=not order.towers,
             generation_config="vllm",
             enable_prefix_caching=False,
             max_model_len=order.length,
