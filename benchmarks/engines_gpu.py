@@ -44,6 +44,7 @@ from quantkit.engines import engine_named
 from quantkit.engines.gpus import gpu_named
 from quantkit.engines.online import online_named, refuse_gpu
 from quantkit.errors import QuantkitError
+from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import ENGINES
 from quantkit.runtime.serving.process import EngineProcess
 from quantkit.validation.ask.canary import canary_prompts
@@ -132,8 +133,9 @@ class Bench:
         start = time.monotonic()
         try:
             order = engine_order(self.path(case), engine, case.opening(self.device, self.engine))
-            order = replace(order, flags=order.flags | EAGER[self.engine], length=2048)
-            process = EngineProcess(engine, self.interpreters[case.environment], order)
+            process = EngineProcess(
+                engine, self.interpreters[case.environment], self.ordered(order)
+            )
         except QuantkitError as error:
             return {"loads": False, "error": error.message.rpartition(" failed: ")[2]}
         found: dict[str, Any] = {
@@ -148,6 +150,11 @@ class Bench:
         finally:
             process.close()
         return found
+
+    def ordered(self, order: EngineOrder) -> EngineOrder:
+        """An order as it is where several engines share a card."""
+        flags = EAGER[self.engine] if self.device == "cuda" else {}
+        return replace(order, flags=order.flags | flags, length=2048)
 
     def ask_ours(self, case: Case) -> dict[str, Any]:
         """The same of the runtime, or its refusal."""

@@ -66,9 +66,8 @@ class Harnessed:
         engine = ENGINES[self._bench.engine]
         opening = self._case.opening("cuda", self._bench.engine)
         order = engine_order(self._bench.path(self._case), engine, opening)
-        flags = order.flags | EAGER[self._bench.engine]
         order = replace(
-            order, driver=engine.harness, flags=flags, packages=str(self._packages), length=2048
+            self._bench.ordered(order), driver=engine.harness, packages=str(self._packages)
         )
         python = self._bench.interpreters[self._case.environment]
         process = EngineProcess(engine, python, order)

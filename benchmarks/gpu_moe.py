@@ -21,7 +21,7 @@ from gpu_llama import GPU, SIGMA, quantized
 
 from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.runtime.linear.description import describe
-from quantkit.runtime.linear.grouped.select import group
+from quantkit.runtime.linear.grouped.select import group, kernels_of_experts
 from quantkit.runtime.linear.kernels.select import choose
 from quantkit.runtime.linear.modules import PlainLinear, QuantLinear
 from quantkit.runtime.loading.make_layers import LayerRecord
@@ -53,13 +53,13 @@ def build(scheme_name: str, layers: int) -> Runtime:
     def random(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, device=GPU, dtype=torch.bfloat16) * SIGMA
 
-    def linear(name: str, *size: int) -> torch.nn.Module:
+    def linear(name: str, *size: int, expert: bool = False) -> torch.nn.Module:
         if scheme_name == "bf16":
             return PlainLinear(random(*size), None)
         scheme = SCHEMES[scheme_name]
         weight = quantized(random(*size), scheme, 6.0)
         layer = describe(name, scheme, weight, torch.bfloat16)
-        choice = choose(layer, GPU)
+        choice = choose(layer, GPU, kernels_of_experts(scheme, GPU) if expert else [])
         records.append(LayerRecord(name, scheme_name, choice.kernel.NAME, {}, choice.weights_only))
         return QuantLinear(layer, choice, weight, None)
 
@@ -67,8 +67,9 @@ def build(scheme_name: str, layers: int) -> Runtime:
     head_norms = (ones[: shape.head_dim], ones[: shape.head_dim])
     blocks = []
     for index in range(layers):
-        ups = [linear(f"{index}.up", 2 * wide, hidden) for _ in range(config.num_experts)]
-        downs = [linear(f"{index}.down", hidden, wide) for _ in range(config.num_experts)]
+        count = range(config.num_experts)
+        ups = [linear(f"{index}.up", 2 * wide, hidden, expert=True) for _ in count]
+        downs = [linear(f"{index}.down", hidden, wide, expert=True) for _ in count]
         with torch.device("meta"):
             module: Any = Qwen3MoeSparseMoeBlock(config)
         module.gate.weight = torch.nn.Parameter(random(config.num_experts, hidden), False)

@@ -1,10 +1,11 @@
 """Kill `quantkit quantize` at random moments; each run resumes to the same tensors.
 
-    python benchmarks/kills.py WORKDIR [--kills 50] [--methods rtn_nvfp4a16 autoround_w4a16 …]
+    python benchmarks/kills.py WORKDIR [--kills 50] [--again 0.25] [--methods rtn_nvfp4a16 …]
 
 Every kill is SIGKILL to the command at a random moment of the time that a whole run takes, on the
-demo model cut to a few layers, each method in turn. The run after it is `--resume`; one in four is
-killed too. The last ends undisturbed and is compared with a run that was never disturbed.
+demo model cut to a few layers, each method in turn. The run after it is `--resume`, which is killed
+too by the chance of --again. The last ends undisturbed and is compared with a run that was never
+disturbed; what has been shown by then is printed.
 """
 
 import argparse
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--kills", type=int, default=50, help="of each method")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--again", type=float, default=0.25)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
@@ -86,11 +88,13 @@ def main() -> None:
     source = cut_layers(demo_model(), chosen.work / "source", chosen.layers)
     chance = random.Random(chosen.seed)
     for method in chosen.methods:
-        soak(source, chosen.work, method, chosen.kills, chance)
+        soak(source, chosen.work, method, chosen.kills, chosen.again, chance)
     shutil.rmtree(source)
 
 
-def soak(source: Path, work: Path, method: str, kills: int, chance: random.Random) -> None:
+def soak(
+    source: Path, work: Path, method: str, kills: int, again: float, chance: random.Random
+) -> None:
     whole, out = work / "whole", work / "out"
     begun = time.monotonic()
     run(command(source, whole, method))
@@ -104,7 +108,7 @@ def soak(source: Path, work: Path, method: str, kills: int, chance: random.Rando
             count += 1
             where[reached(out)] += 1
             resume = ("--resume",)
-            if out.exists() or chance.random() < 0.75 or count >= kills:
+            if out.exists() or chance.random() >= again or count >= kills:
                 break
         if not out.exists():
             run(command(source, out, method, "--resume"))
@@ -113,8 +117,8 @@ def soak(source: Path, work: Path, method: str, kills: int, chance: random.Rando
         left = {path.name for path in work.iterdir()} - {"source", "whole", "out"}
         assert not left, f"{left} stay behind"
         shutil.rmtree(out)
+        print(f"{method}: {count} kills ({dict(where)}), same {len(expected)} tensors", flush=True)
     shutil.rmtree(whole)
-    print(f"{method}: {count} kills ({dict(where)}), same {len(expected)} tensors", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.network.expert_layout import upright
 from quantkit.checkpoint.network.fused_experts import fused_layer
-from quantkit.checkpoint.network.modules import Module, layer_index, linear_modules
+from quantkit.checkpoint.network.modules import Module, block_names, layer_index, linear_modules
 from quantkit.checkpoint.schemes import Scheme
 from quantkit.engines import LayerPart, Loadable, Verdict, engines, gpu_named, judge
 from quantkit.engines.aliases import expanded
@@ -146,6 +146,7 @@ def _settings(source: Checkpoint, plan: Plan, quantized: list[LayerPart]) -> dic
             "group_size": weight.group_size or -1,
             "sym": weight.symmetric,
             "extra_config": {name: {"bits": 16} for name in inside},
+            "block_name_to_quantize": ",".join(block_names(plan.layers)),
         }
     if layout == "ascend":
         types = dict.fromkeys(ignore, "FLOAT")

@@ -160,6 +160,17 @@ def test_worker_sees_its_own_environment_only(
     assert foreign == (ours | by_itself) - sys.stdlib_module_names
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_a_job_on_the_cpu_sees_no_gpu(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLM Compressor took the first GPU for a mixture whose weights were to stay on the CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    run(tmp_path, "good", device=device)
+    seen = json.loads((tmp_path / "out" / "seen.json").read_text())["environment"]
+    assert seen["CUDA_VISIBLE_DEVICES"] == ("" if device == "cpu" else "0,1")
+
+
 def test_stages_have_their_own_peak_memory_and_processor_time(tmp_path: Path) -> None:
     result = run(tmp_path, "grows")
     used = {stage["name"]: stage["cpu_seconds"] for stage in result.stages}

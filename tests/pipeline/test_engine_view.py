@@ -15,7 +15,7 @@ from quantkit.checkpoint.schemes import SCHEMES
 from quantkit.checkpoint.without_weights import open_headers
 from quantkit.engines import LayerPart, Loadable, Verdict, judge
 from quantkit.engines.complete_settings import completed
-from quantkit.pipeline.engine_view import verdicts
+from quantkit.pipeline.engine_view import planned, verdicts
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.request import chosen_recipe
 from quantkit.verification import EngineRequest, VerifyReport, verify
@@ -25,6 +25,7 @@ from tests.support.backends import engine_alarms
 from tests.support.families import BASES, INT4, model
 from tests.support.helpers import edit_json
 from tests.support.rtn import rtn
+from tests.support.tokenized_towers import multimodal
 
 pytestmark = pytest.mark.broad
 
@@ -139,6 +140,19 @@ def test_the_plan_is_refused_and_its_twin_is_not(case: Asked, tmp_path: Path) ->
     method = case.twin_method or case.method
     (twin,) = judged(case.config | case.twin, method, flags, tmp_path / "accepted")
     assert twin.loads, twin.reasons
+
+
+def test_layers_outside_of_the_blocks_that_autoround_names_are_not_quantized(
+    tmp_path: Path,
+) -> None:
+    """vLLM 0.26 on an H200 loaded the checkpoint that the plan had refused."""
+    source = multimodal("idefics3", tmp_path / "model")
+    recipe = chosen_recipe("autoround_w4a16", "", "", ["group_size=64", "serve.engines=[vllm]"])
+    checkpoint = open_headers(source)
+    plan = make_plan(checkpoint, recipe)
+    assert planned(checkpoint, plan).settings["block_name_to_quantize"] == "model.text_model.layers"
+    (verdict,) = verdicts(checkpoint, plan)
+    assert verdict.loads, verdict.reasons
 
 
 def test_a_plan_says_what_differs_where_the_engine_has_the_scheme(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def layers(name: str, shape: tuple[int, int], device: torch.device) -> list[nn.M
         scheme = SCHEMES[name]
         weight = centred(random_weight(scheme, shape, device))
         layer = describe(f"experts.{number}", scheme, weight, torch.bfloat16)
-        made.append(QuantLinear(layer, choose(layer, device), weight, None))
+        choice = choose(layer, device, kernels_of_experts(scheme, device))
+        made.append(QuantLinear(layer, choice, weight, None))
     return made
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quantkit.backends.adapters.kept_lists import complete_lists
 from quantkit.backends.adapters.separate_layers import SeparateLayers
-from quantkit.checkpoint.network.modules import layer_index
+from quantkit.checkpoint.network.modules import block_names, layer_index
 
 _FILES = ("config.json", "quantization_config.json", "quantize_config.json")
 _KEPT = {"bits": 16, "data_type": "float"}
@@ -35,7 +35,7 @@ def name_settings(out: Path, layers: SeparateLayers) -> None:
             settings = document.get("quantization_config", document)
             _rewrite(settings, layers.names, kept)
             for key in _BLOCKS & settings.keys():
-                settings[key] = _blocks(layers.written)
+                settings[key] = ",".join(block_names(layers.written))
             file.write_text(json.dumps(document, indent=2), encoding="utf-8")
     complete_lists(out, kept, layers.names)
 
@@ -66,12 +66,6 @@ def _is_block(entry: str, names: Mapping[str, str]) -> bool:
     """Whether an entry is what layers lie in: AutoRound takes the language model's blocks, where
     their name in memory is not the one that it wrote, for others than those that it quantized."""
     return any(name.startswith(f"{entry}.") for name in names)
-
-
-def _blocks(written: Iterable[str]) -> str:
-    """What the names of these layers begin with, before the number of the block."""
-    found = (_BLOCK.match(name) for name in written)
-    return ",".join(sorted({one.group().rsplit(".", 2)[0] for one in found if one}))
 
 
 def _table(settings: dict[str, Any], key: str) -> list[tuple[str, Any]]:

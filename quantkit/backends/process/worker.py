@@ -140,6 +140,12 @@ def load_adapter(reference: str) -> Adapter:
     return run
 
 
+def hide_accelerators() -> None:
+    """Leave the libraries of a job on the CPU no other device: some take the first GPU there is."""
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        os.environ[name] = ""
+
+
 def compute_in_float32() -> str:
     """Mend slow bfloat16 products (see `float32_products`) where the adapter brought torch; how."""
     if "torch" not in sys.modules:
@@ -240,6 +246,8 @@ def main(job_file: str, result_file: str, events: int) -> int:
             progress.name = ""
             result = ranks.run(job, events)
         else:
+            if job.device == "cpu":
+                hide_accelerators()
             run = load_adapter(job.adapter)
             result.compute = compute_in_float32()
             progress.finish()

@@ -155,6 +155,12 @@ def layer_index(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def block_names(names: Iterable[str]) -> list[str]:
+    """What the names of layers start with, before the number of their decoder block."""
+    found = (_LAYER.search(name) for name in names)
+    return sorted({one.string[: one.start(1)].rstrip(".") for one in found if one})
+
+
 @dataclass(frozen=True)
 class _Context:
     vocabulary: int
