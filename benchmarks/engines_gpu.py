@@ -106,6 +106,8 @@ class Bench:
         except QuantkitError as error:  # it is not made either
             return {"loads": False, "why": [error.message]}
         (verdict,) = report.verdicts
+        if verdict.outcome == "unknown":
+            return {"loads": None, "why": []}
         if not verdict.loads:
             return {"loads": False, "why": [reason.text for reason in verdict.reasons]}
         least = verdict.minimum_version
@@ -236,7 +238,7 @@ def judged(entry: dict[str, Any]) -> dict[str, Any]:
     """With `right`: whether the prediction held, and `ratio` of the perplexities."""
     engine = entry.get("served", {})
     answered = "perplexity" in engine and math.isfinite(engine["perplexity"])
-    if "served" in entry:
+    if "served" in entry and entry["predicted"]["loads"] is not None:
         entry["right"] = entry["predicted"]["loads"] == answered
     ours = entry.get("runtime", {}).get("perplexity")
     if answered and ours:
@@ -250,7 +252,7 @@ def rows(entries: list[dict[str, Any]]) -> list[list[str]]:
     for entry in entries:
         engine, ours = entry.get("served", {}), entry.get("runtime", {})
         held = {True: "yes", False: "**no**", None: "–"}[entry.get("right")]
-        told = "loads" if entry["predicted"]["loads"] else "refuses"
+        told = {True: "loads", False: "refuses", None: "unknown"}[entry["predicted"]["loads"]]
         kernels = ", ".join(engine.get("kernels", ())) or engine.get("error", "")[:80] or "–"
         found.append([
             entry["case"], told, held, kernels, number(engine.get("perplexity")),

@@ -178,17 +178,20 @@ def _need(
     foot = backend.placements[placement]
     blocks, outside = _sizes(source)
     block, model = max(blocks.values(), default=0), sum(blocks.values()) + outside
+    done = round(foot.done_blocks * sum(blocks.values()))
     ranks = backend.ranks and placement == "spread"
     held = outside if placement == "layerwise" or ranks else model
     cached = round(foot.activations * _activations(source, recipe, backend))
     if devices[0] == "cpu":
-        working = round(foot.block * block + foot.weights * held)
+        working = round(foot.block * block + foot.weights * held) + done
         return Need(0, foot.library + working + cached, recipe.scheme in foot.measured)
-    working = round((foot.accelerator_block or foot.block) * block + held)
+    factor = foot.block if foot.accelerator_block is None else foot.accelerator_block
+    working = round(factor * block + (outside if foot.blocks_on_host else held))
     share = working // len(devices) if placement == "spread" and not ranks else working
     largest = max((info.bytes for info in source.tensors.values()), default=0)
     processes = len(devices) if ranks else 1
-    host = processes * (foot.library + max(block, largest)) + cached
+    at_work = model if foot.blocks_on_host and placement == "resident" else max(block, largest)
+    host = processes * (foot.library + at_work) + done + cached
     return Need(DEVICE_BASE + share, host, measured=False)
 
 

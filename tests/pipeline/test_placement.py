@@ -137,6 +137,10 @@ def headers_of_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("llmcompressor_w4a16", "resident", 1, 21.6 + 0.5),
         ("llmcompressor_w4a16", "layerwise", 1, 8.7),
         ("llmcompressor_w4a16", "spread", 2, 8.7),
+        ("gptqmodel_w4a16", "resident", 1, 5.8 + 0.5),
+        ("gptqmodel_w4a16", "layerwise", 1, 5.7 + 0.5),
+        ("autoround_w4a16", "resident", 1, 16.1 + 0.5),
+        ("autoround_w4a16", "layerwise", 1, 5.2 + 0.5),
     ],
 )
 def test_the_estimate_of_8b_on_a_gpu_is_near_the_measured_peak(

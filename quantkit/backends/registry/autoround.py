@@ -107,8 +107,8 @@ AUTOROUND = Backend(
     options=AutoRoundOptions,
     dense_only=True,
     placements={
-        "resident": Footprint(1_100_000_000, 1.0, 6, 2, 0, 4),
-        "layerwise": Footprint(1_000_000_000, 1.0, 4.5, 2, 0, 4),
+        "resident": Footprint(1_100_000_000, 1.0, 6, 2, 0, 4, accelerator_block=0),
+        "layerwise": Footprint(1_000_000_000, 1.0, 4.5, 2, 0, 4, accelerator_block=6.7),
         "spread": Footprint(1_100_000_000, 1.0, 6, 2, 0, 4),
     },
     unsupported=_unsupported,

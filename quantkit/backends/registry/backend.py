@@ -59,8 +59,11 @@ class Footprint:
     weights: how often what stays in memory is held (all weights, or those outside of the decoder
         blocks), as a multiple of its bytes in 16 bit.
     block: what work on a decoder block takes, as a multiple of the largest one's bytes in 16 bit.
-    accelerator_block: `block` in the memory of an accelerator, where the model is held once (0: the
-        same), as one run of 8 B parameters had it (`benchmarks/gpu_placement.py`).
+    done_blocks: what stays in memory of blocks that are done, as a multiple of the bytes of all
+        blocks in 16 bit.
+    accelerator_block: `block` in the memory of an accelerator, where the model is held once (None:
+        the same), as one run of 8 B parameters had it (`benchmarks/gpu_placement.py`).
+    blocks_on_host: whether an accelerator holds the block at work alone, wherever the others lie.
     activations: copies of a hidden state a calibration token, in 16 bit.
     blocks_on_disk: offloaded or finished blocks that are written, as a multiple of the bytes of all
         blocks in 16 bit.
@@ -76,7 +79,9 @@ class Footprint:
     blocks_on_disk: float = 0
     activations_on_disk: float = 0
     measured: tuple[str, ...] = ()
-    accelerator_block: float = 0
+    done_blocks: float = 0
+    accelerator_block: float | None = None
+    blocks_on_host: bool = False
 
 
 @dataclass(frozen=True)

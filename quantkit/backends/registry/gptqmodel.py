@@ -59,8 +59,10 @@ GPTQMODEL = Backend(
     options=GPTQModelOptions,
     dense_only=True,
     placements={
-        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2, 1.6, 2),
-        "resident": Footprint(1_100_000_000, 1.0, 6, 2, 0.6, 2),
+        "layerwise": Footprint(1_100_000_000, 1.0, 6, 2, 1.6, 2, accelerator_block=7),
+        "resident": Footprint(
+            1_100_000_000, 1.0, 6, 2, 0.6, 2, accelerator_block=7, blocks_on_host=True
+        ),
     },
     unsupported=_unsupported,
 )

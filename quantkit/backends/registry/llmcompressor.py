@@ -100,8 +100,12 @@ LLMCOMPRESSOR = Backend(
     mixed_pictures=_mixed_pictures,
     placements={
         "resident": Footprint(710_000_000, 1.0, 2.7, 2, accelerator_block=12.6),
-        "layerwise": Footprint(710_000_000, 0.5, 2.7, 2, 0.6, accelerator_block=12.6),
-        "spread": Footprint(710_000_000, 0.5, 2.7, 2, 0.6, accelerator_block=12.6),
+        "layerwise": Footprint(
+            710_000_000, 0.5, 2.7, 2, 0.6, done_blocks=0.27, accelerator_block=12.6
+        ),
+        "spread": Footprint(
+            710_000_000, 0.5, 2.7, 2, 0.6, done_blocks=0.27, accelerator_block=12.6
+        ),
     },
     ranks=True,
     unsupported=_unsupported,
