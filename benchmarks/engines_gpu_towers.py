@@ -48,7 +48,7 @@ class TowersBench(Bench):
         drawn = np.random.default_rng(0)
         self.windows = drawn.integers(16, VOCABULARY, (8, 64))
         self.interpreters = {(): self.interpreter(0, ())}
-        self.question, self.prompts = ["random tokens"], [self.windows[0, :16].tolist()]
+        self.question, self.prompts = ("random tokens",), [self.windows[0, :16].tolist()]
 
     def ordered(self, order: EngineOrder) -> EngineOrder:
         given = super().ordered(order)
