@@ -21,17 +21,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import tempfile
 import time
 from pathlib import Path
 
 import torch
-from methods import TUNED, Measured, compared, plain, quantize
+from methods import TUNED
 from safetensors.torch import load_file, save_file
+from scripts_in_turn import add_sizes, contents, print_in_turn
 
-from quantkit.calibration import build_tokens, load_calibration
 from quantkit.checkpoint.demo import demo_model
-from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.upcycle import ACTIVE, demo_mixture, upcycle
 from quantkit.runtime.load import load
 from quantkit.runtime.model import Runtime
@@ -89,46 +87,13 @@ def mixture(work: Path, layers: int | None) -> Path:
 
 
 def digests(path: Path) -> dict[str, str]:
-    """Digest of every tensor by the name that engines read; AutoRound writes a folder below."""
+    """Digest of every tensor by the name that engines read."""
     found = {}
-    written = next(path.rglob("config.json")).parent
-    for name, digest in open_checkpoint(written).digests().items():
+    for name, digest in contents(path).items():
         for theirs, ours in MIXTRAL.items():
             name = name.replace(theirs, ours)
         found[name] = digest
     return found
-
-
-def libraries(asked: argparse.Namespace) -> None:
-    """Each method by its library alone and through quantkit, in turn."""
-    model = asked.source or mixture(asked.work, asked.layers)
-    overrides: dict[str, object] = {"samples": asked.samples, "sequence_length": asked.length}
-    tokens = build_tokens(load_calibration("default", overrides), model)
-    calibration = [f"calibration.{key}={value}" for key, value in overrides.items()]
-    print(
-        f"{asked.layers or 'all'} layers, {asked.samples} × {asked.length} tokens, median of "
-        f"{asked.rounds}\n\n| method | script s | quantkit s | ratio | script cpu s "
-        "| quantkit cpu s | ratio | script MiB | quantkit MiB | ratio | tensors |\n"
-        + "|---" * 11
-        + "|"
-    )
-    for name in asked.libraries or LIBRARIES:
-        sets = [*(() if name.endswith("_dynamic") else calibration), *LIBRARIES[name]]
-        runs: dict[str, list[Measured]] = {"plain": [], "ours": []}
-        for number in range(asked.rounds):
-            with tempfile.TemporaryDirectory(dir=asked.work) as folder:
-                places = {side: Path(folder, side) for side in runs}
-                for side in list(runs) if number % 2 == 0 else list(runs)[::-1]:
-                    runs[side].append(
-                        plain(name, model, tokens.path, places[side])
-                        if side == "plain"
-                        else quantize(model, name, places[side], sets)
-                    )
-                theirs, ours = (digests(place) for place in places.values())
-        cells = [cell for key in ("library", "processors", "peak") for cell in compared(runs, key)]
-        other = sum(theirs.get(tensor) != digest for tensor, digest in ours.items())
-        same = f"{other} of {len(ours)} differ" if other else "equal"
-        print(" | ".join([f"| `{name}`", *cells, f"{same} |"]), flush=True)
 
 
 def decode(asked: argparse.Namespace) -> None:
@@ -156,14 +121,13 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--source", type=Path)
     parser.add_argument("--libraries", nargs="*", choices=LIBRARIES)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--layers", type=int)
+    add_sizes(parser)
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     if asked.libraries is not None:
-        libraries(asked)
+        model = asked.source or mixture(asked.work, asked.layers)
+        methods = {name: LIBRARIES[name] for name in asked.libraries or LIBRARIES}
+        print_in_turn(model, methods, asked, digests)
     else:
         decode(asked)
 

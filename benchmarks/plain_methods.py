@@ -24,6 +24,10 @@ os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
 import torch
 from safetensors.torch import load_file
 
+TOWERS = ("vision_model", "connector")
+"""Parts of the names of what stays in 16 bit beside a language model (Idefics3)."""
+IGNORED = ["lm_head", *(f"re:.*{part}.*" for part in TOWERS)]
+
 Job = tuple[str, dict[str, torch.Tensor], str, dict[str, Any]]
 Script = Callable[[Job], None]
 Modifier = Callable[[dict[str, Any]], Any]
@@ -35,9 +39,11 @@ def batches(tokens: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.
 
 
 def load(model: str) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    sees = hasattr(AutoConfig.from_pretrained(model), "vision_config")
+    maker: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return maker.from_pretrained(model, dtype="auto")
 
 
 def llmcompressor(modifier: Modifier, calibrated: bool = True) -> Script:
@@ -67,7 +73,7 @@ def llmcompressor_preset(scheme: str, calibrated: bool) -> Script:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     def modifier(_: dict[str, Any]) -> Any:
-        return QuantizationModifier(scheme=scheme, targets=["Linear"], ignore=["lm_head"])
+        return QuantizationModifier(scheme=scheme, targets=["Linear"], ignore=IGNORED)
 
     return llmcompressor(modifier, calibrated)
 
@@ -85,7 +91,7 @@ def llmcompressor_gptq() -> Script:
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     def modifier(settings: dict[str, Any]) -> Any:
-        return GPTQModifier(config_groups=integer_groups(settings), ignore=["lm_head"])
+        return GPTQModifier(config_groups=integer_groups(settings), ignore=IGNORED)
 
     return llmcompressor(modifier)
 
@@ -95,7 +101,7 @@ def llmcompressor_autoround() -> Script:
 
     def modifier(settings: dict[str, Any]) -> Any:
         return AutoRoundModifier(
-            config_groups=integer_groups(settings), ignore=["lm_head"], iters=settings["iters"],
+            config_groups=integer_groups(settings), ignore=IGNORED, iters=settings["iters"],
             batch_size=settings["batch_size"], enable_torch_compile=False,
         )  # fmt: skip
 
@@ -152,6 +158,7 @@ def modelopt(preset: str, calibrated: bool = True) -> Script:
         source, tokens, out, settings = job
         model = load(source)
         config = copy.deepcopy(getattr(mtq, preset))
+        config["quant_cfg"] += [{"quantizer_name": f"*{part}*", "enable": False} for part in TOWERS]
         if preset in ("INT4_AWQ_CFG", "W4A8_AWQ_BETA_CFG"):
             set_group(config, settings["group_size"])
 
