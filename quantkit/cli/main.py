@@ -10,11 +10,26 @@ from types import FrameType
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and the number of the signal."""
+AGAIN_SECONDS = 0.05
+"""After which a Ctrl-C that Python could not raise comes again."""
 
 
 def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     """While modules are imported there is nothing to clean up, and an exception may be lost."""
     os._exit(INTERRUPTED)
+
+
+def _not_lost(ignored: sys.UnraisableHookArgs) -> None:
+    """Send Ctrl-C again where it came in a finalizer or a weak reference's callback, which Python
+    lets nothing out of: the import system has some, and work would go on as if nothing was."""
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        from threading import Timer
+
+        again = Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def main() -> None:
@@ -32,6 +47,7 @@ def main() -> None:
         gc.enable()
         for each in signals:
             signal.signal(each, signal.default_int_handler)
+        sys.unraisablehook = _not_lost
         run()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

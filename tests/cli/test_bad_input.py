@@ -265,6 +265,28 @@ def test_ctrl_c_at_any_moment_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_that_python_cannot_raise_comes_again() -> None:
+    """In a finalizer, as in the import system's callbacks."""
+    work = """
+import os, signal, sys, time, types
+from quantkit.cli.main import main
+class Gone:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+def run():
+    Gone()
+    time.sleep(60)
+    sys.exit("worked on")
+sys.modules["quantkit.cli.app"] = types.SimpleNamespace(run=run)
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", work], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "in a shell's background"])
 @pytest.mark.parametrize("start", ["-m quantkit", "-c from quantkit.cli.main import main; main()"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -96,7 +96,7 @@ def emulates_fp8() -> bool:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow) if c == "w4a16" else c for c in CASES]
+    "case", [c if c == "w8a8_dynamic" else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
 )
 @pytest.mark.usefixtures("vllm_python")
 def test_vllm_loads_and_agrees_with_the_builtin_runtime(
@@ -171,7 +171,7 @@ def test_vllm_loads_a_model_with_a_tower(small_model: Path, tmp_path: Path) -> N
 @pytest.mark.skipif(
     torch.cpu._is_amx_tile_supported(), reason="this CPU has AMX, which vLLM's kernel needs"
 )
-@pytest.mark.usefixtures("vllm_python")
+@pytest.mark.slow
 @pytest.mark.usefixtures("vllm_python")
 def test_two_ranks_of_vllm_answer_as_one(
     blocks_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -183,7 +183,9 @@ def test_damaged_copy_loads_and_fails_its_gates(
     assert report.layers[0].module.split(".")[2] == "1"
 
 
-@pytest.mark.parametrize("which", ["8", "4", "8 asymmetric", "4 asymmetric"])
+@pytest.mark.parametrize(
+    "which", ["8", "4", *(pytest.param(f"{n} asymmetric", marks=pytest.mark.slow) for n in "84")]
+)
 def test_undamaged_copy_holds_its_gates(
     which: str, checkpoints: dict[str, Path], small_model: Path
 ) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch.nn.functional import linear as native_linear
@@ -56,8 +57,31 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     rows = x.numel() // x.shape[-1] if x.numel() else 0
     if not (_eligible(x, weight) and rows > FEW_ROWS):
         return native_linear(x, weight, bias)
-    result = _product(x.reshape(rows, -1), weight.t(), bias)
+    result: torch.Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+        x.reshape(rows, -1), weight, bias
+    )
     return result.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Linear(torch.autograd.Function):
+    """`_product` of x [n, in] and a weight [out, in], with gradients that are computed so too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _product(x, weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _product(gradient, weight, None) if needs_x else None,
+            _product(gradient.t(), x, None) if needs_weight else None,
+            gradient.sum(0) if needs_bias else None,
+        )
 
 
 def install() -> None:
