@@ -18,14 +18,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantkit import quantize
 from quantkit.backends.environments.device import has_nvidia_gpu
 from quantkit.backends.environments.managed import create, spec_named
 from quantkit.backends.process.float32_products import slow_bfloat16
 from quantkit.calibration.tokenizer import load_tokenizer, read_tokenizer_info
 from quantkit.checkpoint.directory import open_checkpoint
 from quantkit.checkpoint.schemes import SCHEMES, Scheme
-from quantkit.checkpoint.wrap_vision import wrap_vision
 from quantkit.errors import BackendError, InputError
 from quantkit.runtime.load import load
 from quantkit.runtime.serving.drivers.base import EngineOrder
@@ -149,23 +147,6 @@ def test_vllm_loads_and_agrees_with_the_builtin_runtime(
     assert np.abs(theirs[:2] - exact).mean() < as_near * noise.mean()
     tie = 2 * float(np.quantile(noise, 0.99))
     assert same_or_tied(judge, prompts, builtin.generate(prompts, 2), answers, tie)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("vllm_python")
-def test_vllm_loads_a_model_with_a_tower(small_model: Path, tmp_path: Path) -> None:
-    """Tower and connector too; its placeholders for pictures want a tokenizer."""
-    source = wrap_vision(small_model, tmp_path / "wrapped")
-    made = tmp_path / "made"
-    quantize(source, method="rtn_w8a8_dynamic", out=made)
-    windows = np.array([range(5, 37), range(105, 137)])
-    builtin, vllm = opener("builtin")(made, Opening("cpu")), opener("vllm")(made, Opening("cpu"))
-    try:
-        assert sum(vllm.kernels().values()) > 0
-        apart = vllm.logprobs(windows) - builtin.logprobs(windows)
-    finally:
-        vllm.close()
-    assert np.abs(apart).mean() < 0.2
 
 
 @pytest.mark.skipif(
