@@ -31,6 +31,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "modelopt_fp8": QUICK,
     "gptqmodel_w4a16": (*QUICK, "group_size=64"),
     "autoround_w4a16": (*QUICK, "group_size=64", "options.iters=2"),
+    "msmodelslim_w8a8": QUICK,
 }
 
 

@@ -86,9 +86,9 @@ class Measured:
     note: dict[str, Any]
 
 
-def quantize(model: Path, method: str, out: Path, sets: list[str]) -> Measured:
+def quantize(model: Path, method: str, out: Path, sets: list[str], device: str = "cpu") -> Measured:
     command = [sys.executable, "-m", "quantkit", "quantize", str(model), "--method", method]
-    command += ["--out", str(out), "--device", "cpu"]
+    command += ["--out", str(out), "--device", device]
     start = time.monotonic()
     done = subprocess.run(
         command + [part for change in sets for part in ("--set", change)],

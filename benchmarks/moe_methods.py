@@ -2,14 +2,16 @@
 
     python benchmarks/moe_methods.py WORKDIR [--only NAME …] [--samples 8] [--pictures FOLDER]
                                              [--layers N] [--no-vllm] [--validate]
+                                             [--device cuda]
 
 Each method makes WORKDIR/NAME, which is verified against the mixture in 16 bit; the runtime
 measures the metrics of `quantkit validate` on held-out text and holds its gates. With --validate
-the whole command does (chat and facts take minutes). vLLM scores the same windows of text. In KL 8
-bits must be under 4 bits tuned, and these not above 4 bits rounded to nearest. What is measured
-stays in WORKDIR/NAME.json and is not measured again, so that the work can be cut into pieces;
-prints the table of all that is there, and ends with 1 where the order is another. --pictures draws
-`experts.png`: the tokens that the router sent to each expert, layers × experts.
+the whole command does (on a CPU chat and facts take minutes); --device calibrates and validates on
+a GPU. vLLM scores the same windows of text. In KL 8 bits must be under 4 bits tuned, and these not
+above 4 bits rounded to nearest. What is measured stays in WORKDIR/NAME.json and is not measured
+again, so that the work can be cut into pieces; prints the table of all that is there, and ends with
+1 where the order is another. --pictures draws `experts.png`: the tokens that the router sent to
+each expert, layers × experts.
 With --layers the mixture is cut to N layers: it models no language, so that only KL says something.
 With --no-vllm the last column is left for another run.
 """
@@ -95,7 +97,7 @@ def measured(name: str, model: Path, asked_for: argparse.Namespace) -> dict[str,
     out = model if name == BASELINE else asked_for.work / name
     if name != BASELINE:
         if not out.is_dir():
-            quantize(model, name, out, list(METHODS[name]))
+            quantize(model, name, out, list(METHODS[name]), asked_for.device)
         if "predicted" not in found:
             report = quantkit.plan(str(model), method=name, set=METHODS[name], engine="vllm")
             keep("predicted", [verdict.outcome for verdict in report.verdicts])
@@ -123,7 +125,7 @@ def held_against(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[
         weights_only = subject.weights_only
         kernels = subject.kernels()
     metrics = {
-        **text_metrics(PerWindow.of(baseline, ours), ours.kl),
+        **text_metrics(PerWindow.of(baseline, ours), ours),
         **weight_metrics(integrity),
     }  # fmt: skip
     gates = default_gates({layer.scheme for layer in integrity.layers}, ACTIVE, computing(model))
@@ -153,7 +155,7 @@ def validated(out: Path, model: Path, asked_for: argparse.Namespace) -> dict[str
     A cut copy answers nothing, and is measured nevertheless.
     """
     request = ValidateRequest(
-        out, str(model), device="cpu", samples=asked_for.samples, throughput=False,
+        out, str(model), device=asked_for.device, samples=asked_for.samples, throughput=False,
         broken_baseline=asked_for.layers is not None,
     )  # fmt: skip
     found = validate(request, Quiet())
@@ -232,6 +234,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--no-vllm", action="store_true")
     parser.add_argument("--validate", action="store_true")
+    parser.add_argument("--device", default="cpu")
     asked_for = parser.parse_args()
     asked_for.work.mkdir(parents=True, exist_ok=True)
     model = mixture(asked_for.work, asked_for.layers)

@@ -93,7 +93,7 @@ def ask_online(
         notes=list(subject.notes),
         perplexity=perplexity(windows.nll),
         mcq_accuracy=float(facts.mean()),
-        metrics={**text_metrics(windows, text.kl), "mcq_drop": choice_metric(theirs.facts, facts)},
+        metrics={**text_metrics(windows, text), "mcq_drop": choice_metric(theirs.facts, facts)},
         of=of,
         less=less,
         offline=_outcome(less),

@@ -309,15 +309,14 @@ def test_what_is_recovered_of_the_loss_of_rounding() -> None:
     assert recovered(tuned, windows(1.0, 0.0)) == {"kl": None, "perplexity": None}
 
 
-def test_an_engine_without_logits_is_not_held_to_default_gates_of_them() -> None:
+def test_an_engine_is_not_held_to_default_gates_of_what_it_does_not_show() -> None:
     gates = chosen_gates(default_gates(["w4a16"]), [parse_gate("kl_p99<=2", "recipe")])
     assert askable(gates, "builtin") == (gates, [])
     left, notes = askable(gates, "vllm")
     gone = {gate.metric for gate in gates} - {gate.metric for gate in left}
-    assert gone == {"kl_mean", "kl_of_rtn", "ppl_of_rtn"}
+    assert gone == {"kl_of_rtn", "ppl_of_rtn"}
     assert notes == [
-        "kl_mean is not gated: vllm gives no logits",
         "kl_of_rtn and ppl_of_rtn are not gated: vllm cannot hold the baseline rounded to nearest",
     ]
-    asked = chosen_gates(gates, [parse_gate("kl_mean<=0.1")])
-    assert parse_gate("kl_mean<=0.1") in askable(asked, "vllm")[0]
+    asked = chosen_gates(gates, [parse_gate("kl_of_rtn<=1")])
+    assert parse_gate("kl_of_rtn<=1") in askable(asked, "vllm")[0]

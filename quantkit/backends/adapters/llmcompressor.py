@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import WARNING
 from pathlib import Path
@@ -22,6 +23,9 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.smoothquant.dynamic_mappings import (
+    get_layer_mappings_from_model,
+)
 from loguru import logger
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -48,6 +52,7 @@ from quantkit.backends.adapters.placed import load_placed, offload_removed
 from quantkit.backends.adapters.places import expert_blocks, kept_layers, locate
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.process.job import Job, JobInputError, Reporter, Result
+from quantkit.checkpoint.network.modules import block_names
 from quantkit.checkpoint.schemes import NumberFormat
 
 
@@ -64,7 +69,7 @@ def run(job: Job, report: Reporter, result: Result) -> None:
         planned = {name: job.layers[layer] for layer, names in layers.items() for name in names}
         tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)
         before = norms(model)
-        modifiers = _modifiers(job, planned, others(model, planned))
+        modifiers = _modifiers(job, model, planned, others(model, planned))
         fallbacks = [m._rtn_fallback_module_names for m in modifiers if isinstance(m, GPTQModifier)]
         call = {"model": model, "recipe": modifiers, "processor": tokenizer}
         if job.tokens is None:
@@ -161,7 +166,9 @@ def _for_mixed_samples(modifiers: list[Any], report: Reporter) -> str:
     return "basic"
 
 
-def _modifiers(job: Job, planned: Mapping[str, Any], ignore: list[str]) -> list[Any]:
+def _modifiers(
+    job: Job, model: torch.nn.Module, planned: Mapping[str, Any], ignore: list[str]
+) -> list[Any]:
     """The library's recipe: an optional fold, then what rounds the weights."""
     groups = {f"group_{number}": scheme for number, scheme in enumerate(_groups(planned))}
     target: dict[str, Any] = {"config_groups": groups, "ignore": ignore}
@@ -173,7 +180,9 @@ def _modifiers(job: Job, planned: Mapping[str, Any], ignore: list[str]) -> list[
     algorithm = options.get("algorithm") or ("gptq" if usual_scheme(job).weight.is_int else "rtn")
     modifiers: list[Any] = []
     if "smoothing_strength" in options:
-        modifiers.append(SmoothQuantModifier(smoothing_strength=options["smoothing_strength"]))
+        mappings = _in_blocks(get_layer_mappings_from_model(model), block_names(planned))
+        strength = options["smoothing_strength"]
+        modifiers.append(SmoothQuantModifier(smoothing_strength=strength, mappings=mappings))
     if algorithm == "gptq":
         more = {key: options[key] for key in ("dampening_frac",) if key in options}
         if "actorder" in options:
@@ -190,6 +199,17 @@ def _modifiers(job: Job, planned: Mapping[str, Any], ignore: list[str]) -> list[
     if algorithm == "awq":
         modifiers.append(AWQModifier())
     return [*modifiers, QuantizationModifier(**target)]
+
+
+def _in_blocks(mappings: Sequence[Any], blocks: Sequence[str]) -> list[Any]:
+    """The library's mappings, (layers to balance, norm to smooth) by patterns, of those blocks
+    alone: a tower's layers have the same names, and its norms others."""
+    inside = f"re:(?=(?:{'|'.join(map(re.escape, blocks))})\\.)"
+
+    def limited(pattern: str) -> str:
+        return f"{inside}{pattern.removeprefix('re:')}"
+
+    return [([limited(name) for name in balanced], limited(norm)) for balanced, norm in mappings]
 
 
 def _groups(planned: Mapping[str, Any]) -> Iterator[QuantizationScheme]:

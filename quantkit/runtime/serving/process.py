@@ -11,6 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quantkit.backends.child_process import Child, log_text
 from quantkit.checkpoint.paths import new_log
 from quantkit.checkpoint.progress import Progress
@@ -81,6 +84,17 @@ class EngineProcess:
         """Log-probability of every token but the first of each window."""
         value: list[list[float]] = self._ask("logprobs", progress, windows=windows)
         return value
+
+    def top_logprobs(
+        self, windows: Sequence[Sequence[int]], count: int, progress: Progress | None
+    ) -> dict[str, NDArray[Any]]:
+        """`logprobs`, `ids` and `kept` of `drivers/likeliest.py`."""
+        file = Path(self._work.name, "likeliest.npz")
+        self._ask("top_logprobs", progress, windows=windows, count=count, file=str(file))
+        with np.load(file, allow_pickle=False) as held:
+            found = dict(held)
+        file.unlink()
+        return found
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         """The greedy continuation of each prompt."""

@@ -82,6 +82,10 @@ def answer(driver: Driver, request: dict[str, Any], channel: Channel) -> object:
     call = request["call"]
     if call == "logprobs":
         return driver.logprobs(request["windows"], channel.advance)
+    if call == "top_logprobs":
+        windows, count, file = (request[name] for name in ("windows", "count", "file"))
+        driver.top_logprobs(windows, count, file, channel.advance)
+        return None
     if call == "tasks":
         return driver.tasks(request)  # type: ignore[attr-defined]
     if call == "generate":

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from quantkit.checkpoint.paths import cache_dir, write_whole
 
-ALGORITHM = 3
+ALGORITHM = 4
 """Raised whenever the same question would be measured in another way."""
 
 Arrays = Mapping[str, NDArray[Any]]

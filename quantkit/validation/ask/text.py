@@ -10,6 +10,8 @@ variate takes most of it away: over R the mean of (Q/s)/(P/r) is 1, s being Q's 
 the drawn ones deviate from it goes the other way than their log P/Q. How much of it is added
 depends on the first tokens alone, which leaves the estimate unbiased: all of it for small gaps
 (then it is the k3 of Schulman 2020, http://joschu.net/blog/kl-approx.html), less for wide ones.
+
+An engine that tells only its likeliest tokens is estimated by `likeliest.py`.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.checkpoint.progress import Progress
-from quantkit.validation.subjects.base import Subject
+from quantkit.validation.ask import likeliest
+from quantkit.validation.subjects.base import TOP, Subject, TopLogprobs, WithTopLogprobs
 from quantkit.validation.subjects.routing import Routes
 
 if TYPE_CHECKING:
     import torch
 
-TOP = 256
 TAIL = 64
 LEAST_MASS = 1e-4
 """Masses under it are differences of float32 sums that say little."""
@@ -61,8 +63,8 @@ class BaselineText:
 
     logprobs: float32 [n, length - 1], of the token that follows. first: int64, the likeliest
     token. ids, kept: tokens and their log-probabilities [n, length - 1, TOP + TAIL]. experts: those
-    that compute each token, [layers, n, length, k], of a mixture. Without logits only `logprobs` is
-    there.
+    that compute each token, [layers, n, length, k], of a mixture. Of an engine that gives no logits
+    nothing is drawn: `ids` and `kept` are its likeliest tokens, or only `logprobs` is there.
     """
 
     logprobs: NDArray[np.float32]
@@ -75,11 +77,13 @@ class BaselineText:
 @dataclass(frozen=True)
 class QuantizedText:
     """The quantized model on the same windows: `kl` in nats, `agrees` (same first token), and of a
-    mixture by decoder layer whether the same experts compute a token, [n, length]."""
+    mixture by decoder layer whether the same experts compute a token, [n, length]. `bounds` are
+    the least and the most that `kl` may be, where it was estimated from the likeliest tokens."""
 
     logprobs: NDArray[np.float32]
     kl: NDArray[np.float32] | None = None
     agrees: NDArray[np.bool_] | None = None
+    bounds: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
     routed: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict)
 
 
@@ -89,6 +93,9 @@ def measure_baseline(
     """Run the baseline over the windows."""
     import torch
 
+    if isinstance(subject, WithTopLogprobs):
+        said = subject.top_logprobs(windows, progress)
+        return BaselineText(said.logprobs, said.ids[..., 0].astype(np.int64), said.ids, said.kept)
     if not isinstance(subject, WithLogits):
         return BaselineText(subject.logprobs(windows, progress))
     logprobs = torch.empty(len(windows), windows.shape[1] - 1)
@@ -124,6 +131,8 @@ def measure_quantized(
     """Run the quantized model over the windows, against what the baseline said of them."""
     import torch
 
+    if isinstance(subject, WithTopLogprobs) and baseline.ids is not None:
+        return _of_likeliest(subject.top_logprobs(windows, progress), baseline)
     if not isinstance(subject, WithLogits) or baseline.ids is None:
         return QuantizedText(subject.logprobs(windows, progress))
     kept_ids, kept = torch.from_numpy(baseline.ids), torch.from_numpy(baseline.kept)
@@ -138,7 +147,21 @@ def measure_quantized(
             kl[place] = divergence(kept[place].to(scores.device), ours).cpu()
             agrees[place] = scores.argmax(-1).cpu() == first[place]
     routed = _same(routes, windows, baseline.experts)
-    return QuantizedText(logprobs.numpy(), kl.numpy(), agrees.numpy(), routed)
+    return QuantizedText(logprobs.numpy(), kl.numpy(), agrees.numpy(), routed=routed)
+
+
+def _of_likeliest(said: TopLogprobs, baseline: BaselineText) -> QuantizedText:
+    """The same from the likeliest tokens of both."""
+    assert baseline.ids is not None
+    assert baseline.kept is not None
+    rows = zip(baseline.ids, baseline.kept, said.ids, said.kept, strict=True)
+    found = [likeliest.divergence(*row) for row in rows]
+    value, low, high = (
+        np.stack([getattr(each, name) for each in found]).astype(np.float32)
+        for name in ("value", "low", "high")
+    )
+    agrees = said.ids[..., 0] == baseline.first
+    return QuantizedText(said.logprobs, value, agrees, (low, high))
 
 
 def _same(

@@ -68,6 +68,13 @@ def sampled(values: Floats, statistic: Callable[[Floats], Floats] | None = None)
     return Measured(value, (float(low), float(high)), sampled=True)
 
 
+def between(least: Measured, value: Measured, most: Measured) -> Measured:
+    """A value that was estimated, with the interval of its bounds; none where one has none."""
+    if least.interval is None or most.interval is None:
+        return value
+    return Measured(value.value, (least.interval[0], most.interval[1]), sampled=True)
+
+
 def ratio(values: Floats, others: Floats) -> Measured:
     """The mean of `values` over that of `others`, of the same windows [n], with its percentile
     interval; both are resampled together. Missing where the others are nothing."""

@@ -11,7 +11,7 @@ from quantkit.formats.registry import detect
 from quantkit.recipe.gates import Gate, parse_gate
 from quantkit.validation.ask.picture_prompts import sees
 from quantkit.validation.judge.default_gates import default_gates
-from quantkit.validation.judge.metrics import OF_CACHE, OF_LOGITS, OF_RTN, ROUTING
+from quantkit.validation.judge.metrics import OF_CACHE, OF_RTN, ROUTING
 from quantkit.validation.judge.pictures import OF_PICTURES
 from quantkit.validation.judge.verdicts import accepted, chosen_gates
 from quantkit.validation.preflight import Candidate
@@ -60,7 +60,6 @@ def askable(gates: list[Gate], engine: str) -> tuple[list[Gate], list[str]]:
     if engine == "builtin":
         return gates, []
     why = {
-        **dict.fromkeys(OF_LOGITS, f"{engine} gives no logits"),
         ROUTING: f"{engine} does not show its routers",
         **dict.fromkeys(OF_PICTURES, f"{engine} is shown no pictures here"),
         **dict.fromkeys(OF_RTN, f"{engine} cannot hold the baseline rounded to nearest"),

@@ -13,6 +13,7 @@ from quantkit.validation.ask.canary import Answer
 from quantkit.validation.ask.text import BaselineText, QuantizedText
 from quantkit.validation.judge.bootstrap import (
     Measured,
+    between,
     exact,
     missing,
     percentiles,
@@ -35,13 +36,17 @@ OF_CACHE = ("kv_ppl_ratio", "kv_kl", "kv_scale_off")
 
 @dataclass(frozen=True)
 class PerWindow:
-    """Means over the tokens of each window [n]: what a later report is compared with, in pairs."""
+    """Means over the tokens of each window [n]: what a later report is compared with, in pairs.
+
+    `kl_low` and `kl_high` are the least and the most that `kl` may be, where it is an estimate."""
 
     nll_baseline: Floats
     nll: Floats
     kl: Floats | None
     agreement: Floats | None
     routing: Floats | None = None
+    kl_low: Floats | None = None
+    kl_high: Floats | None = None
 
     @classmethod
     def of(cls, baseline: BaselineText, quantized: QuantizedText) -> PerWindow:
@@ -51,6 +56,7 @@ class PerWindow:
             None if quantized.kl is None else _means(quantized.kl),
             None if quantized.agrees is None else _means(quantized.agrees),
             _worst_routing(quantized),
+            *(() if quantized.bounds is None else map(_means, quantized.bounds)),
         )
 
 
@@ -59,19 +65,31 @@ def perplexity(nll: Floats) -> float:
     return float(np.exp(nll.mean()))
 
 
-def text_metrics(windows: PerWindow, kl: NDArray[np.float32] | None) -> dict[str, Measured]:
-    """Perplexity ratio, KL and agreement; `kl` holds every token's, [n, predictions]."""
+def text_metrics(windows: PerWindow, quantized: QuantizedText) -> dict[str, Measured]:
+    """Perplexity ratio, KL and agreement. Where KL is an estimate with bounds, its interval goes
+    from the lower end of the one bound's to the upper end of the other's."""
+    kl = quantized.kl
     found = {"ppl_ratio": sampled(windows.nll - windows.nll_baseline, np.exp)}
     if windows.kl is None or windows.agreement is None or kl is None:
         absent = missing(NO_LOGITS)
         return found | dict.fromkeys(OF_LOGITS, absent)
     if windows.routing is not None:
         found[ROUTING] = sampled(windows.routing)
-    return found | {
+    found |= {
         "kl_mean": sampled(windows.kl),
-        "kl_p99": _p99(kl.astype(np.float64)),
+        "kl_p99": _p99(kl),
         "kl_max": Measured(float(kl.max())),  # of this text: an extreme has no interval
         "top1_agreement": sampled(windows.agreement),
+    }
+    if quantized.bounds is None:
+        return found
+    low, high = quantized.bounds
+    assert windows.kl_low is not None
+    assert windows.kl_high is not None
+    return found | {
+        "kl_mean": between(sampled(windows.kl_low), found["kl_mean"], sampled(windows.kl_high)),
+        "kl_p99": between(_p99(low), found["kl_p99"], _p99(high)),
+        "kl_max": Measured(float(kl.max()), (float(low.max()), float(high.max())), sampled=True),
     }
 
 
@@ -186,8 +204,9 @@ def _means(table: NDArray[np.float32] | NDArray[np.bool_]) -> Floats:
     return np.asarray(table.mean(axis=1, dtype=np.float64))
 
 
-def _p99(kl: Floats) -> Measured:
+def _p99(tokens: NDArray[np.float32]) -> Measured:
     """The 99th percentile over all tokens; whole windows are resampled."""
+    kl = tokens.astype(np.float64)
     value = float(np.quantile(kl, 0.99))
     if not np.isfinite(value) or len(kl) < 8:
         return Measured(value, sampled=True)

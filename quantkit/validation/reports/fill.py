@@ -62,7 +62,7 @@ def fill(
     ]
     report.windows = windows
     report.metrics = {
-        **text_metrics(windows, ours.text.kl),
+        **text_metrics(windows, ours.text),
         "mcq_drop": choice_metric(theirs.facts, ours.facts),
         EXERCISES: choice_metric(*worked),
         **canary_metrics(their_talk, our_talk, drift),

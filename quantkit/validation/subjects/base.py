@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.checkpoint.progress import Progress
 from quantkit.engines.online import Online
+
+TOP = 256
+"""Likeliest tokens that are kept of a distribution."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,28 @@ class Subject(Protocol):
 
     def close(self) -> None:
         """Give back memory and processes; the subject is not used again."""
+        ...
+
+
+@dataclass(frozen=True)
+class TopLogprobs:
+    """What an engine says of windows [n, length]: of every next token its log-probability, float32
+    [n, length - 1], and the likeliest tokens, int32 ids and float32 log-probabilities
+    [n, length - 1, k], the first one first."""
+
+    logprobs: NDArray[np.float32]
+    ids: NDArray[np.int32]
+    kept: NDArray[np.float32]
+
+
+@runtime_checkable
+class WithTopLogprobs(Protocol):
+    """A subject that tells the likeliest tokens of each distribution, and no logits."""
+
+    def top_logprobs(
+        self, windows: NDArray[np.int64], progress: Progress | None = None
+    ) -> TopLogprobs:
+        """Of token ids [n, length]; `TOP` tokens, or as many as the vocabulary has."""
         ...
 
 

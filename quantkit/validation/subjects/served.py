@@ -26,7 +26,7 @@ from quantkit.runtime.serving.drivers.base import EngineOrder
 from quantkit.runtime.serving.environments import ENGINES, EngineProcessSpec, find_interpreter
 from quantkit.runtime.serving.launch import SERVERS, flags_of
 from quantkit.runtime.serving.process import EngineProcess
-from quantkit.validation.subjects.base import Opening, Throughput
+from quantkit.validation.subjects.base import TOP, Opening, Throughput, TopLogprobs
 
 if TYPE_CHECKING:
     from quantkit.validation.subjects.base import Opener
@@ -66,6 +66,12 @@ class Served:
         self, windows: NDArray[np.int64], progress: Progress | None = None
     ) -> NDArray[np.float32]:
         return np.array(self._process.logprobs(windows.tolist(), progress), dtype=np.float32)
+
+    def top_logprobs(
+        self, windows: NDArray[np.int64], progress: Progress | None = None
+    ) -> TopLogprobs:
+        count = min(TOP, self._vocabulary)
+        return TopLogprobs(**self._process.top_logprobs(windows.tolist(), count, progress))
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         return self._process.generate(prompts, new_tokens)
@@ -199,6 +205,7 @@ def engine_order(path: Path, engine: EngineProcessSpec, opening: Opening) -> Eng
         cache_bytes=2 * length * per_token,
         flags=flags,
         towers=is_multimodal(checkpoint.config),
+        likeliest=min(TOP, int(config["vocab_size"])),
     )
 
 

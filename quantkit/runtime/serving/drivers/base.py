@@ -20,11 +20,12 @@ class EngineOrder:
     """The engine to start and the model to load.
 
     driver: `"module:attr"` of what makes a `Driver` of an order. device: as `--device`, resolved;
-    of several ("cuda:0,1") a server's flag tells how many. stop: token ids that end an
-    answer. length: the longest sequence that will be asked for. cache_bytes: what the KV cache of
-    eight sequences of that length takes. flags: what a server would be given (`launch.flags_of`).
+    of several ("cuda:0,1") a server's flag tells how many. stop: token ids that end an answer.
+    length: the longest sequence that will be asked for. cache_bytes: what the KV cache of eight
+    sequences of that length takes. flags: what a server would be given (`launch.flags_of`).
     packages: a folder of Python packages beside the engine's own. towers: whether the model takes
-    more than text, for whose placeholders the engine wants a tokenizer.
+    more than text, for whose placeholders the engine wants a tokenizer. likeliest: tokens of a
+    position that will be asked for at most.
     """
 
     driver: str
@@ -36,6 +37,7 @@ class EngineOrder:
     flags: dict[str, Any] = field(default_factory=dict)
     packages: str = ""
     towers: bool = False
+    likeliest: int = 0
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -69,6 +71,10 @@ class Driver(Protocol):
 
     def logprobs(self, windows: Sequence[Ids], tell: Tell) -> list[list[float]]:
         """Log-probability of every token but the first of each window."""
+        ...
+
+    def top_logprobs(self, windows: Sequence[Ids], count: int, file: str, tell: Tell) -> None:
+        """The same, and the `count` likeliest tokens, into that file (`likeliest.py`)."""
         ...
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:

@@ -95,15 +95,14 @@ class VllmHarness(_Harness):
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
     def settings(self) -> dict[str, Any]:
-        from vllm.platforms import current_platform
+        from quantkit.runtime.serving.drivers.vllm import settings_here
 
         order = self._order
-        eager = {"enforce_eager": current_platform.is_cpu()}
         return {
             "pretrained": order.model,
             "max_model_len": order.length,
             "seed": 0,
-            **eager,
+            **settings_here(),
             **order.arguments,
         }
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quantkit.runtime.serving.drivers.base import EngineOrder, Ids, Tell, pin
+from quantkit.runtime.serving.drivers.likeliest import LikeliestTokens
 
 BATCH = 8
 """Sequences that are scored, generated and timed at once."""
@@ -34,18 +35,16 @@ class Sglang:
         )
 
     def logprobs(self, windows: Sequence[Ids], tell: Tell) -> list[list[float]]:
-        found: list[list[float]] = []
-        for start in range(0, len(windows), BATCH):
-            batch = [list(ids) for ids in windows[start : start + BATCH]]
-            outputs = self._engine.generate(
-                input_ids=batch,
-                sampling_params={"temperature": 0, "max_new_tokens": 1},
-                return_logprob=True,
-                logprob_start_len=0,
-            )
-            found += [prompt_logprobs(out, ids) for out, ids in zip(outputs, batch, strict=True)]
-            tell(len(found), len(windows))
-        return found
+        return [prompt_logprobs(out, ids) for ids, out in self._scored(windows, tell)]
+
+    def top_logprobs(self, windows: Sequence[Ids], count: int, file: str, tell: Tell) -> None:
+        table = LikeliestTokens(windows, count)
+        scored = self._scored(windows, tell, top_logprobs_num=count)
+        for row, (ids, out) in enumerate(scored):
+            top = out["meta_info"]["input_top_logprobs"][1:]
+            for at, (follows, pairs) in enumerate(zip(prompt_logprobs(out, ids), top, strict=True)):
+                table.put(row, at, follows, [(entry[0], entry[1]) for entry in pairs])
+        table.write(file)
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         outputs = self._ask(prompts, max_new_tokens=new_tokens, stop_token_ids=self._stop)
@@ -62,6 +61,22 @@ class Sglang:
 
     def close(self) -> None:
         self._engine.shutdown()
+
+    def _scored(
+        self, windows: Sequence[Ids], tell: Tell, **more: Any
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Each window with what the engine says of its tokens."""
+        for start in range(0, len(windows), BATCH):
+            batch = [list(ids) for ids in windows[start : start + BATCH]]
+            outputs = self._engine.generate(
+                input_ids=batch,
+                sampling_params={"temperature": 0, "max_new_tokens": 1},
+                return_logprob=True,
+                logprob_start_len=0,
+                **more,
+            )
+            yield from zip(batch, outputs, strict=True)
+            tell(start + len(batch), len(windows))
 
     def _ask(self, prompts: Sequence[Ids], **sampling: Any) -> list[dict[str, Any]]:
         """With `ignore_eos` it ignores `stop_token_ids` too (srt/managers/schedule_batch.py)."""

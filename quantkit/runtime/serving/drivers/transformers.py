@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from quantkit.runtime.serving.drivers.base import EngineOrder, Ids, Tell, pin
+from quantkit.runtime.serving.drivers.likeliest import LikeliestTokens
 
 BATCH_TOKENS = 2048
 """Tokens a forward pass: the logits of that many are the largest thing in memory."""
@@ -44,16 +45,20 @@ class Transformers:
         self._model = loaded.eval()
 
     def logprobs(self, windows: Sequence[Ids], tell: Tell) -> list[list[float]]:
-        torch, found = self._torch, []
-        step = max(1, BATCH_TOKENS // len(windows[0]))
-        for start in range(0, len(windows), step):
-            ids = torch.tensor(windows[start : start + step], device=self._model.device)
-            with torch.inference_mode():
-                scores = self._model(ids, use_cache=False).logits[:, :-1].float()
+        found: list[list[float]] = []
+        for _, ids, scores in self._scored(windows, tell):
             chosen = scores.gather(-1, ids[:, 1:, None]).squeeze(-1)
             found += (chosen - scores.logsumexp(-1)).tolist()
-            tell(len(found), len(windows))
         return found
+
+    def top_logprobs(self, windows: Sequence[Ids], count: int, file: str, tell: Tell) -> None:
+        table = LikeliestTokens(windows, count)
+        for rows, ids, scores in self._scored(windows, tell):
+            said = scores.log_softmax(-1)
+            table.logprobs[rows] = said.gather(-1, ids[:, 1:, None]).squeeze(-1).cpu()
+            kept, likeliest = said.topk(count)
+            table.kept[rows], table.ids[rows] = kept.cpu(), likeliest.cpu()
+        table.write(file)
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         return [self._continue([ids], new_tokens, self._stop)[0] for ids in prompts]
@@ -70,6 +75,17 @@ class Transformers:
 
     def close(self) -> None:
         del self._model
+
+    def _scored(self, windows: Sequence[Ids], tell: Tell) -> Iterator[tuple[slice, Any, Any]]:
+        """Rows of windows, their ids, and the float32 logits of every token that follows."""
+        torch = self._torch
+        step = max(1, BATCH_TOKENS // len(windows[0]))
+        for start in range(0, len(windows), step):
+            ids = torch.tensor(windows[start : start + step], device=self._model.device)
+            with torch.inference_mode():
+                scores = self._model(ids, use_cache=False).logits[:, :-1].float()
+            yield slice(start, start + len(ids)), ids, scores
+            tell(start + len(ids), len(windows))
 
     def _continue(self, prompts: Sequence[Ids], new: int, stop: list[int]) -> list[list[int]]:
         """Prompts of one length, each with `new` tokens or up to a stop token."""

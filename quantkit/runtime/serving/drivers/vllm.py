@@ -9,6 +9,7 @@ from math import ceil
 from typing import Any
 
 from quantkit.runtime.serving.drivers.base import EngineOrder, Ids, Tell, pin
+from quantkit.runtime.serving.drivers.likeliest import LikeliestTokens
 
 _NO_KERNEL = ("Unquantized", "KVCache", "NoneType")
 """Parts of the names of what computes no quantized weight."""
@@ -30,12 +31,11 @@ class Vllm:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(ceil(order.cache_bytes / 2**30)))
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         import vllm
-        from vllm.platforms import current_platform
 
         self.version: str = vllm.__version__
         self._sampling = vllm.SamplingParams
         self._stop = list(order.stop)
-        settings = {"enforce_eager": current_platform.is_cpu(), **order.arguments}
+        settings = {**settings_here(), **order.arguments}
         self._engine = vllm.LLM(
             model=order.model,
             skip_tokenizer_init=not order.towers,
@@ -43,6 +43,7 @@ class Vllm:
             enable_prefix_caching=False,
             max_model_len=order.length,
             max_num_seqs=BATCH,
+            max_logprobs=max(order.likeliest, 1),
             seed=0,
             **settings,
         )
@@ -58,6 +59,20 @@ class Vllm:
                 found.append([float(score[token].logprob) for token, score in pairs])
             tell(len(found), len(windows))
         return found
+
+    def top_logprobs(self, windows: Sequence[Ids], count: int, file: str, tell: Tell) -> None:
+        """vLLM adds the token of the prompt where it is none of the likeliest, by its rank."""
+        table = LikeliestTokens(windows, count)
+        for start in range(0, len(windows), BATCH):
+            batch = windows[start : start + BATCH]
+            outputs = self._ask(batch, max_tokens=1, prompt_logprobs=count)
+            for row, (ids, output) in enumerate(zip(batch, outputs, strict=True), start):
+                for at, scores in enumerate(output.prompt_logprobs[1:]):
+                    ranked = sorted(scores.items(), key=lambda item: item[1].rank)[:count]
+                    pairs = [(score.logprob, token) for token, score in ranked]
+                    table.put(row, at, scores[ids[at + 1]].logprob, pairs)
+            tell(start + len(batch), len(windows))
+        table.write(file)
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
         outputs = self._ask(prompts, max_tokens=new_tokens, stop_token_ids=self._stop)
@@ -81,6 +96,21 @@ class Vllm:
         asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
         outputs: list[Any] = self._engine.generate(asked, settings, use_tqdm=False)
         return outputs
+
+
+def settings_here() -> dict[str, Any]:
+    """What this machine asks for: no compiling on a CPU; of a GPU that others use too, no larger
+    share of the memory than is free."""
+    import torch
+    from vllm import EngineArgs
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return {"enforce_eager": True}
+    free, total = torch.cuda.mem_get_info()
+    share = int(100 * free / total) / 100 - 0.01
+    wanted = EngineArgs.gpu_memory_utilization
+    return {"gpu_memory_utilization": share} if share < wanted else {}
 
 
 def _kernels(model: Any) -> dict[str, int]:
