@@ -204,8 +204,9 @@ FLAGS = {
     "verify": {"--source", "--engine", "--tp", "--gpu", "--json"},
     "validate": {
         "--baseline", "--engine", "--kernel", "--as-on", "--device", "--data", "--samples",
-        "--tasks", "--limit", "--chat", "--fewshot", "--gate", "--report", "--against",
-        "--against-online", "--no-throughput", "--broken-baseline", "--json",
+        "--tasks", "--limit", "--chat", "--fewshot", "--sampled", "--thinking", "--new-tokens",
+        "--seeds", "--gate", "--report", "--against", "--against-online", "--no-throughput",
+        "--broken-baseline", "--json",
     },
     "analyze": {
         "--schemes", "--data", "--samples", "--engine", "--device", "--report", "--json",

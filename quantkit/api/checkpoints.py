@@ -242,6 +242,10 @@ def validate(
     limit: int | None = None,
     chat: bool = False,
     fewshot: int | None = None,
+    sampled: bool | None = None,
+    thinking: bool | None = None,
+    new_tokens: int | None = None,
+    seeds: int = 1,
     gates: str | Sequence[str] = (),
     reports: str | Path | Sequence[str | Path] = (),
     against: str | Path | None = None,
@@ -258,6 +262,8 @@ def validate(
     data: a text file instead of the held-out text; samples: windows of 512 tokens of it.
     tasks, limit: lm-eval tasks, and the most samples of each; chat: through the chat template;
     fewshot: answered examples before each question (None: as the task has it).
+    sampled, thinking, new_tokens, seeds: how they are answered (`--sampled` or `--greedy`,
+    `--thinking` or `--no-thinking`, `--new-tokens`, `--seeds`; None: as task and template have it).
     gates: such as "ppl_ratio<=1.02", beside those of the scheme and the recipe.
     reports: files to write (.json, .md, .html, .xml); against: an earlier .json to compare with.
     against_online: an engine's method ("fp8", "sglang:fp8") for the baseline, as a third column.
@@ -268,6 +274,7 @@ def validate(
     BackendError when an engine fails, and ReportError, which holds the result, when a file of
     `reports` could not be written at the end.
     """
+    from quantkit.validation.ask.answers import Answers
     from quantkit.validation.reports.record import record
     from quantkit.validation.reports.write import check_reports, write_reports
     from quantkit.validation.run import ValidateRequest
@@ -277,6 +284,8 @@ def validate(
     check_reports(files)
     check_count("--samples", samples)
     check_count("--limit", limit)
+    check_count("--new-tokens", new_tokens)
+    check_count("--seeds", seeds)
     request = ValidateRequest(
         path=Path(directory),
         baseline=str(baseline),
@@ -290,6 +299,7 @@ def validate(
         limit=limit,
         chat=chat,
         fewshot=fewshot,
+        answers=Answers(sampled, thinking, new_tokens, seeds),
         gates=tuple(listed(gates)),
         against=None if against is None else Path(against),
         against_online=against_online,

@@ -17,6 +17,9 @@ from quantkit.errors import InputError
 TEMPLATE_DATE = date(2025, 1, 1)
 """What a template is told that today is: the same input gives the same tokens on every day."""
 
+THINKING = "enable_thinking"
+"""What the templates of models that can think ask for."""
+
 
 class TemplateRefusalError(ValueError):
     """The template does not accept a conversation (roles out of order, for example)."""
@@ -31,9 +34,14 @@ class Render(Protocol):
 
 
 def compile_template(
-    template: str, special_tokens: Mapping[str, str], *, generation_prompt: bool = False
+    template: str,
+    special_tokens: Mapping[str, str],
+    *,
+    generation_prompt: bool = False,
+    told: Mapping[str, Any] | None = None,
 ) -> Render:
-    """A function from messages to text; with `generation_prompt` the assistant's turn begins.
+    """A function from messages to text; with `generation_prompt` the assistant's turn begins, and
+    `told` is what else the template may ask for.
 
     Raises InputError when the template is not valid Jinja; the function raises
     TemplateRefusalError for messages that the template does not accept.
@@ -78,6 +86,7 @@ def compile_template(
                 documents=None,
                 add_generation_prompt=generation_prompt,
                 **special_tokens,
+                **(told or {}),
             )
         except (TemplateError, TypeError) as error:
             raise TemplateRefusalError(str(error)) from error

@@ -55,6 +55,29 @@ def validate_command(
     fewshot: Annotated[
         int | None, typer.Option("--fewshot", min=0, help="Answered examples before each question.")
     ] = None,
+    sampled: Annotated[
+        bool | None,
+        typer.Option(
+            "--sampled/--greedy",
+            help="How lm-eval tasks are answered: sampled as generation_config.json says, or "
+            "greedily; default: as each task has it.",
+            show_default=False,
+        ),
+    ] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--thinking/--no-thinking",
+            help="What --chat tells the template.",
+            show_default=False,
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option("--new-tokens", min=1, help="The most of an answer.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Sampled answers to each question.")
+    ] = 1,
     gate: Annotated[
         list[str], typer.Option("--gate", help="Such as 'ppl_ratio<=1.02'; repeatable.")
     ] = [],  # noqa: B006
@@ -101,6 +124,10 @@ def validate_command(
             limit=limit,
             chat=chat,
             fewshot=fewshot,
+            sampled=sampled,
+            thinking=thinking,
+            new_tokens=new_tokens,
+            seeds=seeds,
             gates=gate,
             reports=report,
             against=against,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.backends.process.job import Reporter
-from quantkit.calibration.chat import Render, compile_template
+from quantkit.calibration.chat import THINKING, Render, compile_template
 from quantkit.calibration.tokenizer import (
     Tokenizer,
     TokenizerInfo,
@@ -154,11 +154,14 @@ def tokenizer_of(model: Path) -> Tokenizer:
     return load_tokenizer(read_tokenizer_info(model))
 
 
-def chat_of(info: TokenizerInfo) -> Render | None:
+def chat_of(info: TokenizerInfo, thinking: bool | None = None) -> Render | None:
     """The model's chat template, up to where its answer begins; None where it has none."""
     if info.chat_template is None:
         return None
-    return compile_template(info.chat_template, info.special_tokens, generation_prompt=True)
+    told = {} if thinking is None else {THINKING: thinking}
+    return compile_template(
+        info.chat_template, info.special_tokens, generation_prompt=True, told=told
+    )
 
 
 def refuse_missing_rows(base: Checkpoint, ids: Iterable[Sequence[int]]) -> None:

@@ -16,6 +16,7 @@ from quantkit.checkpoint.scan import refuse_bad_weights
 from quantkit.engines.gpus import gpu_here
 from quantkit.engines.online import Online, online_named, refuse_gpu
 from quantkit.recipe.gates import parse_gate
+from quantkit.validation.ask.answers import AS_TASKED, Answers
 from quantkit.validation.ask.cachefile import BaselineCache
 from quantkit.validation.ask.canary import canary_prompts
 from quantkit.validation.ask.choices import facts
@@ -25,7 +26,7 @@ from quantkit.validation.ask.health import refuse_silent, silence
 from quantkit.validation.ask.picture_prompts import picture_prompts
 from quantkit.validation.ask.questions import Lazy, Questions, ask_baseline, ask_quantized
 from quantkit.validation.ask.reference import ask_reference, unknown
-from quantkit.validation.ask.tasks import choose_tasks
+from quantkit.validation.ask.tasks import answered_as, asked_how, choose_tasks
 from quantkit.validation.ask.text import BaselineText
 from quantkit.validation.forecast import say_how_long
 from quantkit.validation.judge.bootstrap import missing
@@ -63,8 +64,8 @@ class ValidateRequest:
 
     baseline: a directory or Hub name; "": what quantkit.json remembers. data: a text file instead
     of the held-out text. samples: windows of text, with twelve facts each. limit: most samples of
-    an lm-eval task, chat and fewshot how they are asked. as_on: the GPU whose engine decides which
-    activations are rounded ("": this).
+    an lm-eval task; chat, fewshot and answers: how they are asked. as_on: the GPU whose engine
+    decides which activations are rounded ("": this).
     against_online: an engine's method that quantizes the baseline as it loads, a third column.
     broken_baseline: measure though the baseline answers nothing.
     """
@@ -81,6 +82,7 @@ class ValidateRequest:
     limit: int | None = None
     chat: bool = False
     fewshot: int | None = None
+    answers: Answers = AS_TASKED
     gates: tuple[str, ...] = ()
     against: Path | None = None
     against_online: str = ""
@@ -100,7 +102,13 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     opens = opener(request.engine)
     asked = [parse_gate(text) for text in request.gates]
     earlier = read_report(request.against) if request.against else None
-    tasks = choose_tasks(request.tasks, request.limit, chat=request.chat, fewshot=request.fewshot)
+    tasks = choose_tasks(
+        request.tasks,
+        request.limit,
+        chat=request.chat,
+        fewshot=request.fewshot,
+        answers=request.answers,
+    )
     served = "" if request.engine == "builtin" else request.engine
     online = online_named(request.against_online, served) if request.against_online else None
     if online is not None and served:
@@ -125,6 +133,8 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     base = candidate.baseline
     tokenizer, info = tokenizer_of(base.path), read_tokenizer_info(base.path)
     longest = longest_of(candidate)
+    if tasks is not None:
+        tasks = answered_as(tasks, request.engine, base.path, info.chat_template, longest)
     limits = [most for most in (info.max_length, longest) if most]
     text = eval_text(request.data, tokenizer, request.samples, min(limits, default=None))
     seen = seen_by_calibration(text, candidate.provenance, base.path)
@@ -147,7 +157,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
             "seen_by_calibration": seen,
         },
         layers=integrity.layers,
-        notes=unasked + first_notes(candidate, scanned.fingerprint, seen),
+        notes=unasked + first_notes(candidate, scanned.fingerprint, seen) + asked_how(tasks),
         warnings=loosened,
     )
     if earlier is not None:
@@ -161,7 +171,7 @@ def validate(request: ValidateRequest, ui: Reporter) -> Report:
     refuse_missing_rows(base, [*text.windows.tolist(), *ids, *worked, *texts])
     questions = Questions(
         tokenizer, text, prompts, ids, asked_facts, exercises, worked, tasks, request.throughput,
-        longest, chat_of(info), pictures,
+        longest, chat_of(info, request.answers.thinking), pictures,
     )  # fmt: skip
 
     rounding = Opening(device, request.kernel, request.as_on, staged(ui, "load rounded to nearest"))

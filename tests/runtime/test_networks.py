@@ -19,7 +19,7 @@ from quantkit.runtime.load import load
 from quantkit.runtime.network.attention import attend
 from quantkit.validation.ask.canary import answer, answer_tokens
 from quantkit.validation.ask.choices import choice_logprobs, facts
-from quantkit.validation.ask.tasks import _generate, _split
+from quantkit.validation.ask.lm_eval_model import _answers, _split
 from quantkit.validation.subjects.builtin import Builtin
 from quantkit.validation.subjects.throughput import fitting, measure
 from tests.support.helpers import edit_tensors
@@ -178,7 +178,7 @@ def test_a_network_with_few_learned_positions_is_measured_within_them(tmp_path: 
     long = [replace(q, prompt=q.prompt * 9) for q in questions]
     assert np.isfinite(choice_logprobs(subject, words, long, longest=96)).all()  # type: ignore[arg-type]
     assert len(_split(words, 96, False, "a" * 300, "b" * 20)[0]) == 76  # type: ignore[arg-type]
-    assert isinstance(_generate(subject, words, 96, False, "a" * 300, {}), str)  # type: ignore[arg-type]
+    assert len(_answers(subject, words, 96, False, ["a" * 300], {})) == 1  # type: ignore[arg-type]
 
 
 class Words:

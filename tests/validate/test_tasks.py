@@ -14,6 +14,7 @@ import pytest
 from quantkit.calibration.tokenizer import read_tokenizer_info
 from quantkit.errors import BackendError, InputError
 from quantkit.runtime.serving.drivers.harness import name_distribution
+from quantkit.validation.ask.answers import Answers
 from quantkit.validation.ask.choices import choice_logprobs, facts, right
 from quantkit.validation.ask.tasks import choose_tasks, run_tasks
 from quantkit.validation.preflight import chat_of, tokenizer_of
@@ -106,14 +107,6 @@ def test_completions_rolling_and_generated_answers_run(
     assert len(found["samples"]["local_words.acc"]) == 3
     assert found["results"]["local_text"]["word_perplexity"] > 1
     assert len(found["samples"]["local_answers.exact_match"]) == 3
-
-
-def test_sampled_answers_are_refused(task, subject: Builtin, small_model: Path) -> None:
-    file = task("local_sampled", "generate_until", GENERATION.replace("SAMPLE", "true"))
-    choice = choose_tasks([file], 1)
-    assert choice is not None
-    with pytest.raises(InputError, match="samples its answers"):
-        run_tasks(subject, tokenizer_of(small_model), choice)
 
 
 def test_a_task_that_cannot_run_says_so(task, subject: Builtin, small_model: Path) -> None:
@@ -212,3 +205,12 @@ def test_vllm_is_asked_by_the_harness_of_its_own(task, subject: Builtin, small_m
     )
     assert apart.sum() <= 1  # a tie of the cut network
     assert theirs["results"]["local_facts"].keys() == ours["results"]["local_facts"].keys()
+    sampled = Answers(True, None, 8, 2, {"temperature": 0.8, "top_p": 0.9})
+    choice = choose_tasks(files[1:], 4, chat=True, answers=sampled)
+    assert choice is not None
+    vllm = opener("vllm")(small_model, Opening())
+    try:
+        found = run_tasks(vllm, tokenizer, choice)
+    finally:
+        vllm.close()
+    assert len(found["samples"]["local_answers.exact_match"]) == 4

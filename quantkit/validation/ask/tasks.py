@@ -7,34 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from quantkit.calibration.chat import Render
 from quantkit.calibration.tokenizer import Tokenizer
 from quantkit.errors import BackendError, InputError, QuantkitError
-from quantkit.validation.ask.choices import continuation_logprobs
+from quantkit.validation.ask.answers import AS_TASKED, QUESTION_TOKENS, Answers, settled
+from quantkit.validation.ask.lm_eval_model import as_lm
 from quantkit.validation.subjects.base import Subject
 
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
-    from lm_eval.api.model import LM
-
 _TASK_LINE = re.compile(r"^task:\s*[\"']?([\w.\-]+)", re.MULTILINE)
-DEFAULT_NEW_TOKENS = 256
-LONGEST = 2048
-"""Tokens of context and continuation that a model is given at one time."""
 TASK_FILES = frozenset({".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt"})
 """What a task is made of; its folder may hold models and logs beside it."""
-GENERATED = 8
-"""Prompts that are continued at one time."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class TaskChoice:
 
     `names` are what lm-eval calls them, `folders` hold the YAML files; `bundled` says that some
     task is lm-eval's own. `chat` puts the model's chat template around each question; `fewshot` is
-    how many answered ones stand before it (None: as the task has it).
+    how many answered ones stand before it (None: as the task has it), `answers` how it is answered.
     """
 
     names: tuple[str, ...]
@@ -52,6 +43,7 @@ class TaskChoice:
     bundled: bool
     chat: bool = False
     fewshot: int | None = None
+    answers: Answers = AS_TASKED
 
     @property
     def digest(self) -> str:
@@ -59,7 +51,8 @@ class TaskChoice:
         the limit and the harness."""
         from importlib.metadata import version
 
-        settings = (self.names, self.limit, version("lm_eval"), self.chat, self.fewshot)
+        asked = (self.chat, self.fewshot, self.answers)
+        settings = (self.names, self.limit, version("lm_eval"), *asked)
         total = hashlib.sha256(repr(settings).encode())
         for folder in self.folders:
             made = (file for file in folder.rglob("*") if file.suffix in TASK_FILES)
@@ -71,7 +64,12 @@ class TaskChoice:
 
 
 def choose_tasks(
-    asked: Sequence[str], limit: int | None, *, chat: bool = False, fewshot: int | None = None
+    asked: Sequence[str],
+    limit: int | None,
+    *,
+    chat: bool = False,
+    fewshot: int | None = None,
+    answers: Answers = AS_TASKED,
 ) -> TaskChoice | None:
     """The tasks of `--tasks`; None when none are asked for.
 
@@ -79,10 +77,11 @@ def choose_tasks(
     tasks without a task.
     """
     if not asked:
-        if chat or fewshot is not None:
+        few = [] if fewshot is None else ["--fewshot"]
+        if named := [*(["--chat"] if chat else []), *few, *answers.named]:
             raise InputError(
-                f"{'--chat' if chat else '--fewshot'} is about lm-eval tasks, and there are none.",
-                hint="--tasks gsm8k --chat --fewshot 5",
+                f"{named[0]} is about lm-eval tasks, and there are none.",
+                hint=f"--tasks gsm8k {named[0]} …",
                 code="validate.no_tasks",
             )
         return None
@@ -103,8 +102,9 @@ def choose_tasks(
         else:
             names.append(entry)
             bundled = True
-    choice = TaskChoice(tuple(names), tuple(dict.fromkeys(folders)), limit, bundled, chat, fewshot)
-    known = set(_manager(choice).all_tasks)
+    where = tuple(dict.fromkeys(folders))
+    choice = TaskChoice(tuple(names), where, limit, bundled, chat, fewshot, answers)
+    known = set(_manager(choice.folders, choice.bundled).all_tasks)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise InputError(
@@ -113,6 +113,34 @@ def choose_tasks(
             code="validate.unknown_task",
         )
     return choice
+
+
+def answered_as(
+    choice: TaskChoice, engine: str, model: Path, template: str | None, positions: int | None
+) -> TaskChoice:
+    """The tasks with what the model itself says of answers; InputError for what the model or the
+    engine's harness does not do."""
+    answers = choice.answers
+    if answers.thinking is not None and engine == "sglang":
+        raise InputError(
+            "lm-eval's backend for SGLang tells the chat template nothing of thinking.",
+            hint="validate with --engine vllm or builtin",
+            code="validate.thinking",
+        )
+    if answers.sampled and engine == "transformers":
+        raise InputError(
+            "Transformers answers greedily here.",
+            hint="--greedy, or validate with --engine vllm, sglang or builtin",
+            code="validate.sampled",
+        )
+    told = settled(answers, model, template, chat=choice.chat, positions=positions)
+    return replace(choice, answers=told)
+
+
+def asked_how(choice: TaskChoice | None) -> list[str]:
+    """A note for the report, where the command said how tasks are answered."""
+    said = choice.answers.described() if choice else ""
+    return [f"lm-eval tasks were answered {said}"] if said else []
 
 
 @runtime_checkable
@@ -132,14 +160,20 @@ def run_tasks(
     render: Render | None = None,
 ) -> dict[str, Any]:
     """`results`: task → metric → value, and `samples`: "task.metric" → a value a sample, higher
-    being better. `longest` are the network's positions, where they are fewer than `LONGEST`;
+    being better. `longest` are the network's positions, where they are fewer than the answers need;
     `render` is its chat template. By lm-eval's own backend where the engine has one: then the
     subject is not used again. Raises BackendError when the harness fails."""
+    room = (choice.answers.new_tokens or 0) + QUESTION_TOKENS
     if isinstance(subject, WithHarness):
-        asked = {**asdict(choice), "folders": list(map(str, choice.folders))}
+        asked = {
+            **asdict(choice),
+            "folders": list(map(str, choice.folders)),
+            "settings": [choice.answers.settings(seed) for seed in range(choice.answers.seeds)],
+            "room": room,
+        }
         answered = subject.harness(asked)
         if answered is not None:
-            return {"results": _numbers(answered["results"]), "samples": _by_sample(answered)}
+            return _mean(answered["runs"])
     import lm_eval
 
     if choice.chat and render is None:
@@ -148,18 +182,23 @@ def run_tasks(
             hint="leave --chat out",
             code="validate.no_chat_template",
         )
-    chat = render if choice.chat else None
+    model = as_lm(subject, tokenizer, min(room, longest or room), render if choice.chat else None)
+    runs = []
     try:
-        found = lm_eval.simple_evaluate(
-            model=_as_lm(subject, tokenizer, min(LONGEST, longest or LONGEST), chat),
-            tasks=list(choice.names),
-            task_manager=_manager(choice),
-            limit=choice.limit,
-            num_fewshot=choice.fewshot,
-            apply_chat_template=choice.chat,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
+        for seed in range(choice.answers.seeds):
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=list(choice.names),
+                task_manager=_manager(choice.folders, choice.bundled),
+                limit=choice.limit,
+                num_fewshot=choice.fewshot,
+                apply_chat_template=choice.chat,
+                gen_kwargs=choice.answers.settings(seed) or None,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+            assert found is not None
+            runs.append(found)
     except QuantkitError:
         raise
     except Exception as error:  # tasks bring code and fetch data: anything may be raised
@@ -169,8 +208,22 @@ def run_tasks(
             hint="run the task with lm-eval alone; it may need its data from the hub",
             code="validate.lm_eval",
         ) from error
-    assert found is not None
-    return {"results": _numbers(found["results"]), "samples": _by_sample(found)}
+    return _mean(runs)
+
+
+def _mean(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`results` and `samples` of `run_tasks`, means over runs with other seeds."""
+    results, samples = [_numbers(run["results"]) for run in runs], [_by_sample(r) for r in runs]
+    return {
+        "results": {
+            task: {name: sum(run[task][name] for run in results) / len(runs) for name in metrics}
+            for task, metrics in results[0].items()
+        },
+        "samples": {
+            name: [sum(each) / len(runs) for each in zip(*(s[name] for s in samples), strict=True)]
+            for name in samples[0]
+        },
+    }
 
 
 def _numbers(results: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -212,113 +265,10 @@ def _task_in(file: Path) -> str:
 
 
 @cache
-def _manager(choice: TaskChoice) -> Any:
+def _manager(folders: tuple[Path, ...], bundled: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(
-        include_path=[str(folder) for folder in choice.folders] or None,
-        include_defaults=choice.bundled,  # thousands of files to look through
+        include_path=[str(folder) for folder in folders] or None,
+        include_defaults=bundled,  # thousands of files to look through
     )
-
-
-def _as_lm(
-    subject: Subject, tokenizer: Tokenizer, longest: int, render: Render | None = None
-) -> LM:
-    """The subject as lm-eval's model: log-likelihoods, rolling ones, greedy generation.
-
-    With the chat template `render` texts bring their special tokens along.
-    """
-    special = render is None
-    from lm_eval.api.model import LM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-    class SubjectLM(LM):  # type: ignore[misc]
-        def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-            pairs = [_split(tokenizer, longest, special, *request.args) for request in requests]
-            totals = continuation_logprobs(subject, pairs)
-            greedy = [False] * len(pairs)
-            asked = Counter((request.task_name, request.doc_id) for request in requests)
-            alone = [i for i, r in enumerate(requests) if asked[r.task_name, r.doc_id] == 1]
-            for index, same in zip(alone, _greedy(subject, [pairs[i] for i in alone]), strict=True):
-                greedy[index] = same  # of several choices nobody asks which one is greedy
-            return list(zip(totals.tolist(), greedy, strict=True))
-
-        def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-            results = []
-            for request in requests:
-                ids = tokenizer.encode(request.args[0], False)
-                windows = get_rolling_token_windows(ids, _first_token(tokenizer), longest - 1, 1)
-                pairs = [make_disjoint_window(window) for window in windows]
-                results.append(float(continuation_logprobs(subject, pairs).sum()))
-            return results
-
-        def generate_until(self, requests: list[Instance]) -> list[str]:
-            return [
-                _generate(subject, tokenizer, longest, special, *request.args)
-                for request in requests
-            ]
-
-        def apply_chat_template(
-            self,
-            chat_history: list[dict[str, str]],
-            add_generation_prompt: bool = True,  # noqa: ARG002  the template's is fixed
-        ) -> str:
-            assert render is not None
-            return render(chat_history)
-
-        @property
-        def tokenizer_name(self) -> str:
-            return "the model's own"
-
-    return SubjectLM()
-
-
-def _first_token(tokenizer: Tokenizer) -> int:
-    """What an empty context is: the token that begins documents, else the first of a line break."""
-    return (tokenizer.encode("", True) or tokenizer.encode("\n", False))[0]
-
-
-def _split(
-    tokenizer: Tokenizer, longest: int, special: bool, context: str, continuation: str
-) -> tuple[list[int], list[int]]:
-    """Ids of both, tokenized as one text; the context loses its beginning when it is too long."""
-    stripped = context.rstrip()
-    continuation = context[len(stripped) :] + continuation
-    if not stripped:
-        return [_first_token(tokenizer)], tokenizer.encode(continuation, False)[: longest - 1]
-    whole = tokenizer.encode(stripped + continuation, special)
-    count = len(tokenizer.encode(stripped, special))
-    said = whole[count:]
-    room = max(longest - len(said), 1)
-    return whole[:count][-room:], said[: longest - 1]
-
-
-def _greedy(subject: Subject, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
-    """Whether each continuation is what the model would say itself."""
-    same: list[bool] = []
-    for start in range(0, len(pairs), GENERATED):
-        batch = pairs[start : start + GENERATED]
-        most = max(len(said) for _, said in batch)
-        answers = subject.generate([context for context, _ in batch], most)
-        same += [a[: len(said)] == said for a, (_, said) in zip(answers, batch, strict=True)]
-    return same
-
-
-def _generate(
-    subject: Subject, tokenizer: Tokenizer, longest: int, special: bool, context: str, settings: Any
-) -> str:
-    settings = dict(settings)
-    if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-        raise InputError(
-            "The task samples its answers; only greedy generation can be compared.",
-            hint="set do_sample: false in the task's generation_kwargs",
-            code="validate.task_samples",
-        )
-    until = settings.get("until", [])
-    stops = [until] if isinstance(until, str) else list(until)
-    most = min(int(settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)), longest - 1)
-    ids = tokenizer.encode(context, special)[-(longest - most) :]
-    text = tokenizer.decode(subject.generate([ids], most)[0])
-    for stop in stops:
-        text = text.split(stop)[0] if stop else text
-    return text

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from quantkit.runtime.model import Runtime
     from quantkit.runtime.network.cache_rounding import CacheScales, CacheWatch
+    from quantkit.runtime.network.generation import Sampling
 
 BATCH_TOKENS = 2048
 """Tokens a forward pass: the logits of that many are the largest thing in memory."""
@@ -113,6 +114,13 @@ class Builtin:
         return result
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        from quantkit.runtime.network.generation import Sampling
+
+        return self.sample(prompts, new_tokens, Sampling())
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling
+    ) -> list[list[int]]:
         import torch
 
         width = max(map(len, prompts))
@@ -122,7 +130,16 @@ class Builtin:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         device = self.runtime.device
-        whole = self.runtime.generate(ids.to(device), mask.to(device), max_new_tokens=new_tokens)
+        whole = self.runtime.generate(
+            ids.to(device),
+            mask.to(device),
+            max_new_tokens=new_tokens,
+            do_sample=sampling.sample,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
         return [_until_stop(row, self.runtime.stop_tokens) for row in whole[:, width:].tolist()]
 
     def throughput(self, progress: Progress | None = None) -> Throughput:

@@ -53,6 +53,7 @@ class Served:
         self._process = process
         self._order = order
         self._longest = _longest(checkpoint)
+        self._positions = positions(checkpoint.config)
         self._vocabulary = int(text_config(checkpoint.config)["vocab_size"])
         left = [name for name in process.kernels if any(part in name for part in _WEIGHT_ONLY)]
         self.notes: Sequence[str] = ()
@@ -119,7 +120,15 @@ class Served:
         assert found is not None
         assert found.origin is not None
         packages = str(Path(found.origin).parents[1])
-        order = replace(self._order, driver=engine.harness, packages=packages)
+        longest = max(asked["room"], self._order.length)
+        length = min(longest, self._positions or longest)
+        order = replace(
+            self._order,
+            driver=engine.harness,
+            packages=packages,
+            length=length,
+            cache_bytes=self._order.cache_bytes * length // self._order.length,
+        )
         process = EngineProcess(engine, find_interpreter(engine), order)
         try:
             return process.tasks(asked)

@@ -23,6 +23,8 @@ class _Harness:
     """The backend starts the engine when it is asked, so that nothing is loaded before."""
 
     name = ""
+    seeded = True
+    """Whether a request can have a seed of its own; where not, every run draws on."""
 
     def __init__(self, order: EngineOrder) -> None:
         pin(order.device)
@@ -40,23 +42,38 @@ class _Harness:
         """What the backend's class takes."""
         raise NotImplementedError
 
+    def thinking(self, asked: bool | None) -> dict[str, Any]:  # noqa: ARG002
+        """What the class takes besides, where the chat template is told of thinking."""
+        return {}
+
     def tasks(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """`results`, `higher_is_better` and `samples` of `lm_eval.simple_evaluate`, as JSON has
-        them: of a sample its filter, its metrics' names and their values."""
-        import lm_eval
+        """Of each of the `settings` of answers a run: `results`, `higher_is_better` and `samples`
+        of `lm_eval.simple_evaluate`, as JSON has them: of a sample its filter, its metrics' names
+        and their values."""
+        from lm_eval.api.registry import get_model
         from lm_eval.tasks import TaskManager
 
+        told = self.settings() | self.thinking(asked["answers"]["thinking"])
+        more = {"batch_size": "auto", "max_batch_size": None, "device": None}
+        model: Any = get_model(self.name).create_from_arg_obj(told, more)
+        manager = TaskManager(
+            include_path=list(asked["folders"]) or None, include_defaults=asked["bundled"]
+        )
+        return {"runs": [self._run(model, manager, asked, how) for how in asked["settings"]]}
+
+    def _run(
+        self, model: Any, manager: Any, asked: Mapping[str, Any], how: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        import lm_eval
+
         found: Any = lm_eval.simple_evaluate(
-            model=self.name,
-            model_args=self.settings(),
+            model=model,
             tasks=list(asked["names"]),
-            task_manager=TaskManager(
-                include_path=list(asked["folders"]) or None, include_defaults=asked["bundled"]
-            ),
+            task_manager=manager,
             limit=asked["limit"],
             num_fewshot=asked["fewshot"],
             apply_chat_template=asked["chat"],
-            batch_size="auto",
+            gen_kwargs={k: v for k, v in how.items() if k != "seed" or self.seeded} or None,
             bootstrap_iters=0,
             log_samples=True,
         )
@@ -106,11 +123,16 @@ class VllmHarness(_Harness):
             **order.arguments,
         }
 
+    def thinking(self, asked: bool | None) -> dict[str, Any]:
+        ends = {"think_end_token": "</think>"} if asked else {}
+        return ends if asked is None else {"enable_thinking": asked, **ends}
+
 
 class SglangHarness(_Harness):
     """lm-eval's `sglang` (`lm_eval.models.sglang_causallms.SGLangLM`)."""
 
     name = "sglang"
+    seeded = False
 
     def settings(self) -> dict[str, Any]:
         return {
