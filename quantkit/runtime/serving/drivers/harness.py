@@ -32,6 +32,7 @@ class _Harness:
         self._order = order
         self.prepare()
         engine = import_module(self.name).__version__
+        self._settings = self.settings()  # vLLM tells what it runs on by its distribution's name
         self._named = name_distribution(self.name, engine)
         self.version = f"lm-eval {version('lm_eval')} with {self.name} {engine}"
 
@@ -53,7 +54,7 @@ class _Harness:
         from lm_eval.api.registry import get_model
         from lm_eval.tasks import TaskManager
 
-        told = self.settings() | self.thinking(asked["answers"]["thinking"])
+        told = self._settings | self.thinking(asked["answers"]["thinking"])
         more = {"batch_size": "auto", "max_batch_size": None, "device": None}
         model: Any = get_model(self.name).create_from_arg_obj(told, more)
         manager = TaskManager(
