@@ -60,7 +60,7 @@ def ask_reference(
         subject = rounded.subject
         ui.stage("rounded to nearest: text", len(windows))
         found = texts.measure_quantized(subject, windows, baseline.text, on)
-        return {key: value for key, value in vars(found).items() if key != "routed"}
+        return {key: value for key, value in vars(found).items() if key not in ("routed", "bounds")}
 
     def look() -> dict[str, Any]:
         subject = rounded.subject
