@@ -52,6 +52,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "modelopt_nvfp4": (),
     "llmcompressor_fp8_dynamic": (),
     "llmcompressor_w4a16": (),
+    "llmcompressor_w8a8": (),
     "llmcompressor_nvfp4": (),
     "gptqmodel_w4a16": (),
     "autoround_w4a16": ("options.iters=1", "experts=all"),

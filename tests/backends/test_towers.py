@@ -13,7 +13,7 @@ from PIL import Image
 from quantkit.backends.registry import backend_named, load_recipe
 from quantkit.backends.registry.towers import towers
 from quantkit.calibration.pictures import draw
-from quantkit.checkpoint.directory import open_checkpoint
+from quantkit.checkpoint.directory import open_checkpoint, read_json
 from quantkit.checkpoint.wrap_vision import wrap_vision
 from quantkit.errors import InputError
 from quantkit.pipeline import quantize as pipeline
@@ -32,7 +32,12 @@ FEW = (
 )  # fmt: skip
 METHODS = {
     "modelopt": ("modelopt_fp8", "modelopt_nvfp4"),
-    "llmcompressor": ("llmcompressor_fp8_dynamic", "llmcompressor_w4a16", "llmcompressor_nvfp4"),
+    "llmcompressor": (
+        "llmcompressor_fp8_dynamic",
+        "llmcompressor_w4a16",
+        "llmcompressor_w8a8",
+        "llmcompressor_nvfp4",
+    ),
     "gptqmodel": ("gptqmodel_w4a16",),
     "autoround": ("autoround_w4a16",),
 }
@@ -89,13 +94,16 @@ def way(source: Path, out: Path, method: str) -> tuple[str, ...]:
 
 
 def check_rest(source: Path, out: Path) -> None:
-    """What is no linear layer of the decoder is there bit by bit, under the same name; so are the
-    files of tokenizer and processor. GPTQ's layout has the biases of its layers in float16."""
+    """What is no linear layer of the decoder is there bit by bit, under the same name, but for the
+    norms of folds; so are the files of tokenizer and processor. GPTQ's layout has the biases of its
+    layers in float16."""
     before, after = open_checkpoint(source), open_checkpoint(out)
     kept = {m.tensor for m in before.modules if m.kind not in ("linear", "experts")}
     kept |= before.tensors.keys() - {m.tensor for m in before.modules}
     packed = {name.removesuffix("qweight") for name in after.tensors if name.endswith(".qweight")}
     kept -= {f"{module}bias" for module in packed}
+    folds = read_json(out / "quantkit.json")["folds"] or {}
+    kept -= {f"{norm}.weight" for norm in folds.get("norm", ())}
     assert kept <= after.tensors.keys()
     assert not [name for name in kept if before.digest(name) != after.digest(name)]
     for path in before.sidecars():

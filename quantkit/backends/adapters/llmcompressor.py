@@ -23,9 +23,6 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
-from llmcompressor.modifiers.transform.smoothquant.dynamic_mappings import (
-    get_layer_mappings_from_model,
-)
 from loguru import logger
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -52,7 +49,7 @@ from quantkit.backends.adapters.placed import load_placed, offload_removed
 from quantkit.backends.adapters.places import expert_blocks, kept_layers, locate
 from quantkit.backends.adapters.seen_tokens import SeenTokens, Tokens
 from quantkit.backends.process.job import Job, JobInputError, Reporter, Result
-from quantkit.checkpoint.network.modules import block_names
+from quantkit.checkpoint.network.norm_readers import smoothable
 from quantkit.checkpoint.schemes import NumberFormat
 
 
@@ -180,8 +177,7 @@ def _modifiers(
     algorithm = options.get("algorithm") or ("gptq" if usual_scheme(job).weight.is_int else "rtn")
     modifiers: list[Any] = []
     if "smoothing_strength" in options:
-        mappings = _in_blocks(get_layer_mappings_from_model(model), block_names(planned))
-        strength = options["smoothing_strength"]
+        mappings, strength = _smoothing(model, planned), options["smoothing_strength"]
         modifiers.append(SmoothQuantModifier(smoothing_strength=strength, mappings=mappings))
     if algorithm == "gptq":
         more = {key: options[key] for key in ("dampening_frac",) if key in options}
@@ -201,15 +197,26 @@ def _modifiers(
     return [*modifiers, QuantizationModifier(**target)]
 
 
-def _in_blocks(mappings: Sequence[Any], blocks: Sequence[str]) -> list[Any]:
-    """The library's mappings, (layers to balance, norm to smooth) by patterns, of those blocks
-    alone: a tower's layers have the same names, and its norms others."""
-    inside = f"re:(?=(?:{'|'.join(map(re.escape, blocks))})\\.)"
+def _smoothing(model: torch.nn.Module, planned: Collection[str]) -> list[Any]:
+    """The library's mappings, (layers to balance, norm to smooth), by structure.
 
-    def limited(pattern: str) -> str:
-        return f"{inside}{pattern.removeprefix('re:')}"
+    Its own are of architectures, and by default of Llama's names: they take a tower's layers too,
+    Gemma's norm after attention, and a norm that a router reads, which stays as it is.
+    """
+    widths = {name: getattr(module, "in_features", 0) for name, module in model.named_modules()}
+    alike: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for norm, readers in smoothable(widths, planned).items():
+        block, _, leaf = norm.rpartition(".")
+        inside = tuple(name.removeprefix(f"{block}.") for name in readers)
+        alike.setdefault((inside, leaf), []).append(re.escape(block))
+    return [
+        ([_in_each(blocks, name) for name in readers], _in_each(blocks, leaf))
+        for (readers, leaf), blocks in alike.items()
+    ]
 
-    return [([limited(name) for name in balanced], limited(norm)) for balanced, norm in mappings]
+
+def _in_each(blocks: Sequence[str], name: str) -> str:
+    return f"re:(?:{'|'.join(blocks)})\\.{re.escape(name)}$"
 
 
 def _groups(planned: Mapping[str, Any]) -> Iterator[QuantizationScheme]:

@@ -15,6 +15,7 @@ from quantkit.checkpoint.directory import TensorInfo
 from quantkit.checkpoint.network.families import family
 from quantkit.checkpoint.network.language import text_config
 from quantkit.checkpoint.network.modules import Module, layer_index
+from quantkit.checkpoint.network.norm_readers import norm_readers
 from quantkit.checkpoint.tensors import read_tensor
 from quantkit.formats.quantized import QuantizedCheckpoint
 
@@ -27,22 +28,7 @@ Folding = Literal["never", "declared", "possible"]
 MIN_FOLDED_CHANNELS = 0.25
 """A norm of which fewer channels changed was damaged, not folded."""
 
-_ATTENTION_NORMS = {"input_layernorm", "self_attn_layer_norm", "ln_1", "attention_norm"}
-_MLP_NORMS = {
-    "post_attention_layernorm", "pre_feedforward_layernorm", "ln_2", "ffn_norm",
-    "final_layer_norm", "pre_mlp_layernorm",
-}  # fmt: skip
-_ATTENTION_INPUTS = {
-    "q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa", "c_attn", "wq",
-    "wk", "wv", "query_key_value", "W_pack", "in_proj", "in_proj_qkv", "in_proj_z", "in_proj_b",
-    "in_proj_a", "in_proj_qkvz", "in_proj_ba", "wqkv",
-}  # fmt: skip
-_MLP_INPUTS = {
-    "gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "w1", "w3", "gate", "router",
-    "shared_expert_gate", "dense_h_to_4h",
-}  # fmt: skip
 _FINAL_NORMS = {"norm", "final_layernorm", "final_layer_norm", "ln_f"}
-_OWN_INPUTS = {"q_a_layernorm": {"q_b_proj"}, "kv_a_layernorm": {"kv_b_proj"}}
 _ROW_PAIRS = (
     ("v_proj", "o_proj"), ("v_proj", "out_proj"), ("v_proj", "dense"), ("qkv_proj", "o_proj"),
     ("wv", "wo"), ("up_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("w3", "w2"),
@@ -97,25 +83,12 @@ def _fold(
 
 
 def _consumers(norm: str, modules: Mapping[str, Module]) -> tuple[str, ...]:
-    """The linear modules that read a norm's output, by the names of Llama, GPT and OPT kin."""
-    layer, _, leaf = norm.rpartition(".")
+    """The linear modules that read a norm's output; of the last norm that is the head."""
+    leaf = norm.rpartition(".")[2]
     if layer_index(norm) is None:
         heads = [name for name, module in modules.items() if module.kind == "head"]
         return tuple(heads) if leaf in _FINAL_NORMS else ()
-    inside = [m for m in modules if m.startswith(f"{layer}.")]
-    norms = {m.rpartition(".")[2] for m in inside}
-    if leaf in _OWN_INPUTS:
-        leaves = _OWN_INPUTS[leaf]
-    elif leaf == "post_attention_layernorm" and "pre_feedforward_layernorm" in norms:
-        return ()  # Gemma 2 and 3: applied after attention, read by no linear layer
-    elif leaf in _ATTENTION_NORMS:
-        parallel = norms.isdisjoint(_MLP_NORMS)
-        leaves = _ATTENTION_INPUTS | _MLP_INPUTS if parallel else _ATTENTION_INPUTS
-    elif leaf in _MLP_NORMS:
-        leaves = _MLP_INPUTS
-    else:
-        return ()
-    return tuple(m for m in inside if m.rpartition(".")[2] in leaves)
+    return norm_readers(norm, modules)
 
 
 def row_pairs(modules: Collection[str]) -> list[tuple[str, str]]:
