@@ -127,6 +127,16 @@ def test_models_that_have_nothing_in_common_are_far_apart() -> None:
     assert (found.low > 1).all()
 
 
+def test_tokens_that_are_ruled_out_and_numbers_that_are_none() -> None:
+    base = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    ours = base.clone()
+    ours[:, 8:] = -torch.inf
+    ours = ours.log_softmax(-1)
+    assert np.isfinite(estimated(base, ours, 16).value).all()
+    assert np.isfinite(estimated(ours, base, 16).value).all()
+    assert np.isnan(estimated(base, torch.full_like(base, torch.nan), 16).value).all()
+
+
 def test_the_interval_of_an_estimate_goes_from_bound_to_bound() -> None:
     kl = np.linspace(0.1, 0.2, 16 * 4, dtype=np.float32).reshape(16, 4)
     text = QuantizedText(

@@ -8,13 +8,13 @@ and Thomas 2006, theorem 2.7.1):
     low = sum over C of p log p/q  +  p(A) log p(A)/q(A)  +  p(R) log p(R)/q(R)
 
 with the q(A) that makes it least, no token of A having more than Q's last one, is a lower bound of
-KL(P‖Q). An upper bound there is none, since nothing is known of Q's unlikeliest
-tokens, but an estimate: the gaps g = log p/q of a position are taken as normal. Mean and variance
-come from the tokens of P by maximum likelihood, where one that Q has not told counts as a gap of at
-least so much that it falls under Q's last one (Tobin 1958; by expectation and maximization). They
-give the expected g of those tokens; outside of P's tokens the sum is p log p/q of the whole, and
-half of the variance. What is estimated, the value less `low`, may be twice as large: `high`. A test
-holds all three against full logits.
+KL(P‖Q). An upper bound there is none, since nothing is known of Q's unlikeliest tokens, but an
+estimate: the gaps g = log p/q of a position are taken as normal. Mean and variance come from the
+tokens of P by maximum likelihood, where one that Q has not told counts as a gap of at least so much
+that it falls under Q's last one (Tobin 1958; by expectation and maximization). They give the
+expected g in A; in R the sum is p log p/q of the whole, and half of the variance. What is
+estimated, the value less `low`, may be twice as large: `high`. A test holds all three against full
+logits.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ STEPS = 20
 """Of expectation and maximization."""
 LEAST_MASS = 1e-6
 """What float32 logarithms leave of a mass that is none."""
+RULED_OUT = -100.0
+"""The log-probability of a token that has none."""
 
 Floats = NDArray[np.float64]
 
@@ -48,7 +50,8 @@ def divergence(
     ours: NDArray[np.float32],
 ) -> Divergence:
     """KL(P‖Q) at n positions from the likeliest tokens of P and those of Q: ids and
-    log-probabilities [n, k]."""
+    log-probabilities [n, k]. Not a number where one of these is none."""
+    base, ours = np.maximum(base, RULED_OUT), np.maximum(ours, RULED_OUT)
     wanted, told = base.astype(np.float64), _of_the_same(base_ids, ids, ours)
     common = np.isfinite(told)
     chance = np.exp(wanted)
@@ -92,8 +95,8 @@ def _untold(
         variance = ((expected - mean[:, None]) ** 2 + spread).mean(-1).clip(LEAST_MASS)
     middle, width = mean[:, None], np.sqrt(variance)[:, None]
     at = (gaps - middle) / width
-    share = np.exp(_log_tail(at + width) - _log_tail(at))
-    given = np.exp(wanted - middle + width**2 / 2) * share
+    share = _log_tail(at + width) - _log_tail(at)
+    given = np.exp(wanted - middle + width**2 / 2 + share)
     return expected, np.where(common, 0.0, given).sum(-1), variance
 
 
