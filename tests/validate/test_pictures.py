@@ -203,7 +203,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("bits", ["8", "4"])
+@pytest.mark.parametrize("bits", [pytest.param("8", marks=pytest.mark.slow), "4"])
 def test_a_sound_checkpoint_holds_the_gates_of_pictures(
     bits: str, source: Path, quantized: dict[str, Path]
 ) -> None:
