@@ -19,7 +19,13 @@ import numpy as np
 from quantkit.calibration.chat import Render
 from quantkit.calibration.tokenizer import Tokenizer
 from quantkit.errors import BackendError, InputError, QuantkitError
-from quantkit.validation.ask.answers import AS_TASKED, QUESTION_TOKENS, Answers, settled
+from quantkit.validation.ask.answers import (
+    AS_TASKED,
+    QUESTION_TOKENS,
+    THINKING_ENDS,
+    Answers,
+    settled,
+)
 from quantkit.validation.ask.lm_eval_model import as_lm
 from quantkit.validation.subjects.base import Subject
 
@@ -170,6 +176,7 @@ def run_tasks(
             "folders": list(map(str, choice.folders)),
             "settings": [choice.answers.settings(seed) for seed in range(choice.answers.seeds)],
             "room": room,
+            "thoughts_end": THINKING_ENDS,
         }
         answered = subject.harness(asked)
         if answered is not None:

@@ -71,8 +71,8 @@ class Served:
     def top_logprobs(
         self, windows: NDArray[np.int64], progress: Progress | None = None
     ) -> TopLogprobs:
-        count = min(TOP, self._vocabulary)
-        return TopLogprobs(**self._process.top_logprobs(windows.tolist(), count, progress))
+        found = self._process.top_logprobs(windows.tolist(), self._order.likeliest, progress)
+        return TopLogprobs(**found)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         return self._process.generate(prompts, new_tokens)

@@ -43,8 +43,9 @@ class _Harness:
         """What the backend's class takes."""
         raise NotImplementedError
 
-    def thinking(self, asked: bool | None) -> dict[str, Any]:  # noqa: ARG002
-        """What the class takes besides, where the chat template is told of thinking."""
+    def thinking(self, asked: bool | None, end: str) -> dict[str, Any]:  # noqa: ARG002
+        """What the class takes besides, where the chat template is told of thinking; `end` is what
+        thoughts end with."""
         return {}
 
     def tasks(self, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +55,7 @@ class _Harness:
         from lm_eval.api.registry import get_model
         from lm_eval.tasks import TaskManager
 
-        told = self._settings | self.thinking(asked["answers"]["thinking"])
+        told = self._settings | self.thinking(asked["answers"]["thinking"], asked["thoughts_end"])
         more = {"batch_size": "auto", "max_batch_size": None, "device": None}
         model: Any = get_model(self.name).create_from_arg_obj(told, more)
         manager = TaskManager(
@@ -124,8 +125,8 @@ class VllmHarness(_Harness):
             **order.arguments,
         }
 
-    def thinking(self, asked: bool | None) -> dict[str, Any]:
-        ends = {"think_end_token": "</think>"} if asked else {}
+    def thinking(self, asked: bool | None, end: str) -> dict[str, Any]:
+        ends = {"think_end_token": end} if asked else {}
         return ends if asked is None else {"enable_thinking": asked, **ends}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Any
 
@@ -49,29 +49,19 @@ class Vllm:
         )
 
     def logprobs(self, windows: Sequence[Ids], tell: Tell) -> list[list[float]]:
-        found = []
-        for start in range(0, len(windows), BATCH):
-            batch = windows[start : start + BATCH]
-            outputs = self._ask(batch, max_tokens=1, prompt_logprobs=0)
-            for ids, output in zip(batch, outputs, strict=True):
-                scores = output.prompt_logprobs[1:]
-                pairs = zip(ids[1:], scores, strict=True)
-                found.append([float(score[token].logprob) for token, score in pairs])
-            tell(len(found), len(windows))
-        return found
+        return [
+            [float(score[token].logprob) for token, score in zip(ids[1:], scores, strict=True)]
+            for ids, scores in self._scored(windows, 0, tell)
+        ]
 
     def top_logprobs(self, windows: Sequence[Ids], count: int, file: str, tell: Tell) -> None:
         """vLLM adds the token of the prompt where it is none of the likeliest, by its rank."""
         table = LikeliestTokens(windows, count)
-        for start in range(0, len(windows), BATCH):
-            batch = windows[start : start + BATCH]
-            outputs = self._ask(batch, max_tokens=1, prompt_logprobs=count)
-            for row, (ids, output) in enumerate(zip(batch, outputs, strict=True), start):
-                for at, scores in enumerate(output.prompt_logprobs[1:]):
-                    ranked = sorted(scores.items(), key=lambda item: item[1].rank)[:count]
-                    pairs = [(score.logprob, token) for token, score in ranked]
-                    table.put(row, at, scores[ids[at + 1]].logprob, pairs)
-            tell(start + len(batch), len(windows))
+        for row, (ids, scores) in enumerate(self._scored(windows, count, tell)):
+            for at, score in enumerate(scores):
+                ranked = sorted(score.items(), key=lambda item: item[1].rank)[:count]
+                pairs = [(said.logprob, token) for token, said in ranked]
+                table.put(row, at, score[ids[at + 1]].logprob, pairs)
         table.write(file)
 
     def generate(self, prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
@@ -90,6 +80,17 @@ class Vllm:
 
     def close(self) -> None:
         del self._engine
+
+    def _scored(
+        self, windows: Sequence[Ids], count: int, tell: Tell
+    ) -> Iterator[tuple[Ids, Sequence[Any]]]:
+        """Each window with what vLLM says of every token but its first, and of `count` others."""
+        for start in range(0, len(windows), BATCH):
+            batch = windows[start : start + BATCH]
+            outputs = self._ask(batch, max_tokens=1, prompt_logprobs=count)
+            for ids, output in zip(batch, outputs, strict=True):
+                yield ids, output.prompt_logprobs[1:]
+            tell(start + len(batch), len(windows))
 
     def _ask(self, prompts: Sequence[Ids], **sampling: Any) -> list[Any]:
         settings = self._sampling(temperature=0, ignore_eos=True, detokenize=False, **sampling)
